@@ -1,0 +1,152 @@
+//! Declaring, looking at and deleting broker objects.
+
+use lapin::options::{
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions, QueuePurgeOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{Channel, ExchangeKind as LapinKind};
+
+use super::convert::{short, to_table};
+use super::{BrokerError, Link};
+use crate::topology::{Declaration, ExchangeKind};
+use crate::wire::HeaderValue;
+
+/// Operations on broker objects over one link.
+#[derive(Clone)]
+pub struct Admin(Link);
+
+impl Admin {
+    /// Operations over this link.
+    pub fn new(link: Link) -> Self {
+        Self(link)
+    }
+
+    /// Declares everything that is missing. An object with other properties is a
+    /// [`BrokerError::Conflict`] that names it.
+    pub async fn declare(&self, declarations: &[Declaration]) -> Result<(), BrokerError> {
+        declare(&self.0.channel().await?, declarations).await
+    }
+
+    /// Whether an object exists, without changing anything. A binding cannot be asked for and
+    /// counts as existing with its queue.
+    pub async fn exists(&self, declaration: &Declaration) -> Result<bool, BrokerError> {
+        // A miss closes the channel (AMQP 0-9-1, 404), so each look has its own.
+        let channel = self.0.channel().await?;
+        let found = match declaration {
+            Declaration::Exchange { name, .. } => exchange_exists(&channel, name).await,
+            Declaration::Queue { name, .. } | Declaration::Binding { queue: name, .. } => {
+                queue_depth(&channel, name).await.map(drop)
+            }
+        };
+        match found {
+            Ok(()) => Ok(true),
+            Err(BrokerError::Missing(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many messages wait in a queue ready to be delivered; `None` if there is no such queue.
+    pub async fn depth(&self, queue: &str) -> Result<Option<u32>, BrokerError> {
+        match queue_depth(&self.0.channel().await?, queue).await {
+            Ok(depth) => Ok(Some(depth)),
+            Err(BrokerError::Missing(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Drops all ready messages of a queue.
+    pub async fn purge(&self, queue: &str) -> Result<(), BrokerError> {
+        let purged = self.0.channel().await?;
+        let purged = purged.queue_purge(short(queue)?, QueuePurgeOptions::default()).await;
+        purged.map(drop).map_err(|error| BrokerError::operating(&error, queue))
+    }
+
+    /// Deletes an object with all it holds; a binding goes with its queue. Missing objects are fine.
+    pub async fn delete(&self, declaration: &Declaration) -> Result<(), BrokerError> {
+        let channel = self.0.channel().await?;
+        let name = declaration.name();
+        let deleted = match declaration {
+            Declaration::Exchange { .. } => {
+                channel.exchange_delete(short(name)?, ExchangeDeleteOptions::default()).await
+            }
+            // No if-empty and no if-unused: on a quorum queue they close the connection (540).
+            Declaration::Queue { .. } => {
+                channel.queue_delete(short(name)?, QueueDeleteOptions::default()).await.map(drop)
+            }
+            Declaration::Binding { .. } => Ok(()),
+        };
+        deleted.map_err(|error| BrokerError::operating(&error, name))
+    }
+}
+
+async fn exchange_exists(channel: &Channel, name: &str) -> Result<(), BrokerError> {
+    let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+    let found =
+        channel.exchange_declare(short(name)?, LapinKind::Direct, options, FieldTable::default());
+    found.await.map_err(|error| BrokerError::operating(&error, name))
+}
+
+async fn queue_depth(channel: &Channel, name: &str) -> Result<u32, BrokerError> {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let queue = channel.queue_declare(short(name)?, options, FieldTable::default()).await;
+    queue
+        .map(|queue| queue.message_count())
+        .map_err(|error| BrokerError::operating(&error, &format!("queue {name}")))
+}
+
+/// Exchanges first: a queue may name one of them for its dead letters.
+pub(super) async fn declare(
+    channel: &Channel,
+    declarations: &[Declaration],
+) -> Result<(), BrokerError> {
+    let is_exchange = |d: &&Declaration| matches!(d, Declaration::Exchange { .. });
+    for declaration in declarations.iter().filter(is_exchange) {
+        declare_one(channel, declaration).await?;
+    }
+    for declaration in declarations.iter().filter(|d| !is_exchange(d)) {
+        declare_one(channel, declaration).await?;
+    }
+    Ok(())
+}
+
+async fn declare_one(channel: &Channel, declaration: &Declaration) -> Result<(), BrokerError> {
+    let (declared, what) = match declaration {
+        Declaration::Exchange { name, kind, alternate } => {
+            let alternate = alternate.clone().map(HeaderValue::Text);
+            let arguments = alternate.iter().map(|name| ("alternate-exchange", name));
+            let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
+            let arguments = to_table(arguments)?;
+            let name = short(name)?;
+            let declared = channel.exchange_declare(name, lapin_kind(*kind), options, arguments);
+            (declared.await, "exchange")
+        }
+        Declaration::Queue { name, exclusive, arguments } => {
+            let options = QueueDeclareOptions {
+                durable: !exclusive,
+                exclusive: *exclusive,
+                ..QueueDeclareOptions::default()
+            };
+            let arguments = to_table(arguments.iter().map(|(key, value)| (*key, value)))?;
+            let declared = channel.queue_declare(short(name)?, options, arguments).await;
+            (declared.map(drop), "queue")
+        }
+        Declaration::Binding { exchange, queue, routing_key, arguments } => {
+            let (queue, exchange, key) = (short(queue)?, short(exchange)?, short(routing_key)?);
+            let arguments = to_table(arguments.iter().map(|(key, value)| (key.as_str(), value)))?;
+            let options = QueueBindOptions::default();
+            (channel.queue_bind(queue, exchange, key, options, arguments).await, "binding of queue")
+        }
+    };
+    let object = || format!("{what} {}", declaration.name());
+    declared.map_err(|error| BrokerError::operating(&error, &object()))
+}
+
+fn lapin_kind(kind: ExchangeKind) -> LapinKind {
+    match kind {
+        ExchangeKind::Direct => LapinKind::Direct,
+        ExchangeKind::Fanout => LapinKind::Fanout,
+        ExchangeKind::Topic => LapinKind::Topic,
+        ExchangeKind::Headers => LapinKind::Headers,
+    }
+}

@@ -1,0 +1,114 @@
+//! Our messages as lapin's properties and field tables, both ways.
+
+use bytes::Bytes;
+use lapin::BasicProperties;
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+
+use super::BrokerError;
+use crate::wire::{HeaderValue, Message, Properties};
+
+const PERSISTENT: u8 = 2;
+
+pub(super) fn short(text: &str) -> Result<ShortString, BrokerError> {
+    // The infallible conversion panics above 255 bytes.
+    ShortString::try_new(text).map_err(|_| BrokerError::TooLong(text.chars().take(80).collect()))
+}
+
+pub(super) fn to_properties(message: &Message) -> Result<BasicProperties, BrokerError> {
+    let from = &message.properties;
+    let mut to = BasicProperties::default().with_delivery_mode(PERSISTENT);
+    macro_rules! set {
+        ($($field:ident => $with:ident),*) => {
+            $(if let Some(text) = &from.$field { to = to.$with(short(text)?); })*
+        };
+    }
+    set!(
+        content_type => with_content_type,
+        content_encoding => with_content_encoding,
+        kind => with_type,
+        message_id => with_message_id,
+        correlation_id => with_correlation_id,
+        reply_to => with_reply_to,
+        app_id => with_app_id,
+        expiration => with_expiration
+    );
+    if let Some(seconds) = from.timestamp {
+        to = to.with_timestamp(seconds);
+    }
+    if let Some(priority) = from.priority {
+        to = to.with_priority(priority);
+    }
+    if !message.headers.is_empty() {
+        let headers = message.headers.iter().map(|(key, value)| (key.as_ref(), value));
+        to = to.with_headers(to_table(headers)?);
+    }
+    Ok(to)
+}
+
+pub(super) fn to_table<'a>(
+    pairs: impl Iterator<Item = (&'a str, &'a HeaderValue)>,
+) -> Result<FieldTable, BrokerError> {
+    let mut table = FieldTable::default();
+    for (key, value) in pairs {
+        table.insert(short(key)?, to_value(value));
+    }
+    Ok(table)
+}
+
+fn to_value(value: &HeaderValue) -> AMQPValue {
+    match value {
+        HeaderValue::Text(text) => AMQPValue::LongString(text.as_str().into()),
+        HeaderValue::Int(number) => AMQPValue::LongLongInt(*number),
+        HeaderValue::Float(number) => AMQPValue::Double(*number),
+        HeaderValue::Bool(truth) => AMQPValue::Boolean(*truth),
+    }
+}
+
+pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message {
+    let text = |text: &Option<ShortString>| text.as_ref().map(|text| text.as_str().to_owned());
+    let properties = Properties {
+        content_type: text(from.content_type()),
+        content_encoding: text(from.content_encoding()),
+        kind: text(from.kind()),
+        message_id: text(from.message_id()),
+        correlation_id: text(from.correlation_id()),
+        reply_to: text(from.reply_to()),
+        app_id: text(from.app_id()),
+        timestamp: *from.timestamp(),
+        priority: *from.priority(),
+        expiration: text(from.expiration()),
+    };
+    let mut headers = vec![];
+    if let Some(table) = from.headers() {
+        for (key, value) in table.inner() {
+            headers.extend(from_value(value).map(|value| (key.as_str().to_owned().into(), value)));
+        }
+    }
+    Message { properties, headers, body: Bytes::from(body) }
+}
+
+/// `None` for tables, arrays and the like: Garenne has no use for them.
+#[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum; what is not listed has no use here")]
+fn from_value(value: &AMQPValue) -> Option<HeaderValue> {
+    Some(match value {
+        AMQPValue::Boolean(truth) => HeaderValue::Bool(*truth),
+        AMQPValue::ShortShortInt(number) => HeaderValue::Int((*number).into()),
+        AMQPValue::ShortShortUInt(number) => HeaderValue::Int((*number).into()),
+        AMQPValue::ShortInt(number) => HeaderValue::Int((*number).into()),
+        AMQPValue::ShortUInt(number) => HeaderValue::Int((*number).into()),
+        AMQPValue::LongInt(number) => HeaderValue::Int((*number).into()),
+        AMQPValue::LongUInt(number) => HeaderValue::Int((*number).into()),
+        AMQPValue::LongLongInt(number) => HeaderValue::Int(*number),
+        AMQPValue::Timestamp(seconds) => HeaderValue::Int(i64::try_from(*seconds).ok()?),
+        AMQPValue::Float(number) => HeaderValue::Float((*number).into()),
+        AMQPValue::Double(number) => HeaderValue::Float(*number),
+        AMQPValue::ShortString(text) => HeaderValue::Text(text.as_str().to_owned()),
+        AMQPValue::LongString(text) => {
+            HeaderValue::Text(String::from_utf8_lossy(text.as_bytes()).into_owned())
+        }
+        AMQPValue::ByteArray(bytes) => {
+            HeaderValue::Text(String::from_utf8_lossy(bytes.as_slice()).into_owned())
+        }
+        _ => return None,
+    })
+}

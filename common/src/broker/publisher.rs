@@ -1,0 +1,370 @@
+//! Publishing with confirms: one task owns the channel, keeps a window of publishes under way, and
+//! sends again, under the same id, what a lost connection left unconfirmed.
+//!
+//! One task, because lapin may swap the confirms of publishes that different tasks put on one channel.
+//! No `mandatory`: its returns attach to the wrong publish when several are under way, so every
+//! exchange that carries tasks has an alternate exchange instead.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{Channel, Confirmation};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{MissedTickBehavior, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::convert::{short, to_properties};
+use super::link::Pause;
+use super::{BrokerError, Link, admin};
+use crate::config::BrokerConfig;
+use crate::topology::Declaration;
+use crate::wire::Message;
+
+/// How often an idle publisher looks whether its channel still stands.
+const HEALTH_CHECK: Duration = Duration::from_millis(500);
+
+/// A message and where it goes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outgoing {
+    /// The exchange; empty for the default exchange, which routes by queue name.
+    pub exchange: String,
+    /// The routing key.
+    pub routing_key: String,
+    /// The message; published persistent.
+    pub message: Message,
+}
+
+/// Hands messages to the publishing task. Clones share the task.
+#[derive(Clone)]
+pub struct Publisher {
+    jobs: mpsc::Sender<Job>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    link: Link,
+    deadline: Duration,
+    /// Why there is no channel at the moment; what a caller hears whose deadline passes meanwhile.
+    trouble: Mutex<Option<BrokerError>>,
+    stop: CancellationToken,
+    task: TaskTracker,
+}
+
+/// The broker's word on one message, still to come. Dropping it withdraws a message not yet sent.
+pub struct Receipt {
+    answer: oneshot::Receiver<Result<(), BrokerError>>,
+}
+
+impl Receipt {
+    /// Waits for the confirm, however long the broker is away; for who holds the message otherwise.
+    pub async fn confirmed(self) -> Result<(), BrokerError> {
+        self.answer.await.unwrap_or(Err(BrokerError::Closed))
+    }
+}
+
+struct Job {
+    outgoing: Outgoing,
+    /// `None` for messages that nobody waits for and that are not sent again.
+    answer: Option<oneshot::Sender<Result<(), BrokerError>>>,
+}
+
+impl Publisher {
+    /// Starts the task. It connects on its own and declares `declarations` on every new channel.
+    pub fn start(link: Link, declarations: Vec<Declaration>, config: &BrokerConfig) -> Self {
+        let (jobs, inbox) = mpsc::channel(config.publish_window);
+        let shared = Arc::new(Shared {
+            link,
+            deadline: config.publish_timeout,
+            trouble: Mutex::new(None),
+            stop: CancellationToken::new(),
+            task: TaskTracker::new(),
+        });
+        let task = PublishTask {
+            shared: Arc::clone(&shared),
+            declarations,
+            window: config.publish_window,
+            inbox,
+            to_send: VecDeque::new(),
+        };
+        shared.task.spawn(task.run());
+        shared.task.close();
+        Self { jobs, shared }
+    }
+
+    /// Publishes and waits for the broker's confirm, at most the configured `publish_timeout`.
+    ///
+    /// An error leaves open whether the message arrived, unless it is `Rejected` or `TooLong`; so try
+    /// again under the same message id.
+    pub async fn publish(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
+        self.publish_within(outgoing, self.shared.deadline).await
+    }
+
+    /// [`publish`](Self::publish) with a deadline of the caller's.
+    pub async fn publish_within(
+        &self,
+        outgoing: Outgoing,
+        deadline: Duration,
+    ) -> Result<(), BrokerError> {
+        let whole = async { self.send(outgoing).await?.confirmed().await };
+        match timeout(deadline, whole).await {
+            Ok(result) => result,
+            Err(_) => Err(self.why_late(deadline).await),
+        }
+    }
+
+    /// Hands a message over and returns before it is confirmed; waits only for room in the window.
+    pub async fn send(&self, outgoing: Outgoing) -> Result<Receipt, BrokerError> {
+        let (tx, answer) = oneshot::channel();
+        self.hand_over(Job { outgoing, answer: Some(tx) }).await?;
+        Ok(Receipt { answer })
+    }
+
+    /// Sends a message once without caring what becomes of it; waits only for room in the window.
+    pub async fn send_and_forget(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
+        self.hand_over(Job { outgoing, answer: None }).await
+    }
+
+    /// How long [`publish`](Self::publish) waits.
+    pub fn deadline(&self) -> Duration {
+        self.shared.deadline
+    }
+
+    /// What a caller should hear who waited `deadline` in vain: the trouble known, else silence.
+    pub async fn why_late(&self, deadline: Duration) -> BrokerError {
+        let trouble = self.shared.lock_trouble().clone();
+        match trouble {
+            Some(error) => error,
+            // Asked with a limit: the link is locked while it connects.
+            None => match timeout(Duration::from_millis(50), self.shared.link.is_blocked()).await {
+                Ok(true) => BrokerError::Blocked(deadline),
+                Ok(false) | Err(_) => BrokerError::Unconfirmed(deadline),
+            },
+        }
+    }
+
+    /// Waits until everything handed over is confirmed, at most `grace`, then closes the connection.
+    pub async fn close(self, grace: Duration) {
+        let Self { jobs, shared } = self;
+        drop(jobs);
+        // Clones may live on in other tasks; the token tells the task to finish what it has.
+        shared.stop.cancel();
+        if timeout(grace, shared.task.wait()).await.is_err() {
+            tracing::warn!("some messages were not confirmed before closing");
+        }
+        shared.link.close().await;
+    }
+
+    async fn hand_over(&self, job: Job) -> Result<(), BrokerError> {
+        self.jobs.send(job).await.map_err(|_| BrokerError::Closed)
+    }
+}
+
+impl Shared {
+    fn lock_trouble(&self) -> std::sync::MutexGuard<'_, Option<BrokerError>> {
+        // A panic while holding it left a whole value behind: it is only ever replaced.
+        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct PublishTask {
+    shared: Arc<Shared>,
+    declarations: Vec<Declaration>,
+    window: usize,
+    inbox: mpsc::Receiver<Job>,
+    /// What waits for a channel, oldest first: taken over from a lost one.
+    to_send: VecDeque<Job>,
+}
+
+enum End {
+    Finished,
+    Lost(BrokerError),
+}
+
+impl PublishTask {
+    async fn run(mut self) {
+        let mut pause = Pause::new();
+        loop {
+            let lost = match self.open().await {
+                Ok(channel) => {
+                    pause.reset();
+                    *self.shared.lock_trouble() = None;
+                    match self.pump(&channel).await {
+                        End::Finished => return,
+                        End::Lost(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            if self.shared.link.is_closed() {
+                return;
+            }
+            tracing::debug!(%lost, "the publisher has no channel");
+            *self.shared.lock_trouble() = Some(lost);
+            self.to_send.retain(|job| !job.is_withdrawn());
+            if self.shared.stop.is_cancelled() && self.to_send.is_empty() && self.inbox.is_empty() {
+                return;
+            }
+            tokio::time::sleep(pause.next()).await;
+        }
+    }
+
+    async fn open(&self) -> Result<Channel, BrokerError> {
+        let channel = self.shared.link.channel().await?;
+        admin::declare(&channel, &self.declarations).await?;
+        let confirms = channel.confirm_select(ConfirmSelectOptions::default()).await;
+        confirms.map_err(|error| BrokerError::operating(&error, "confirm mode"))?;
+        Ok(channel)
+    }
+
+    /// Publishes over one channel until it is lost or there is nothing left to do.
+    async fn pump(&mut self, channel: &Channel) -> End {
+        let mut window = Window::default();
+        let mut health = tokio::time::interval(HEALTH_CHECK);
+        health.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            if let Some(lost) = self.fill(channel, &mut window).await {
+                return self.give_back(window, lost);
+            }
+            let room = window.len() < self.window;
+            tokio::select! {
+                Some((number, verdict)) = window.confirms.next() => {
+                    if let Err(lost) = window.conclude(number, verdict) {
+                        return self.give_back(window, lost);
+                    }
+                }
+                job = self.inbox.recv(), if room => match job {
+                    Some(job) => self.to_send.push_back(job),
+                    None if window.is_empty() => return End::Finished,
+                    None => self.drained(&mut window).await,
+                },
+                () = self.shared.stop.cancelled(), if window.is_empty() && self.inbox.is_empty() => {
+                    return End::Finished;
+                }
+                _ = health.tick() => if !channel.status().connected() {
+                    let lost = BrokerError::Lost("the channel was closed".to_owned());
+                    return self.give_back(window, lost);
+                },
+            }
+        }
+    }
+
+    /// Puts waiting jobs on the channel while the window has room.
+    async fn fill(&mut self, channel: &Channel, window: &mut Window) -> Option<BrokerError> {
+        while window.len() < self.window {
+            let Some(job) = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok()) else {
+                return None;
+            };
+            if job.is_withdrawn() {
+                continue;
+            }
+            if let Err((job, lost)) = window.publish(channel, job).await {
+                self.to_send.push_front(job);
+                return Some(lost);
+            }
+        }
+        None
+    }
+
+    /// All senders are gone: only confirms are still to come.
+    async fn drained(&mut self, window: &mut Window) {
+        if let Some((number, verdict)) = window.confirms.next().await
+            && let Err(lost) = window.conclude(number, verdict)
+        {
+            tracing::debug!(%lost, "lost while finishing");
+        }
+    }
+
+    /// The channel is gone: what it left unconfirmed goes first over the next one, in its old order.
+    fn give_back(&mut self, window: Window, lost: BrokerError) -> End {
+        for (_, job) in window.jobs.into_iter().rev() {
+            if job.answer.is_some() {
+                self.to_send.push_front(job);
+            }
+        }
+        End::Lost(lost)
+    }
+}
+
+type Verdict = Result<Confirmation, lapin::Error>;
+
+/// What is on the channel and not yet confirmed.
+#[derive(Default)]
+struct Window {
+    next: u64,
+    jobs: BTreeMap<u64, Job>,
+    confirms: FuturesUnordered<Numbered>,
+}
+
+type Numbered = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send>>;
+
+impl Window {
+    fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    /// Writes one message. A message that AMQP cannot carry fails alone; anything else is the channel.
+    async fn publish(&mut self, channel: &Channel, job: Job) -> Result<(), (Job, BrokerError)> {
+        let out = &job.outgoing;
+        let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
+        let (exchange, key, properties) = match parts {
+            (Ok(exchange), Ok(key), Ok(properties)) => (exchange, key, properties),
+            (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
+                job.answer(Err(error));
+                return Ok(());
+            }
+        };
+        let options = BasicPublishOptions::default();
+        let body = &out.message.body;
+        // Under a memory or disk alarm this waits until the alarm is over; callers have deadlines.
+        match channel.basic_publish(exchange, key, options, body, properties).await {
+            Ok(confirm) => {
+                let number = self.next;
+                self.next += 1;
+                self.jobs.insert(number, job);
+                self.confirms.push(Box::pin(async move { (number, confirm.await) }));
+                Ok(())
+            }
+            Err(error) => Err((job, BrokerError::operating(&error, "an exchange"))),
+        }
+    }
+
+    /// Tells the caller what the broker said. An error means that the channel is gone.
+    fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
+        let answer = match verdict {
+            Ok(Confirmation::Ack(_)) => Ok(()),
+            Ok(Confirmation::Nack(_)) => Err(()),
+            // Without confirm mode nothing is known; the channel cannot be trusted.
+            Ok(Confirmation::NotRequested) => {
+                return Err(BrokerError::Lost("the channel is not in confirm mode".to_owned()));
+            }
+            Err(error) => return Err(BrokerError::operating(&error, "an exchange")),
+        };
+        if let Some(job) = self.jobs.remove(&number) {
+            let key = job.outgoing.routing_key.clone();
+            job.answer(answer.map_err(|()| BrokerError::Rejected(key)));
+        }
+        Ok(())
+    }
+}
+
+impl Job {
+    fn is_withdrawn(&self) -> bool {
+        self.answer.as_ref().is_some_and(oneshot::Sender::is_closed)
+    }
+
+    fn answer(self, answer: Result<(), BrokerError>) {
+        if let Some(sender) = self.answer
+            && sender.send(answer).is_err()
+        {
+            tracing::trace!("nobody waits for this confirm any more");
+        }
+    }
+}

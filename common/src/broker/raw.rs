@@ -1,0 +1,1 @@
+//! lapin alone: the bare client that benchmarks compare with.

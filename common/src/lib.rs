@@ -1,0 +1,26 @@
+//! What a Garenne task is and how it travels.
+//!
+//! The pure half ([`names`], [`task`], [`outcome`], [`retry`], [`topology`], [`wire`]) does no IO and
+//! knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`telemetry`]) is how every
+//! Garenne process meets the outside world. Nothing lives here that only one crate needs.
+
+pub mod broker;
+pub mod config;
+pub mod names;
+pub mod outcome;
+pub mod retry;
+pub mod task;
+pub mod telemetry;
+pub mod timestamp;
+pub mod topology;
+pub mod wire;
+
+pub use names::{BatchId, InvalidName, Namespace, QueueName, TaskId, TaskName};
+pub use outcome::{DeadReason, Status, TaskResult};
+pub use retry::RetryPolicy;
+pub use task::{Options, ReplyFormat, ReplyTo, Task, TaskMessage};
+pub use timestamp::Timestamp;
+pub use wire::{Codec, Payload};
+
+/// The version of this build, as `--version`, reports and client properties show it.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,193 @@
+//! Dead letters: a message that was given up, kept whole, with the reason beside it in headers.
+
+use super::Malformed;
+use super::headers::{self, number, text};
+use super::message::{HeaderValue, Message};
+use crate::names::{BatchId, QueueName, TaskId, TaskName};
+use crate::outcome::{DeadReason, Status, TaskResult};
+use crate::timestamp::Timestamp;
+
+/// An error text in a header is cut to this many characters; headers share a frame of 128 KiB.
+const MAX_ERROR_CHARS: usize = 4_000;
+
+/// A message that was given up.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeadLetter {
+    /// The message as it was, but with an id if it had none.
+    pub message: Message,
+    /// Its id: the task's, or one made up for a message that had no valid one.
+    pub id: TaskId,
+    /// The short name of the queue it was meant for; foreign routing keys may be anything.
+    pub queue: String,
+    /// Why.
+    pub reason: DeadReason,
+    /// The last error, in words.
+    pub error: String,
+    /// Who gave it up.
+    pub by: String,
+    /// When the last attempt started, if one did.
+    pub started_at: Option<Timestamp>,
+    /// When it was given up.
+    pub at: Timestamp,
+    /// Whether its last delivery was a redelivery.
+    pub redelivered: bool,
+}
+
+impl DeadLetter {
+    /// A dead letter made of `message`, given up now.
+    pub fn new(message: &Message, queue: &str, reason: DeadReason, error: &str, by: &str) -> Self {
+        let mut message = super::task::for_republish(message);
+        let id = message.properties.message_id.as_deref().map(TaskId::new);
+        let id = id.and_then(Result::ok).unwrap_or_else(TaskId::generate);
+        message.properties.message_id = Some(id.to_string());
+        Self {
+            message,
+            id,
+            queue: queue.to_owned(),
+            reason,
+            error: error.chars().take(MAX_ERROR_CHARS).collect(),
+            by: by.to_owned(),
+            started_at: None,
+            at: Timestamp::now(),
+            redelivered: false,
+        }
+    }
+
+    /// Writes it: the message, and its fate in headers.
+    pub fn encode(&self) -> Message {
+        let mut message = self.message.clone();
+        let millis = |at: Timestamp| {
+            HeaderValue::Int(i64::try_from(at.as_millis()).unwrap_or(i64::MAX))
+        };
+        message.set_header(headers::DEAD_REASON, HeaderValue::Text(self.reason.as_str().to_owned()));
+        message.set_header(headers::DEAD_ERROR, HeaderValue::Text(self.error.clone()));
+        message.set_header(headers::DEAD_BY, HeaderValue::Text(self.by.clone()));
+        message.set_header(headers::DEAD_QUEUE, HeaderValue::Text(self.queue.clone()));
+        message.set_header(headers::DEAD_AT, millis(self.at));
+        message.set_header(headers::DEAD_REDELIVERED, HeaderValue::Bool(self.redelivered));
+        if let Some(at) = self.started_at {
+            message.set_header(headers::DEAD_STARTED_AT, millis(at));
+        }
+        message
+    }
+
+    /// Reads what arrived in the dead-letter queue, from a worker or by the broker's own path.
+    ///
+    /// Nothing is refused here: a dead letter that cannot be read would have no place left to go.
+    pub fn decode(message: &Message) -> Self {
+        let reason = text(message, headers::DEAD_REASON).ok().flatten();
+        match reason.and_then(DeadReason::from_code) {
+            Some(reason) => Self::from_worker(message, reason),
+            None => Self::from_broker(message),
+        }
+    }
+
+    fn from_worker(message: &Message, reason: DeadReason) -> Self {
+        let word = |name| text(message, name).ok().flatten().unwrap_or_default();
+        let time = |name| number(message, name).ok().flatten().map(Timestamp::from_millis);
+        let mut original = message.clone();
+        original.headers.retain(|(name, _)| !name.starts_with("x-garenne-dead-"));
+        let (queue, error) = (word(headers::DEAD_QUEUE), word(headers::DEAD_ERROR));
+        let redelivered = message.header(headers::DEAD_REDELIVERED);
+        Self {
+            started_at: time(headers::DEAD_STARTED_AT),
+            at: time(headers::DEAD_AT).unwrap_or_else(Timestamp::now),
+            redelivered: redelivered == Some(&HeaderValue::Bool(true)),
+            ..Self::new(&original, queue, reason, error, word(headers::DEAD_BY))
+        }
+    }
+
+    /// The broker's account is in `x-first-death-*`: the queue's full name and why.
+    fn from_broker(message: &Message) -> Self {
+        let why = text(message, headers::FIRST_DEATH_REASON).ok().flatten().unwrap_or("unknown");
+        let queue = text(message, headers::FIRST_DEATH_QUEUE).ok().flatten().unwrap_or_default();
+        let short = queue.split_once(".tasks.").map_or(queue, |(_, short)| short);
+        let reason = if why == "expired" { DeadReason::Expired } else { DeadReason::Broker };
+        let error = format!("given up by the broker: {why} (queue {queue})");
+        Self::new(message, short, reason, &error, "rabbitmq")
+    }
+
+    /// The task's final record, if this reason ends the task.
+    pub fn to_result(&self) -> Option<TaskResult> {
+        if !self.reason.is_final() {
+            return None;
+        }
+        let name = self.message.properties.kind.as_deref().map(TaskName::new);
+        let attempt = number(&self.message, headers::ATTEMPT).ok().flatten().unwrap_or(1);
+        let attempt = if self.started_at.is_some() { attempt } else { 0 };
+        Some(TaskResult {
+            id: self.id.clone(),
+            // A message may be dead exactly because its name is none.
+            name: name.and_then(Result::ok).or_else(|| TaskName::new("unknown").ok())?,
+            queue: QueueName::new(&self.queue).unwrap_or_default(),
+            batch: self.batch(),
+            status: Status::Failed,
+            output: None,
+            error: Some(self.error.clone()),
+            reason: Some(self.reason),
+            attempt: u32::try_from(attempt).unwrap_or(u32::MAX),
+            redelivered: self.redelivered,
+            worker: self.by.clone(),
+            started_at: self.started_at.unwrap_or(self.at),
+            finished_at: self.at,
+        })
+    }
+
+    /// The batch that its sender meant, if that can be read.
+    pub fn batch(&self) -> Option<BatchId> {
+        let batch: Result<Option<&str>, Malformed> = text(&self.message, headers::BATCH);
+        batch.ok().flatten().and_then(|id| BatchId::new(id).ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Properties;
+
+    fn message() -> Message {
+        let properties = Properties {
+            kind: Some("a.b".to_owned()),
+            message_id: Some("t-1".to_owned()),
+            ..Properties::default()
+        };
+        Message { properties, headers: vec![], body: b"{}".to_vec().into() }
+    }
+
+    #[test]
+    fn a_dead_letter_keeps_the_message_whole() {
+        let mut letter = DeadLetter::new(&message(), "cpu", DeadReason::Fatal, "no", "host:1");
+        letter.started_at = Some(Timestamp::from_millis(7));
+        letter.redelivered = true;
+        let read = DeadLetter::decode(&letter.encode());
+        assert_eq!(read, letter);
+        assert_eq!(read.message, message());
+        let result = read.to_result().unwrap();
+        assert_eq!((result.attempt, result.reason), (1, Some(DeadReason::Fatal)));
+    }
+
+    #[test]
+    fn the_brokers_own_dead_letters_end_their_task_too() {
+        let mut dropped = message();
+        dropped.set_header("x-first-death-reason", HeaderValue::Text("delivery_limit".to_owned()));
+        dropped.set_header("x-first-death-queue", HeaderValue::Text("g.tasks.cpu".to_owned()));
+        let letter = DeadLetter::decode(&dropped);
+        assert_eq!((letter.reason, letter.queue.as_str()), (DeadReason::Broker, "cpu"));
+        assert!(letter.error.contains("delivery_limit"));
+        assert_eq!(letter.message, message());
+        assert!(letter.to_result().is_some());
+    }
+
+    #[test]
+    fn a_message_that_is_none_still_becomes_a_dead_letter() {
+        let letter = DeadLetter::decode(&Message::default());
+        assert_eq!(letter.message.properties.message_id.as_deref(), Some(letter.id.as_str()));
+        assert_eq!(letter.to_result().unwrap().name.as_str(), "unknown");
+    }
+
+    #[test]
+    fn an_unknown_task_has_not_ended() {
+        let letter = DeadLetter::new(&message(), "cpu", DeadReason::UnknownTask, "no", "w");
+        assert_eq!(letter.to_result(), None);
+    }
+}

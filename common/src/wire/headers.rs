@@ -1,0 +1,80 @@
+//! The `x-garenne-*` headers: their names, and reading them from whatever type a client library sent.
+
+use std::time::Duration;
+
+use super::message::{HeaderValue, Message};
+use super::Malformed;
+
+pub(super) const ATTEMPT: &str = "x-garenne-attempt";
+pub(super) const MAX_ATTEMPTS: &str = "x-garenne-max-attempts";
+pub(super) const RETRY_BASE: &str = "x-garenne-retry-base-ms";
+pub(super) const RETRY_FACTOR: &str = "x-garenne-retry-factor";
+pub(super) const RETRY_MAX: &str = "x-garenne-retry-max-ms";
+pub(super) const TIMEOUT: &str = "x-garenne-timeout-ms";
+pub(super) const EXPIRES_AT: &str = "x-garenne-expires-at-ms";
+pub(super) const BATCH: &str = "x-garenne-batch";
+pub(super) const REPLY_FORMAT: &str = "x-garenne-reply-format";
+pub(super) const SUBMITTED_AT: &str = "x-garenne-submitted-at-ms";
+pub(super) const TRACEPARENT: &str = "traceparent";
+pub(super) const DEAD_REASON: &str = "x-garenne-dead-reason";
+pub(super) const DEAD_ERROR: &str = "x-garenne-dead-error";
+pub(super) const DEAD_AT: &str = "x-garenne-dead-at-ms";
+pub(super) const DEAD_BY: &str = "x-garenne-dead-by";
+pub(super) const DEAD_QUEUE: &str = "x-garenne-dead-queue";
+pub(super) const DEAD_STARTED_AT: &str = "x-garenne-dead-started-at-ms";
+pub(super) const DEAD_REDELIVERED: &str = "x-garenne-dead-redelivered";
+/// Set by RabbitMQ on what it dead-lettered itself.
+pub(super) const FIRST_DEATH_REASON: &str = "x-first-death-reason";
+/// Set by RabbitMQ on what it dead-lettered itself.
+pub(super) const FIRST_DEATH_QUEUE: &str = "x-first-death-queue";
+
+/// Headers that a republished message must not carry: RabbitMQ's own account of dead-lettering, by
+/// which it drops what seems to go in a circle, and the marks of a delay that is over.
+pub(super) fn is_spent(name: &str) -> bool {
+    name == "x-death"
+        || name == "x-delivery-count"
+        || name == "x-acquired-count"
+        || name.starts_with("x-first-death-")
+        || name.starts_with("x-last-death-")
+        || crate::topology::is_delay_mark(name)
+}
+
+pub(super) fn text<'a>(message: &'a Message, name: &str) -> Result<Option<&'a str>, Malformed> {
+    match message.header(name) {
+        None => Ok(None),
+        Some(HeaderValue::Text(text)) => Ok(Some(text)),
+        Some(other) => Err(wrong(name, other, "text")),
+    }
+}
+
+/// A whole number from 0 on; text is taken too, since shells and some clients have nothing else.
+pub(super) fn number(message: &Message, name: &str) -> Result<Option<u64>, Malformed> {
+    let Some(value) = message.header(name) else { return Ok(None) };
+    let number = match value {
+        HeaderValue::Int(number) => u64::try_from(*number).ok(),
+        HeaderValue::Text(text) => text.trim().parse().ok(),
+        HeaderValue::Float(_) | HeaderValue::Bool(_) => None,
+    };
+    number.map(Some).ok_or_else(|| wrong(name, value, "a whole number from 0 on"))
+}
+
+pub(super) fn millis(message: &Message, name: &str) -> Result<Option<Duration>, Malformed> {
+    Ok(number(message, name)?.map(Duration::from_millis))
+}
+
+pub(super) fn float(message: &Message, name: &str) -> Result<Option<f64>, Malformed> {
+    let Some(value) = message.header(name) else { return Ok(None) };
+    let number = match value {
+        // A factor needs no 53 bits.
+        HeaderValue::Int(number) => i32::try_from(*number).ok().map(f64::from),
+        HeaderValue::Float(number) => Some(*number),
+        HeaderValue::Text(text) => text.trim().parse().ok(),
+        HeaderValue::Bool(_) => None,
+    };
+    let finite = number.filter(|number| number.is_finite());
+    finite.map(Some).ok_or_else(|| wrong(name, value, "a number"))
+}
+
+fn wrong(name: &str, value: &HeaderValue, expected: &str) -> Malformed {
+    Malformed::new(format_args!("header {name} is {value:?}, expected {expected}"))
+}

@@ -1,0 +1,71 @@
+//! A message as AMQP carries it, without a client library's types.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+
+/// A whole message: properties, headers, body.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Message {
+    /// The properties of AMQP's basic class that Garenne uses.
+    pub properties: Properties,
+    /// The header table, in the order written. Nested tables and arrays of foreign senders are left out.
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    /// The body.
+    pub body: Bytes,
+}
+
+/// AMQP's basic properties. `delivery_mode` is not among them: everything is persistent.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Properties {
+    /// MIME type of the body.
+    pub content_type: Option<String>,
+    /// Compression of the body.
+    pub content_encoding: Option<String>,
+    /// AMQP's `type`: the task name, or what else the message is.
+    pub kind: Option<String>,
+    /// The id of the task, notice or question.
+    pub message_id: Option<String>,
+    /// The sender's own mark.
+    pub correlation_id: Option<String>,
+    /// The queue for a reply.
+    pub reply_to: Option<String>,
+    /// Who sent it; for people who look at the management UI.
+    pub app_id: Option<String>,
+    /// Seconds since 1970.
+    pub timestamp: Option<u64>,
+    /// Higher goes first.
+    pub priority: Option<u8>,
+    /// Milliseconds that the message may wait in a queue, as text.
+    pub expiration: Option<String>,
+}
+
+/// The name of a header; ours are constants, foreign ones are owned.
+pub type HeaderName = Cow<'static, str>;
+
+/// A header value.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HeaderValue {
+    /// Text.
+    Text(String),
+    /// Any of AMQP's integers.
+    Int(i64),
+    /// Either of AMQP's floats.
+    Float(f64),
+    /// A truth value.
+    Bool(bool),
+}
+
+impl Message {
+    /// The value of a header.
+    pub fn header(&self, name: &str) -> Option<&HeaderValue> {
+        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value)
+    }
+
+    /// Sets a header, replacing an earlier value.
+    pub fn set_header(&mut self, name: impl Into<HeaderName>, value: HeaderValue) {
+        let name = name.into();
+        self.headers.retain(|(key, _)| *key != name);
+        self.headers.push((name, value));
+    }
+}

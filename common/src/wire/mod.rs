@@ -1,0 +1,50 @@
+//! The wire protocol: how tasks, reports, dead letters, notices and questions look as AMQP messages.
+//!
+//! A public protocol, described in docs/protocol.md and held still by golden samples. Everything here
+//! is pure: bytes and headers in, checked values out, and no input makes it panic. Only this module
+//! names a codec crate; nothing here names lapin.
+
+pub mod codec;
+pub mod dead;
+mod headers;
+pub mod message;
+pub mod notice;
+pub mod query;
+pub mod report;
+pub mod task;
+
+pub use codec::{Codec, CodecError, Payload};
+pub use dead::DeadLetter;
+pub use message::{HeaderName, HeaderValue, Message, Properties};
+pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
+pub use query::{Answer, BatchStatus, DeadSummary, Question, TaskState};
+pub use report::{Report, RetryNote};
+
+/// No body larger than this is looked into: RabbitMQ 4 refuses larger ones anyway.
+pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
+
+/// The message is not what the protocol says; the text says where.
+///
+/// Never a worker's error: a message that decodes to this goes to the dead letters as it is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Malformed(pub String);
+
+impl Malformed {
+    fn new(what: impl std::fmt::Display) -> Self {
+        // A reason quotes its input; bounded, because the input is not.
+        Self(what.to_string().chars().take(500).collect())
+    }
+}
+
+impl From<crate::InvalidName> for Malformed {
+    fn from(error: crate::InvalidName) -> Self {
+        Self::new(error)
+    }
+}
+
+impl From<CodecError> for Malformed {
+    fn from(error: CodecError) -> Self {
+        Self::new(error)
+    }
+}

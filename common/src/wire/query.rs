@@ -1,0 +1,211 @@
+//! Questions to the collector and its answers: JSON, so that any client can ask.
+//!
+//! A question goes to the queries queue with a `reply_to` and an `expiration`; whoever asks too late
+//! asks in vain. Only `results` is answered in Garenne's own report bundle, because it carries outputs
+//! that JSON cannot.
+
+use serde::{Deserialize, Serialize};
+
+use super::message::{Message, Properties};
+use super::notice::BatchSummary;
+use super::report::RetryNote;
+use super::{Codec, Malformed};
+use crate::names::{BatchId, TaskId};
+use crate::outcome::{DeadReason, TaskResult};
+use crate::timestamp::Timestamp;
+
+const QUESTION_KIND: &str = "garenne.question";
+const ANSWER_KIND: &str = "garenne.answer";
+
+/// What a client may ask.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "snake_case")]
+pub enum Question {
+    /// How a task stands.
+    Task {
+        /// Which.
+        id: TaskId,
+    },
+    /// The final results of these tasks, as far as they have ended; at most 1,000 ids.
+    Results {
+        /// Which.
+        ids: Vec<TaskId>,
+    },
+    /// How a batch stands.
+    Batch {
+        /// Which.
+        id: BatchId,
+    },
+    /// The newest dead letters.
+    DeadList {
+        /// At most so many, and at most 1,000.
+        limit: u32,
+    },
+    /// One dead letter.
+    Dead {
+        /// Which.
+        id: TaskId,
+    },
+    /// How much the collector has seen.
+    Totals,
+}
+
+/// What the collector answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    /// How a task stands.
+    Task {
+        /// Finished, retrying, or nothing known.
+        #[serde(flatten)]
+        state: TaskState,
+    },
+    /// How a batch stands; `None` if nobody has heard of it.
+    Batch {
+        /// Its summary.
+        batch: Option<BatchStatus>,
+    },
+    /// Dead letters, newest first.
+    DeadList {
+        /// The letters.
+        letters: Vec<DeadSummary>,
+    },
+    /// One dead letter; `None` if there is none of that id.
+    Dead {
+        /// The letter.
+        letter: Option<DeadSummary>,
+    },
+    /// Totals since the store was made.
+    Totals {
+        /// Final results in the store.
+        results: u64,
+        /// Results that came again and were dropped.
+        repeats: u64,
+        /// Dead letters in the store.
+        dead: u64,
+        /// Batches in the store.
+        batches: u64,
+    },
+    /// The question could not be answered.
+    Refused {
+        /// Why.
+        error: String,
+    },
+}
+
+/// What the collector knows of a task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum TaskState {
+    /// It ended.
+    Finished {
+        /// How.
+        result: TaskResult,
+    },
+    /// An attempt failed; the next one waits in the broker or runs.
+    Retrying {
+        /// The last failed attempt.
+        last: RetryNote,
+    },
+    /// No worker on its queue knew its name; it is kept as a dead letter.
+    Parked {
+        /// The letter.
+        letter: DeadSummary,
+    },
+    /// Not finished, or never submitted: the collector hears of a task only when an attempt ends.
+    Unknown,
+}
+
+/// A batch and the members that failed last.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BatchStatus {
+    /// The counts.
+    #[serde(flatten)]
+    pub summary: BatchSummary,
+    /// Up to ten members that did not succeed, with their errors.
+    pub failures: Vec<TaskResult>,
+}
+
+/// A dead letter, for people.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DeadSummary {
+    /// The task's id, or one made up for a message without a valid one.
+    pub id: TaskId,
+    /// AMQP `type`: the task name, if it had one.
+    pub name: Option<String>,
+    /// The queue it was meant for.
+    pub queue: String,
+    /// Why it was given up.
+    pub reason: DeadReason,
+    /// The last error.
+    pub error: String,
+    /// Who gave it up.
+    pub by: String,
+    /// When.
+    pub at: Timestamp,
+    /// Size of the body in bytes.
+    pub body_bytes: u64,
+    /// The body as JSON where it is JSON.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub args: Option<serde_json::Value>,
+}
+
+impl Question {
+    /// Writes it; `expiration_millis` is how long the asker waits.
+    pub fn encode(&self, reply_to: &str, correlation_id: &str, expiration_millis: u64) -> Message {
+        let mut message = json(self, QUESTION_KIND, correlation_id);
+        message.properties.reply_to = Some(reply_to.to_owned());
+        message.properties.expiration = Some(expiration_millis.to_string());
+        message
+    }
+
+    /// Reads one.
+    pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        serde_json::from_slice(&message.body).map_err(Malformed::new)
+    }
+}
+
+impl Answer {
+    /// Writes it.
+    pub fn encode(&self, correlation_id: &str) -> Message {
+        json(self, ANSWER_KIND, correlation_id)
+    }
+
+    /// Reads one.
+    pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        serde_json::from_slice(&message.body).map_err(Malformed::new)
+    }
+}
+
+fn json(value: &impl Serialize, kind: &str, correlation_id: &str) -> Message {
+    let properties = Properties {
+        content_type: Some(Codec::Json.content_type().to_owned()),
+        kind: Some(kind.to_owned()),
+        correlation_id: Some(correlation_id.to_owned()),
+        ..Properties::default()
+    };
+    let body = serde_json::to_vec(value).unwrap_or_else(|_| b"{}".to_vec());
+    Message { properties, headers: vec![], body: body.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_question_is_plain_json() {
+        let question = Question::Task { id: TaskId::new("t-1").unwrap() };
+        let message = question.encode("r", "c", 500);
+        assert_eq!(&message.body[..], br#"{"ask":"task","id":"t-1"}"#);
+        assert_eq!(message.properties.expiration.as_deref(), Some("500"));
+        assert_eq!(Question::decode(&message), Ok(question));
+    }
+
+    #[test]
+    fn answers_come_back_as_they_went() {
+        let answer = Answer::Task { state: TaskState::Unknown };
+        let message = answer.encode("c");
+        assert_eq!(&message.body[..], br#"{"answer":"task","state":"unknown"}"#);
+        assert_eq!(Answer::decode(&message), Ok(answer));
+    }
+}

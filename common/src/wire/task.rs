@@ -1,0 +1,359 @@
+//! A task as a message, both ways.
+//!
+//! Only `type` and a JSON body are required of a sender; every other property and header has a
+//! default. What is present must be right: a number that does not parse is a malformed task, not a
+//! task without that number.
+
+use std::time::Duration;
+
+use super::codec::{Codec, Payload};
+use super::headers::{self, float, millis, number, text};
+use super::message::{HeaderName, HeaderValue, Message, Properties};
+use super::{MAX_BODY_BYTES, Malformed};
+use crate::names::{BatchId, QueueName, TaskId, TaskName};
+use crate::retry::RetryPolicy;
+use crate::task::{Options, ReplyFormat, ReplyTo, TaskMessage};
+use crate::timestamp::Timestamp;
+
+const BUNDLE: &str = "bundle";
+
+/// Writes a task. `app_id` says who publishes it, for people who look at the management UI.
+pub fn encode(task: &TaskMessage, app_id: &str) -> Message {
+    let reply = task.reply.as_ref();
+    let properties = Properties {
+        content_type: Some(task.args.codec.content_type().to_owned()),
+        kind: Some(task.name.to_string()),
+        message_id: Some(task.id.to_string()),
+        correlation_id: reply.and_then(|reply| reply.correlation_id.clone()),
+        reply_to: reply.map(|reply| reply.queue.clone()),
+        app_id: Some(app_id.to_owned()),
+        timestamp: task.submitted_at.map(|at| at.as_millis() / 1000),
+        priority: task.options.priority,
+        ..Properties::default()
+    };
+    Message { properties, headers: encode_headers(task), body: task.args.bytes.clone() }
+}
+
+fn encode_headers(task: &TaskMessage) -> Vec<(HeaderName, HeaderValue)> {
+    let mut list = vec![int(headers::ATTEMPT, u64::from(task.attempt))];
+    let (retry, usual) = (task.options.retry, RetryPolicy::DEFAULT);
+    if retry.max_attempts != usual.max_attempts {
+        list.push(int(headers::MAX_ATTEMPTS, u64::from(retry.max_attempts)));
+    }
+    if retry.base != usual.base {
+        list.push(span(headers::RETRY_BASE, retry.base));
+    }
+    if retry.factor.total_cmp(&usual.factor).is_ne() {
+        list.push((headers::RETRY_FACTOR.into(), HeaderValue::Float(retry.factor)));
+    }
+    if retry.max != usual.max {
+        list.push(span(headers::RETRY_MAX, retry.max));
+    }
+    if let Some(timeout) = task.options.timeout {
+        list.push(span(headers::TIMEOUT, timeout));
+    }
+    if let Some(at) = task.options.expires_at {
+        list.push(int(headers::EXPIRES_AT, at.as_millis()));
+    }
+    if let Some(batch) = &task.batch {
+        list.push((headers::BATCH.into(), HeaderValue::Text(batch.to_string())));
+    }
+    if let Some(at) = task.submitted_at {
+        list.push(int(headers::SUBMITTED_AT, at.as_millis()));
+    }
+    if let Some(parent) = &task.traceparent {
+        list.push((headers::TRACEPARENT.into(), HeaderValue::Text(parent.clone())));
+    }
+    if task.reply.as_ref().is_some_and(|reply| reply.format == ReplyFormat::Bundle) {
+        list.push((headers::REPLY_FORMAT.into(), HeaderValue::Text(BUNDLE.to_owned())));
+    }
+    list
+}
+
+/// Reads a task that came through `queue`.
+///
+/// `Ok(None)` is a sound task without an id: it must get one, confirmed by the broker, before it
+/// runs, or its redelivery would be another task ([`assign_id`]).
+pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage>, Malformed> {
+    let properties = &message.properties;
+    let kind = properties.kind.as_deref();
+    let name = kind.ok_or_else(|| Malformed::new("the property type (the task name) is missing"))?;
+    let name = TaskName::new(name)?;
+    let args = decode_args(message)?;
+    let attempt = number(message, headers::ATTEMPT)?.unwrap_or(1);
+    let attempt = u32::try_from(attempt).unwrap_or(u32::MAX).max(1);
+    let batch = text(message, headers::BATCH)?.map(BatchId::new).transpose()?;
+    let submitted_at = match number(message, headers::SUBMITTED_AT)? {
+        Some(millis) => Some(Timestamp::from_millis(millis)),
+        None => properties.timestamp.map(|s| Timestamp::from_millis(s.saturating_mul(1000))),
+    };
+    let (reply, options) = (decode_reply(message)?, decode_options(message)?);
+    let traceparent = text(message, headers::TRACEPARENT)?.map(str::to_owned);
+    let Some(id) = properties.message_id.as_deref() else { return Ok(None) };
+    let id = TaskId::new(id)?;
+    let queue = queue.clone();
+    Ok(Some(TaskMessage {
+        id,
+        name,
+        queue,
+        args,
+        attempt,
+        batch,
+        reply,
+        options,
+        submitted_at,
+        traceparent,
+    }))
+}
+
+/// The same message under a fresh id, ready to be published again.
+pub fn assign_id(message: &Message) -> (TaskId, Message) {
+    let id = TaskId::generate();
+    let mut message = for_republish(message);
+    message.properties.message_id = Some(id.to_string());
+    (id, message)
+}
+
+/// The message without what one trip through the broker left on it.
+pub fn for_republish(message: &Message) -> Message {
+    let mut message = message.clone();
+    message.headers.retain(|(name, _)| !headers::is_spent(name));
+    message
+}
+
+/// A message that is to arrive after a delay: the marks of its levels set, older marks gone.
+pub fn with_delay_marks(mut message: Message, marks: &[String]) -> Message {
+    message.headers.retain(|(name, _)| !headers::is_spent(name));
+    let marks = marks.iter().map(|mark| (mark.clone().into(), HeaderValue::Bool(true)));
+    message.headers.extend(marks);
+    message
+}
+
+fn decode_args(message: &Message) -> Result<Payload, Malformed> {
+    let properties = &message.properties;
+    if message.body.len() > MAX_BODY_BYTES {
+        let length = message.body.len();
+        return Err(Malformed::new(format_args!("a body of {length} bytes is too large")));
+    }
+    if let Some(encoding) = properties.content_encoding.as_deref() {
+        // pika and others set "utf-8" here; that is no compression.
+        if !["", "utf-8", "identity"].contains(&encoding.to_ascii_lowercase().as_str()) {
+            return Err(Malformed::new(format_args!("content_encoding {encoding:?} is not known")));
+        }
+    }
+    let codec = match properties.content_type.as_deref() {
+        None => Codec::Json,
+        Some(content_type) => Codec::from_content_type(content_type).ok_or_else(|| {
+            Malformed::new(format_args!(
+                "content_type {content_type:?} is neither application/json nor application/x-bincode"
+            ))
+        })?,
+    };
+    if codec == Codec::Json {
+        // Checked here once, so that a broken body is the sender's fault and no handler's.
+        serde_json::from_slice::<&serde_json::value::RawValue>(&message.body)
+            .map_err(|error| Malformed::new(format_args!("the body is not JSON: {error}")))?;
+    }
+    Ok(Payload { codec, bytes: message.body.clone() })
+}
+
+fn decode_reply(message: &Message) -> Result<Option<ReplyTo>, Malformed> {
+    let format = match text(message, headers::REPLY_FORMAT)? {
+        None => ReplyFormat::Plain,
+        Some(BUNDLE) => ReplyFormat::Bundle,
+        Some(other) => {
+            return Err(Malformed::new(format_args!("reply format {other:?} is not known")));
+        }
+    };
+    let properties = &message.properties;
+    Ok(properties.reply_to.clone().filter(|queue| !queue.is_empty()).map(|queue| ReplyTo {
+        queue,
+        correlation_id: properties.correlation_id.clone(),
+        format,
+    }))
+}
+
+fn decode_options(message: &Message) -> Result<Options, Malformed> {
+    let usual = RetryPolicy::DEFAULT;
+    let max_attempts = number(message, headers::MAX_ATTEMPTS)?;
+    let max_attempts = max_attempts.map_or(usual.max_attempts, |n| u32::try_from(n).unwrap_or(u32::MAX));
+    let retry = RetryPolicy {
+        max_attempts: max_attempts.max(1),
+        base: millis(message, headers::RETRY_BASE)?.unwrap_or(usual.base),
+        factor: float(message, headers::RETRY_FACTOR)?.unwrap_or(usual.factor),
+        max: millis(message, headers::RETRY_MAX)?.unwrap_or(usual.max),
+    };
+    Ok(Options {
+        retry,
+        timeout: millis(message, headers::TIMEOUT)?,
+        expires_at: number(message, headers::EXPIRES_AT)?.map(Timestamp::from_millis),
+        priority: message.properties.priority,
+    })
+}
+
+fn int(name: &'static str, value: u64) -> (HeaderName, HeaderValue) {
+    (name.into(), HeaderValue::Int(i64::try_from(value).unwrap_or(i64::MAX)))
+}
+
+fn span(name: &'static str, value: Duration) -> (HeaderName, HeaderValue) {
+    int(name, u64::try_from(value.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn minimal() -> Message {
+        Message {
+            properties: Properties {
+                kind: Some("text.count_words".to_owned()),
+                message_id: Some("t-1".to_owned()),
+                ..Properties::default()
+            },
+            body: br#"{"text":"a b"}"#.to_vec().into(),
+            ..Message::default()
+        }
+    }
+
+    fn queue() -> QueueName {
+        QueueName::default()
+    }
+
+    fn reason(message: &Message) -> String {
+        decode(message, &queue()).unwrap_err().0
+    }
+
+    #[test]
+    fn a_type_and_a_json_body_are_enough() {
+        let mut message = minimal();
+        message.properties.message_id = None;
+        assert_eq!(decode(&message, &queue()), Ok(None));
+        let (id, message) = assign_id(&message);
+        let task = decode(&message, &queue()).unwrap().unwrap();
+        assert_eq!(task.id, id);
+        assert_eq!(task.attempt, 1);
+        assert_eq!(task.options, Options::default());
+        assert_eq!(task.reply, None);
+    }
+
+    #[test]
+    fn each_breach_has_its_own_reason() {
+        let mut no_type = minimal();
+        no_type.properties.kind = None;
+        assert!(reason(&no_type).contains("type"));
+
+        let mut body = minimal();
+        body.body = b"{\"text\":".to_vec().into();
+        assert!(reason(&body).contains("not JSON"));
+        body.body = Vec::new().into();
+        assert!(reason(&body).contains("not JSON"));
+
+        let mut content_type = minimal();
+        content_type.properties.content_type = Some("text/plain".to_owned());
+        assert!(reason(&content_type).contains("content_type"));
+
+        let mut encoding = minimal();
+        encoding.properties.content_encoding = Some("gzip".to_owned());
+        assert!(reason(&encoding).contains("content_encoding"));
+
+        let mut header = minimal();
+        header.set_header(headers::TIMEOUT, HeaderValue::Text("soon".to_owned()));
+        assert!(reason(&header).contains("x-garenne-timeout-ms"));
+        header.set_header(headers::TIMEOUT, HeaderValue::Int(-1));
+        assert!(reason(&header).contains("x-garenne-timeout-ms"));
+    }
+
+    #[test]
+    fn numbers_may_come_as_text() {
+        let mut message = minimal();
+        message.set_header(headers::MAX_ATTEMPTS, HeaderValue::Text(" 7 ".to_owned()));
+        let task = decode(&message, &queue()).unwrap().unwrap();
+        assert_eq!(task.options.retry.max_attempts, 7);
+    }
+
+    #[test]
+    fn a_deeply_nested_body_is_refused_without_a_stack_overflow() {
+        let mut message = minimal();
+        message.body = "[".repeat(200_000).into_bytes().into();
+        assert!(reason(&message).contains("not JSON"));
+    }
+
+    #[test]
+    fn a_republish_leaves_the_brokers_account_behind() {
+        let mut message = minimal();
+        for spent in ["x-death", "x-first-death-reason", "x-last-death-queue", "garenne-delay-03"] {
+            message.set_header(spent, HeaderValue::Bool(true));
+        }
+        message.set_header("x-mine", HeaderValue::Bool(true));
+        let names: Vec<_> = for_republish(&message).headers.into_iter().map(|(n, _)| n).collect();
+        assert_eq!(names, ["x-mine"]);
+    }
+
+    fn any_task() -> impl Strategy<Value = TaskMessage> {
+        let options = (1..=u32::MAX, 0..1_000_000_u64, 0.0..100.0_f64, any::<Option<u32>>());
+        let identity = ("[a-z.]{1,20}", "[a-zA-Z0-9 é-]{1,40}", any::<Option<u32>>());
+        (options, identity, any::<Vec<u8>>(), any::<(bool, bool, Option<u8>)>()).prop_map(
+            |((max_attempts, base, factor, at), (name, id, timeout), args, (reply, bundle, priority))| {
+                let format = if bundle { ReplyFormat::Bundle } else { ReplyFormat::Plain };
+                let base = Duration::from_millis(base);
+                let retry = RetryPolicy { max_attempts, base, factor, max: base * 2 };
+                TaskMessage {
+                    id: TaskId::new(&id).unwrap(),
+                    name: TaskName::new(&name).unwrap(),
+                    queue: queue(),
+                    args: Payload { codec: Codec::Bincode, bytes: args.into() },
+                    attempt: max_attempts,
+                    batch: reply.then(BatchId::generate),
+                    reply: reply.then(|| ReplyTo {
+                        queue: id.clone(),
+                        correlation_id: bundle.then(|| name.clone()),
+                        format,
+                    }),
+                    options: Options {
+                        retry,
+                        timeout: timeout.map(|ms| Duration::from_millis(ms.into())),
+                        expires_at: at.map(|ms| Timestamp::from_millis(ms.into())),
+                        priority,
+                    },
+                    submitted_at: at.map(|ms| Timestamp::from_millis(ms.into())),
+                    traceparent: bundle.then_some(name),
+                }
+            },
+        )
+    }
+
+    fn any_header() -> impl Strategy<Value = HeaderValue> {
+        prop_oneof![
+            any::<String>().prop_map(HeaderValue::Text),
+            any::<i64>().prop_map(HeaderValue::Int),
+            any::<f64>().prop_map(HeaderValue::Float),
+            any::<bool>().prop_map(HeaderValue::Bool),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_decodes(task in any_task()) {
+            let message = encode(&task, "test");
+            prop_assert_eq!(decode(&message, &queue()), Ok(Some(task)));
+        }
+
+        #[test]
+        fn no_message_makes_the_decoder_panic(
+            kind in any::<Option<String>>(), id in any::<Option<String>>(),
+            content_type in any::<Option<String>>(), body in any::<Vec<u8>>(),
+            values in prop::collection::vec(any_header(), 11),
+        ) {
+            let names = [
+                headers::ATTEMPT, headers::MAX_ATTEMPTS, headers::RETRY_BASE, headers::RETRY_FACTOR,
+                headers::RETRY_MAX, headers::TIMEOUT, headers::EXPIRES_AT, headers::BATCH,
+                headers::SUBMITTED_AT, headers::TRACEPARENT, headers::REPLY_FORMAT,
+            ];
+            let properties = Properties { kind, message_id: id, content_type, ..Properties::default() };
+            let headers = names.into_iter().map(HeaderName::from).zip(values).collect();
+            let message = Message { properties, headers, body: body.into() };
+            let _: Result<_, _> = decode(&message, &queue());
+        }
+    }
+}
