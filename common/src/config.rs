@@ -187,6 +187,18 @@ impl Config {
         RawConfig::read(sources, Environment::default())?.check()
     }
 
+    /// [`load`](Self::load) with other defaults for some keys: dotted key and value. They lie below
+    /// every other layer.
+    pub fn load_over(defaults: &[(&str, &str)], sources: &Sources) -> Result<Self, ConfigError> {
+        RawConfig::read_over(defaults, sources, Environment::default())?.check()
+    }
+
+    /// How a process signs: its configured name, else host and process id.
+    pub fn identity(&self, name: Option<&str>) -> String {
+        let host = || hostname::get().map_or_else(|_| "host".into(), |host| host.to_string_lossy().into_owned());
+        name.map_or_else(|| format!("{}:{}", host(), std::process::id()), str::to_owned)
+    }
+
     /// The defaults with this broker URL and namespace: for tests, examples and embedding.
     pub fn with_broker(url: &str, namespace: &str) -> Result<Self, ConfigError> {
         let mut raw = RawConfig::default();
@@ -340,7 +352,18 @@ impl Default for RawLog {
 
 impl RawConfig {
     fn read(sources: &Sources, environment: Environment) -> Result<Self, ConfigError> {
+        Self::read_over(&[], sources, environment)
+    }
+
+    fn read_over(
+        defaults: &[(&str, &str)],
+        sources: &Sources,
+        environment: Environment,
+    ) -> Result<Self, ConfigError> {
         let mut builder = config::Config::builder();
+        for (key, value) in defaults {
+            builder = builder.set_default(*key, *value).map_err(|error| ConfigError::one(&error))?;
+        }
         if let Some(file) = &sources.file {
             builder = builder.add_source(File::from(file.as_path()).format(FileFormat::Toml));
         }
@@ -615,6 +638,15 @@ mod tests {
         assert_eq!(config.worker.grace, Duration::from_secs(7));
         let queues: Vec<_> = config.worker.queues.iter().map(QueueName::as_str).collect();
         assert_eq!(queues, ["b", "c"]);
+    }
+
+    #[test]
+    fn other_defaults_lie_below_every_layer() {
+        let (_file, sources) = file("[worker]\nslots = 3\n");
+        let defaults = [("worker.slots", "9"), ("log.filter", "warn")];
+        let raw = RawConfig::read_over(&defaults, &sources, environment(&[])).unwrap();
+        let config = raw.check().unwrap();
+        assert_eq!((config.worker.slots, config.log.filter.as_str()), (3, "warn"));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Logs: readable lines on a terminal, JSON when asked, always on stderr so that stdout stays data.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use tracing_subscriber::EnvFilter;
 
@@ -19,11 +19,24 @@ pub fn init(config: &LogConfig) {
         LogFormat::Human => builder.with_ansi(colours_wanted()).with_target(false).try_init(),
     };
     if installed.is_err() {
-        tracing::debug!("a subscriber was installed before");
+        return tracing::debug!("a subscriber was installed before");
     }
+    // A panic is a log line like any other event. In a handler it is an outcome, not a disaster, and
+    // the standard hook's many lines on stderr would drown what matters.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        tracing::error!(place, "panic: {}", panic.payload_as_str().unwrap_or("without a message"));
+    }));
 }
 
 /// Whether stderr is a terminal that wants colours.
 pub fn colours_wanted() -> bool {
     std::io::stderr().is_terminal() && !crate::config::no_color()
+}
+
+/// One sentence on stderr, for a process that cannot go on; stderr itself may be gone.
+pub fn complain(sentence: &str) {
+    if writeln!(std::io::stderr().lock(), "error: {sentence}").is_err() {
+        tracing::debug!("stderr is closed");
+    }
 }

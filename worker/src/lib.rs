@@ -1,1 +1,58 @@
-//! placeholder
+//! The Garenne worker: takes tasks from RabbitMQ, runs them, and settles each exactly once.
+//!
+//! A task's life here is one pipeline, and each step is a module:
+//!
+//! ```text
+//! intake ──► guard ──► execute ──► decide ──► settle
+//!    └ deliveries  └ sound, known,  └ Outcome  └ Disposition  └ successor confirmed, then ack
+//!                    not expired?
+//! ```
+//!
+//! A worker with one handler:
+//!
+//! ```no_run
+//! use garenne_common::{Task, config::Config};
+//! use garenne_worker::{Context, TaskError, Worker};
+//! use serde::{Deserialize, Serialize};
+//!
+//! #[derive(Serialize, Deserialize)]
+//! struct Greet {
+//!     name: String,
+//! }
+//!
+//! impl Task for Greet {
+//!     const NAME: &'static str = "greet";
+//!     type Output = String;
+//! }
+//!
+//! async fn greet(_: Context, task: Greet) -> Result<String, TaskError> {
+//!     Ok(format!("Hello, {}!", task.name))
+//! }
+//!
+//! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let config = Config::with_broker("amqp://guest:guest@127.0.0.1", "garenne")?;
+//! let worker = Worker::builder(config).register::<Greet, _, _>(greet).build()?;
+//! let running = worker.start().await?;
+//! tokio::signal::ctrl_c().await?;
+//! running.drain().await;
+//! # Ok(()) }
+//! ```
+
+mod acks;
+mod builtin;
+mod command;
+mod context;
+mod decide;
+mod execute;
+mod guard;
+mod handler;
+mod inflight;
+mod intake;
+mod outcome;
+mod settle;
+mod worker;
+
+pub use context::Context;
+pub use decide::decide;
+pub use outcome::{Disposition, Outcome, Retryable, TaskError};
+pub use worker::{Builder, Running, Worker, WorkerError};

@@ -16,6 +16,15 @@ use crate::wire::HeaderValue;
 #[derive(Clone)]
 pub struct Admin(Link);
 
+/// What the broker says of a queue without giving any message away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueStatus {
+    /// Messages that wait to be delivered; those delivered and not yet settled are not counted.
+    pub ready: u32,
+    /// Consumers on it.
+    pub consumers: u32,
+}
+
 impl Admin {
     /// Operations over this link.
     pub fn new(link: Link) -> Self {
@@ -55,6 +64,16 @@ impl Admin {
         }
     }
 
+    /// How many messages wait in a queue ready to be delivered, and how many consumers it has; `None`
+    /// if there is no such queue.
+    pub async fn queue_status(&self, queue: &str) -> Result<Option<QueueStatus>, BrokerError> {
+        match queue_status(&self.0.channel().await?, queue).await {
+            Ok(status) => Ok(Some(status)),
+            Err(BrokerError::Missing(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Drops all ready messages of a queue.
     pub async fn purge(&self, queue: &str) -> Result<(), BrokerError> {
         let purged = self.0.channel().await?;
@@ -88,10 +107,14 @@ async fn exchange_exists(channel: &Channel, name: &str) -> Result<(), BrokerErro
 }
 
 async fn queue_depth(channel: &Channel, name: &str) -> Result<u32, BrokerError> {
+    queue_status(channel, name).await.map(|status| status.ready)
+}
+
+async fn queue_status(channel: &Channel, name: &str) -> Result<QueueStatus, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let queue = channel.queue_declare(short(name)?, options, FieldTable::default()).await;
     queue
-        .map(|queue| queue.message_count())
+        .map(|queue| QueueStatus { ready: queue.message_count(), consumers: queue.consumer_count() })
         .map_err(|error| BrokerError::operating(&error, &format!("queue {name}")))
 }
 

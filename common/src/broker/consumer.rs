@@ -154,6 +154,11 @@ impl Consumer {
         }
     }
 
+    /// Whether [`stop`](Self::stop) was called.
+    pub fn is_stopping(&self) -> bool {
+        self.shared.stop.is_cancelled()
+    }
+
     /// Tells the broker to send no more. Deliveries on their way still come; all can be settled.
     pub fn stop(&self) {
         self.shared.stop.cancel();

@@ -16,7 +16,7 @@ mod link;
 mod publisher;
 pub mod raw;
 
-pub use admin::Admin;
+pub use admin::{Admin, QueueStatus};
 pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, Settler};
 pub use error::BrokerError;
 pub use link::Link;

@@ -193,7 +193,7 @@ impl PublishTask {
                     pause.reset();
                     *self.shared.lock_trouble() = None;
                     match self.pump(&channel).await {
-                        End::Finished => return,
+                        End::Finished => return close(&channel).await,
                         End::Lost(error) => error,
                     }
                 }
@@ -286,6 +286,13 @@ impl PublishTask {
             }
         }
         End::Lost(lost)
+    }
+}
+
+/// In order, or lapin complains of a connection that closes over a channel that does.
+async fn close(channel: &Channel) {
+    if let Err(error) = channel.close(200, "bye".into()).await {
+        tracing::debug!(%error, "the channel did not close in order");
     }
 }
 

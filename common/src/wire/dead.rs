@@ -71,6 +71,11 @@ impl DeadLetter {
         message
     }
 
+    /// Whether a message says of itself that it was given up, wherever it arrives.
+    pub fn is_one(message: &Message) -> bool {
+        message.header(headers::DEAD_REASON).is_some()
+    }
+
     /// Reads what arrived in the dead-letter queue, from a worker or by the broker's own path.
     ///
     /// Nothing is refused here: a dead letter that cannot be read would have no place left to go.

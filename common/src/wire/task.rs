@@ -121,6 +121,13 @@ pub fn for_republish(message: &Message) -> Message {
     message
 }
 
+/// The same message asking for attempt number `attempt`, all else as its sender wrote it.
+pub fn next_attempt(message: &Message, attempt: u32) -> Message {
+    let mut message = for_republish(message);
+    message.set_header(headers::ATTEMPT, HeaderValue::Int(attempt.into()));
+    message
+}
+
 /// A message that is to arrive after a delay: the marks of its levels set, older marks gone.
 pub fn with_delay_marks(mut message: Message, marks: &[String]) -> Message {
     message.headers.retain(|(name, _)| !headers::is_spent(name));
@@ -155,6 +162,11 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
             .map_err(|error| Malformed::new(format_args!("the body is not JSON: {error}")))?;
     }
     Ok(Payload { codec, bytes: message.body.clone() })
+}
+
+/// Who wants to hear of this message, if that can be read; for messages that are no sound tasks.
+pub fn reply_of(message: &Message) -> Option<ReplyTo> {
+    decode_reply(message).ok().flatten()
 }
 
 fn decode_reply(message: &Message) -> Result<Option<ReplyTo>, Malformed> {

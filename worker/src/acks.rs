@@ -1,0 +1,155 @@
+//! Which deliveries of one consumer can be acknowledged together: arithmetic over delivery numbers.
+//!
+//! AMQP acknowledges either one delivery or all up to one. "All up to" is many times cheaper, and
+//! right exactly when every earlier delivery of the epoch is settled.
+
+use std::collections::BTreeSet;
+
+use garenne_common::broker::DeliveryTag;
+
+/// The unsettled deliveries of one consumer in its present epoch.
+#[derive(Debug, Default)]
+pub(crate) struct Acks {
+    epoch: u64,
+    /// Delivered, and neither done nor handed back.
+    open: BTreeSet<u64>,
+    /// Done, and not yet acknowledged.
+    done: BTreeSet<u64>,
+}
+
+/// One acknowledgement to send.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Ack {
+    pub(crate) tag: DeliveryTag,
+    pub(crate) multiple: bool,
+}
+
+impl Acks {
+    /// A delivery arrived. One of a newer epoch makes all older ones void.
+    pub(crate) fn delivered(&mut self, tag: DeliveryTag) {
+        if tag.epoch > self.epoch {
+            *self = Self { epoch: tag.epoch, ..Self::default() };
+        }
+        if tag.epoch == self.epoch {
+            self.open.insert(tag.number);
+        }
+    }
+
+    /// A delivery may be acknowledged: its successor is confirmed.
+    pub(crate) fn done(&mut self, tag: DeliveryTag) {
+        if tag.epoch == self.epoch && self.open.remove(&tag.number) {
+            self.done.insert(tag.number);
+        }
+    }
+
+    /// A delivery was handed back; the broker knows.
+    pub(crate) fn handed_back(&mut self, tag: DeliveryTag) {
+        if tag.epoch == self.epoch {
+            self.open.remove(&tag.number);
+        }
+    }
+
+    /// What to send now: one for all that lie below every open one, then one each.
+    pub(crate) fn take(&mut self) -> Vec<Ack> {
+        let beyond = match self.open.first() {
+            Some(first_open) => self.done.split_off(first_open),
+            None => BTreeSet::new(),
+        };
+        let together = std::mem::take(&mut self.done);
+        let ack = |number, multiple| Ack { tag: DeliveryTag { epoch: self.epoch, number }, multiple };
+        let mut acks = Vec::with_capacity(1 + beyond.len());
+        acks.extend(together.last().map(|&last| ack(last, together.len() > 1)));
+        acks.extend(beyond.into_iter().map(|number| ack(number, false)));
+        acks
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    fn tag(number: u64) -> DeliveryTag {
+        DeliveryTag { epoch: 1, number }
+    }
+
+    fn delivered(numbers: std::ops::RangeInclusive<u64>) -> Acks {
+        let mut acks = Acks::default();
+        numbers.for_each(|number| acks.delivered(tag(number)));
+        acks
+    }
+
+    #[test]
+    fn a_finished_run_is_one_ack() {
+        let mut acks = delivered(1..=4);
+        [2, 1, 3].into_iter().for_each(|number| acks.done(tag(number)));
+        assert_eq!(acks.take(), [Ack { tag: tag(3), multiple: true }]);
+        assert_eq!(acks.take(), []);
+    }
+
+    #[test]
+    fn a_slow_task_does_not_hold_up_the_others() {
+        let mut acks = delivered(1..=4);
+        [1, 3].into_iter().for_each(|number| acks.done(tag(number)));
+        let expected =
+            [Ack { tag: tag(1), multiple: false }, Ack { tag: tag(3), multiple: false }];
+        assert_eq!(acks.take(), expected);
+    }
+
+    #[test]
+    fn what_was_handed_back_is_not_in_the_way() {
+        let mut acks = delivered(1..=3);
+        acks.handed_back(tag(1));
+        [2, 3].into_iter().for_each(|number| acks.done(tag(number)));
+        assert_eq!(acks.take(), [Ack { tag: tag(3), multiple: true }]);
+    }
+
+    #[test]
+    fn a_new_epoch_voids_the_old_one() {
+        let mut acks = delivered(1..=3);
+        acks.delivered(DeliveryTag { epoch: 2, number: 1 });
+        acks.done(tag(2));
+        assert_eq!(acks.take(), []);
+    }
+
+    /// Every done delivery is acknowledged exactly once, no open one ever, whatever the order.
+    #[test]
+    fn random_orders_acknowledge_exactly_what_is_done() {
+        for seed in 0..200 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut acks = delivered(1..=40);
+            let mut order: Vec<u64> = (1..=40).collect();
+            random.shuffle(&mut order);
+            let (mut done, mut acked) = (HashSet::new(), HashSet::new());
+            for number in order {
+                if random.u8(..) < 30 {
+                    acks.handed_back(tag(number));
+                } else {
+                    acks.done(tag(number));
+                    done.insert(number);
+                }
+                if random.bool() {
+                    for ack in acks.take() {
+                        let newly: Vec<u64> = if ack.multiple {
+                            (1..=ack.tag.number).filter(|n| done.contains(n)).collect()
+                        } else {
+                            vec![ack.tag.number]
+                        };
+                        if ack.multiple {
+                            let first_open = acks.open.first().copied().unwrap_or(u64::MAX);
+                            assert!(ack.tag.number < first_open, "seed {seed}");
+                        } else {
+                            assert!(acked.insert(ack.tag.number), "seed {seed}: twice");
+                        }
+                        acked.extend(newly);
+                    }
+                }
+            }
+            acks.take().into_iter().for_each(|ack| {
+                let numbers = if ack.multiple { 1..=ack.tag.number } else { ack.tag.number..=ack.tag.number };
+                acked.extend(numbers.filter(|n| done.contains(n)));
+            });
+            assert_eq!(acked, done, "seed {seed}");
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The built-in tasks, which make the shipped worker useful and testable without any Rust.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use garenne_common::{InvalidName, Task, TaskName};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::context::Context;
+use crate::handler::{AsyncHandler, BlockingHandler, Handler};
+use crate::outcome::TaskError;
+
+/// All built-in handlers.
+pub(crate) fn handlers() -> Result<Vec<(TaskName, Arc<dyn Handler>)>, InvalidName> {
+    Ok(vec![
+        (TaskName::new(Echo::NAME)?, Arc::new(AsyncHandler::<Echo, _>::new(echo))),
+        (TaskName::new(Sleep::NAME)?, Arc::new(AsyncHandler::<Sleep, _>::new(sleep))),
+        (TaskName::new(Fail::NAME)?, Arc::new(AsyncHandler::<Fail, _>::new(fail))),
+        (TaskName::new(Announce::NAME)?, Arc::new(AsyncHandler::<Announce, _>::new(announce))),
+        (TaskName::new(CountWords::NAME)?, Arc::new(BlockingHandler::<CountWords, _>::new(count_words))),
+        (TaskName::new(FileDigest::NAME)?, Arc::new(BlockingHandler::<FileDigest, _>::new(digest))),
+    ])
+}
+
+/// `garenne.echo`: returns its arguments.
+#[derive(Serialize, Deserialize)]
+struct Echo(Value);
+
+impl Task for Echo {
+    const NAME: &'static str = "garenne.echo";
+    type Output = Value;
+}
+
+async fn echo(_: Context, Echo(value): Echo) -> Result<Value, TaskError> {
+    Ok(value)
+}
+
+/// `garenne.sleep`: `{"millis": 250}` waits that long.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Sleep {
+    millis: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Slept {
+    slept_millis: u64,
+}
+
+impl Task for Sleep {
+    const NAME: &'static str = "garenne.sleep";
+    type Output = Slept;
+}
+
+async fn sleep(_: Context, Sleep { millis }: Sleep) -> Result<Slept, TaskError> {
+    tokio::time::sleep(Duration::from_millis(millis)).await;
+    Ok(Slept { slept_millis: millis })
+}
+
+/// `garenne.fail`: fails in the way asked for, for trying out retries and dead letters.
+#[derive(Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Fail {
+    message: String,
+    /// Only the first so many attempts fail; all of them when absent.
+    times: Option<u32>,
+    /// No other attempt is asked for.
+    fatal: bool,
+    /// The handler panics instead of returning an error.
+    panic: bool,
+}
+
+impl Default for Fail {
+    fn default() -> Self {
+        Self { message: "asked to fail".to_owned(), times: None, fatal: false, panic: false }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Recovered {
+    attempt: u32,
+}
+
+impl Task for Fail {
+    const NAME: &'static str = "garenne.fail";
+    type Output = Recovered;
+}
+
+async fn fail(context: Context, task: Fail) -> Result<Recovered, TaskError> {
+    let attempt = context.attempt();
+    if task.times.is_some_and(|times| attempt > times) {
+        return Ok(Recovered { attempt });
+    }
+    assert!(!task.panic, "{}", task.message);
+    if task.fatal { Err(TaskError::fatal(task.message)) } else { Err(TaskError::retry(task.message)) }
+}
+
+/// `garenne.announce`: writes `<worker> is processing task <task>` to standard output.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Announce {
+    task: Value,
+    #[serde(default)]
+    millis: u64,
+}
+
+impl Task for Announce {
+    const NAME: &'static str = "garenne.announce";
+    type Output = String;
+}
+
+async fn announce(context: Context, task: Announce) -> Result<String, TaskError> {
+    let line = match &task.task {
+        Value::String(text) => format!("{} is processing task {text}", context.worker()),
+        other => format!("{} is processing task {other}", context.worker()),
+    };
+    writeln!(std::io::stdout().lock(), "{line}")?;
+    tokio::time::sleep(Duration::from_millis(task.millis)).await;
+    Ok(line)
+}
+
+/// `text.count_words`: of `{"text": "…"}`, of the file `{"path": "…"}`, or of a bare string.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum CountWords {
+    Text { text: String },
+    Path { path: String },
+    Bare(String),
+}
+
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Counts {
+    words: u64,
+    lines: u64,
+    bytes: u64,
+}
+
+impl Task for CountWords {
+    const NAME: &'static str = "text.count_words";
+    type Output = Counts;
+}
+
+fn count_words(context: &Context, task: CountWords) -> Result<Counts, TaskError> {
+    match task {
+        CountWords::Text { text } | CountWords::Bare(text) => count(context, text.as_bytes()),
+        CountWords::Path { path } => count(context, BufReader::new(open(&path)?)),
+    }
+}
+
+/// Counts like `wc`: words are runs of bytes that are not ASCII white space, lines are line breaks.
+fn count(context: &Context, mut from: impl BufRead) -> Result<Counts, TaskError> {
+    let (mut counts, mut in_word) = (Counts::default(), false);
+    loop {
+        let chunk = from.fill_buf()?;
+        if chunk.is_empty() {
+            return Ok(counts);
+        }
+        for byte in chunk {
+            counts.lines += u64::from(*byte == b'\n');
+            // `is_ascii_whitespace` leaves the vertical tab out, `wc` does not.
+            let space = byte.is_ascii_whitespace() || *byte == 0x0b;
+            counts.words += u64::from(!space && !in_word);
+            in_word = !space;
+        }
+        let length = chunk.len();
+        counts.bytes += length as u64;
+        from.consume(length);
+        stop_if_cancelled(context)?;
+    }
+}
+
+/// `file.sha256`: the digest of the file `{"path": "…"}`.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileDigest {
+    path: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct DigestOf {
+    sha256: String,
+    bytes: u64,
+}
+
+impl Task for FileDigest {
+    const NAME: &'static str = "file.sha256";
+    type Output = DigestOf;
+}
+
+fn digest(context: &Context, task: FileDigest) -> Result<DigestOf, TaskError> {
+    let mut file = open(&task.path)?;
+    let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0; 64 * 1024], 0);
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        hash.update(&buffer[..count]);
+        bytes += count as u64;
+        stop_if_cancelled(context)?;
+    }
+    let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(DigestOf { sha256, bytes })
+}
+
+/// A file that is not there, not readable or no file will not be there a second later either.
+fn open(path: &str) -> Result<File, TaskError> {
+    let fatal = |error: std::io::Error| TaskError::fatal(format!("{path}: {error}"));
+    let file = File::open(path).map_err(fatal)?;
+    if file.metadata().map_err(fatal)?.is_file() {
+        Ok(file)
+    } else {
+        Err(TaskError::fatal(format!("{path}: not a regular file")))
+    }
+}
+
+fn stop_if_cancelled(context: &Context) -> Result<(), TaskError> {
+    if context.is_cancelled() { Err(TaskError::retry("stopped half-way")) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::{Codec, Options, Payload, QueueName, TaskId, TaskMessage};
+    use tokio_util::sync::CancellationToken;
+
+    fn context() -> Context {
+        let task = TaskMessage {
+            id: TaskId::generate(),
+            name: TaskName::new("x").unwrap(),
+            queue: QueueName::default(),
+            args: Payload::encode(Codec::Json, &()).unwrap(),
+            attempt: 1,
+            batch: None,
+            reply: None,
+            options: Options::default(),
+            submitted_at: None,
+            traceparent: None,
+        };
+        Context::new(Arc::new(task), Arc::from("w"), false, CancellationToken::new())
+    }
+
+    #[test]
+    fn words_are_counted_like_wc() {
+        let text = " one two\n\tthree\u{b}four\r\nfünf ";
+        let counts = count(&context(), text.as_bytes()).unwrap();
+        assert_eq!(counts, Counts { words: 5, lines: 2, bytes: text.len() as u64 });
+    }
+
+    #[test]
+    fn a_word_may_cross_a_buffer() {
+        let reader = BufReader::with_capacity(2, &b"abcde fg"[..]);
+        assert_eq!(count(&context(), reader).unwrap().words, 2);
+    }
+
+    #[test]
+    fn a_missing_file_is_final() {
+        let task = FileDigest { path: "/nowhere/at/all".to_owned() };
+        let Err(error) = digest(&context(), task) else { panic!() };
+        assert_eq!(error.retryable(), crate::Retryable::Never);
+    }
+}

@@ -1,0 +1,232 @@
+//! Command tasks: an external program as a handler.
+//!
+//! The program gets an argument vector and never passes through a shell. Task arguments fill `{key}`
+//! placeholders, checked, or arrive on standard input as JSON. Exit code 0 is success, 75
+//! (`EX_TEMPFAIL`) asks for another attempt, anything else is final.
+
+use std::process::{ExitStatus, Stdio};
+
+use garenne_common::config::{CommandConfig, CommandOutput};
+use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::process::{Child, Command};
+
+use crate::context::Context;
+use crate::handler::{Fault, Handler, Running, Slot, encode};
+use crate::outcome::TaskError;
+
+/// What a program may write to standard output.
+const MAX_STDOUT_BYTES: u64 = 8 * 1024 * 1024;
+/// What is kept of standard error for the error text.
+const MAX_STDERR_BYTES: usize = 2_000;
+const EX_TEMPFAIL: i32 = 75;
+
+/// Runs one configured command.
+pub(crate) struct CommandHandler(std::sync::Arc<CommandConfig>);
+
+impl CommandHandler {
+    pub(crate) fn new(config: CommandConfig) -> Self {
+        Self(std::sync::Arc::new(config))
+    }
+}
+
+impl Handler for CommandHandler {
+    fn run(&self, context: Context, slot: Slot) -> Running {
+        let config = std::sync::Arc::clone(&self.0);
+        Box::pin(async move {
+            let _slot = slot;
+            run(&config, &context).await
+        })
+    }
+}
+
+async fn run(config: &CommandConfig, context: &Context) -> Result<garenne_common::Payload, Fault> {
+    let args: Value = context
+        .task()
+        .args
+        .decode()
+        .map_err(|error| Fault::BadArguments(format!("a command takes JSON arguments: {error}")))?;
+    let argv = config.argv.iter().map(|part| fill(part, &args));
+    let argv = argv.collect::<Result<Vec<_>, _>>().map_err(Fault::BadArguments)?;
+    let child = spawn(config, &argv, context)?;
+    let output = talk(child, config.stdin.then(|| args.to_string())).await?;
+    output_value(config.output, output).and_then(|value| encode(context.task().args.codec, &value))
+}
+
+/// Fills the placeholders of one part of the argument vector.
+///
+/// A value that would be the whole part must not begin with `-`: it would become an option.
+fn fill(part: &str, args: &Value) -> Result<String, String> {
+    let mut filled = String::new();
+    let mut rest = part;
+    while let Some((before, after)) = rest.split_once('{') {
+        let Some((key, behind)) = after.split_once('}') else { break };
+        filled.push_str(before);
+        let value = placeholder(key, args)?;
+        if filled.is_empty() && value.starts_with('-') {
+            return Err(format!("argument {key:?} begins with \"-\" and would be read as an option"));
+        }
+        filled.push_str(&value);
+        rest = behind;
+    }
+    filled.push_str(rest);
+    Ok(filled)
+}
+
+fn placeholder(key: &str, args: &Value) -> Result<String, String> {
+    match args.get(key) {
+        Some(Value::String(text)) if text.contains('\0') => {
+            Err(format!("argument {key:?} contains a zero byte"))
+        }
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(Value::Number(number)) => Ok(number.to_string()),
+        Some(Value::Bool(truth)) => Ok(truth.to_string()),
+        Some(Value::Null | Value::Array(_) | Value::Object(_)) => {
+            Err(format!("argument {key:?} must be a string, a number or a boolean"))
+        }
+        None => Err(format!("argument {key:?} is missing")),
+    }
+}
+
+/// The child, whose process group dies with this value: a program may have started others.
+struct Group(Child);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // `id` is `None` once the child was waited for; then its number may be somebody else's.
+        let id = self.0.id().and_then(|id| i32::try_from(id).ok());
+        if let Some(id) = id {
+            let group = nix::unistd::Pid::from_raw(id);
+            if let Err(error) = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL) {
+                tracing::debug!(%error, "the command's processes could not be killed");
+            }
+        }
+    }
+}
+
+fn spawn(config: &CommandConfig, argv: &[String], context: &Context) -> Result<Group, Fault> {
+    let (program, arguments) = argv
+        .split_first()
+        .ok_or_else(|| Fault::Failed(TaskError::fatal("the command's argv is empty")))?;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("GARENNE_TASK_ID", context.id().as_str())
+        .env("GARENNE_ATTEMPT", context.attempt().to_string())
+        .envs(&config.env)
+        .stdin(if config.stdin { Stdio::piped() } else { Stdio::null() })
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true);
+    if let Some(directory) = &config.directory {
+        command.current_dir(directory);
+    }
+    let failed = |error| Fault::Failed(TaskError::fatal(format!("cannot start {program}: {error}")));
+    command.spawn().map(Group).map_err(failed)
+}
+
+/// Feeds the program, collects what it says and waits for its end.
+async fn talk(mut group: Group, input: Option<String>) -> Result<Vec<u8>, Fault> {
+    let child = &mut group.0;
+    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+    let feed = async {
+        if let (Some(mut stdin), Some(input)) = (stdin, input)
+            && let Err(error) = stdin.write_all(input.as_bytes()).await
+        {
+            // A program may exit without reading; its exit code is what counts.
+            tracing::debug!(%error, "the command did not read its input");
+        }
+    };
+    let (status, (), stdout, stderr) =
+        tokio::join!(child.wait(), feed, read_capped(stdout), read_tail(stderr));
+    let failed = |error: std::io::Error| Fault::Failed(TaskError::retry(error.to_string()));
+    let (status, stdout) = (status.map_err(failed)?, stdout.map_err(failed)?);
+    match verdict(status, &stderr) {
+        Ok(()) if stdout.len() as u64 > MAX_STDOUT_BYTES => Err(Fault::Failed(TaskError::fatal(
+            format!("the command wrote more than {MAX_STDOUT_BYTES} bytes"),
+        ))),
+        Ok(()) => Ok(stdout),
+        Err(error) => Err(Fault::Failed(error)),
+    }
+}
+
+fn verdict(status: ExitStatus, stderr: &str) -> Result<(), TaskError> {
+    let said = if stderr.is_empty() { String::new() } else { format!(": {stderr}") };
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(EX_TEMPFAIL) => Err(TaskError::retry(format!("exit code 75 (try again){said}"))),
+        Some(code) => Err(TaskError::fatal(format!("exit code {code}{said}"))),
+        // A signal is hardly the program's own word: out of memory, an operator, a shutdown.
+        None => Err(TaskError::retry(format!("ended by {status}{said}"))),
+    }
+}
+
+async fn read_capped(from: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u8>> {
+    let mut bytes = vec![];
+    if let Some(mut from) = from {
+        (&mut from).take(MAX_STDOUT_BYTES + 1).read_to_end(&mut bytes).await?;
+        // The rest is read and dropped, or the program would hang on a full pipe.
+        tokio::io::copy(&mut from, &mut tokio::io::sink()).await?;
+    }
+    Ok(bytes)
+}
+
+/// The end of what was written: errors say last what went wrong.
+async fn read_tail(from: Option<impl AsyncRead + Unpin>) -> String {
+    let Some(mut from) = from else { return String::new() };
+    let (mut tail, mut buffer) = (vec![], [0; 4096]);
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        tail.extend_from_slice(&buffer[..count]);
+        let excess = tail.len().saturating_sub(MAX_STDERR_BYTES);
+        tail.drain(..excess);
+    }
+    String::from_utf8_lossy(&tail).trim().to_owned()
+}
+
+fn output_value(mode: CommandOutput, stdout: Vec<u8>) -> Result<Value, Fault> {
+    let json = |error| TaskError::fatal(format!("the command's output is not JSON: {error}"));
+    let text = |stdout: Vec<u8>| String::from_utf8_lossy(&stdout).into_owned();
+    match mode {
+        CommandOutput::Json => serde_json::from_slice(&stdout).map_err(json).map_err(Fault::Failed),
+        CommandOutput::Text => Ok(Value::String(text(stdout))),
+        CommandOutput::Auto => Ok(serde_json::from_slice(&stdout).unwrap_or_else(|_| {
+            let text = text(stdout);
+            Value::String(text.strip_suffix('\n').unwrap_or(&text).to_owned())
+        })),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn placeholders_are_filled_and_checked() {
+        let args = json!({"src": "a b.png", "n": 3, "deep": {}, "evil": "--output=/etc/passwd"});
+        assert_eq!(fill("{src}", &args), Ok("a b.png".to_owned()));
+        assert_eq!(fill("--size={n}x{n}", &args), Ok("--size=3x3".to_owned()));
+        assert_eq!(fill("--name={evil}", &args), Ok("--name=--output=/etc/passwd".to_owned()));
+        assert_eq!(fill("plain {", &args), Ok("plain {".to_owned()));
+        assert!(fill("{evil}", &args).unwrap_err().contains("option"));
+        assert!(fill("{deep}", &args).unwrap_err().contains("must be a string"));
+        assert!(fill("{none}", &args).unwrap_err().contains("missing"));
+    }
+
+    #[test]
+    fn a_value_is_not_filled_a_second_time() {
+        let args = json!({"a": "{b}", "b": "no"});
+        assert_eq!(fill("{a}", &args), Ok("{b}".to_owned()));
+    }
+
+    #[test]
+    fn output_is_json_where_it_can_be() {
+        let auto = |text: &str| output_value(CommandOutput::Auto, text.as_bytes().to_vec()).unwrap();
+        assert_eq!(auto("{\"a\":1}\n"), json!({"a": 1}));
+        assert_eq!(auto("hello\n"), json!("hello"));
+        assert!(output_value(CommandOutput::Json, b"hello".to_vec()).is_err());
+    }
+}

@@ -1,0 +1,90 @@
+//! What a handler may know about the attempt it runs.
+
+use std::sync::Arc;
+
+use garenne_common::{BatchId, TaskId, TaskMessage, TaskName};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
+
+/// The attempt that a handler runs. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Context {
+    task: Arc<TaskMessage>,
+    worker: Arc<str>,
+    redelivered: bool,
+    cancelled: CancellationToken,
+}
+
+impl Context {
+    pub(crate) fn new(
+        task: Arc<TaskMessage>,
+        worker: Arc<str>,
+        redelivered: bool,
+        cancelled: CancellationToken,
+    ) -> Self {
+        Self { task, worker, redelivered, cancelled }
+    }
+
+    /// The task's id; the same over all attempts.
+    pub fn id(&self) -> &TaskId {
+        &self.task.id
+    }
+
+    /// The task's name.
+    pub fn name(&self) -> &TaskName {
+        &self.task.name
+    }
+
+    /// Which attempt this is; the first is 1.
+    pub fn attempt(&self) -> u32 {
+        self.task.attempt
+    }
+
+    /// Whether the task's policy gives it no attempt after this one.
+    pub fn is_last_attempt(&self) -> bool {
+        !self.task.options.retry.allows_another(self.task.attempt)
+    }
+
+    /// The batch that counts this task.
+    pub fn batch(&self) -> Option<&BatchId> {
+        self.task.batch.as_ref()
+    }
+
+    /// A key to make effects happen once: the same for every execution of this task.
+    ///
+    /// A task may run more than once (a worker died after the effect, before the acknowledgement).
+    /// Store this key with the effect, in one transaction, and a second execution finds it.
+    pub fn idempotency_key(&self) -> &str {
+        self.task.id.as_str()
+    }
+
+    /// Whether the broker had delivered this very message before, to anybody.
+    pub fn redelivered(&self) -> bool {
+        self.redelivered
+    }
+
+    /// The name under which this worker signs its results.
+    pub fn worker(&self) -> &str {
+        &self.worker
+    }
+
+    /// Completes when the attempt should end: its time is up, or the worker gives up waiting for it.
+    ///
+    /// An async handler is dropped right after; a blocking one is not and should look at
+    /// [`is_cancelled`](Self::is_cancelled) from time to time.
+    pub fn cancelled(&self) -> WaitForCancellationFuture<'_> {
+        self.cancelled.cancelled()
+    }
+
+    /// Whether the attempt should end.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.is_cancelled()
+    }
+
+    pub(crate) fn task(&self) -> &TaskMessage {
+        &self.task
+    }
+
+    pub(crate) fn cancel(&self) {
+        self.cancelled.cancel();
+    }
+}

@@ -1,0 +1,119 @@
+//! What becomes of a message, decided without doing anything: outcome × attempt × policy.
+
+use std::time::Duration;
+
+use garenne_common::topology::MAX_DELAY;
+use garenne_common::{DeadReason, RetryPolicy};
+
+use crate::outcome::{Disposition, Outcome, Retryable, TaskError};
+
+/// The disposition of attempt number `attempt` (the first is 1) that ended in `outcome`.
+///
+/// `jitter` in `0.0..=1.0` spreads retries; see [`RetryPolicy::delay_after`].
+pub fn decide(outcome: Outcome, attempt: u32, policy: &RetryPolicy, jitter: f64) -> Disposition {
+    let wait = || policy.delay_after(attempt, jitter);
+    match outcome {
+        Outcome::Succeeded(output) => Disposition::Complete(output),
+        Outcome::Interrupted => Disposition::Requeue,
+        Outcome::BadArguments(error) => {
+            Disposition::DeadLetter { reason: DeadReason::Malformed, error }
+        }
+        Outcome::Failed(failure) => failed(&failure, attempt, policy, wait()),
+        Outcome::TimedOut(limit) => {
+            let error = format!("ran longer than its limit of {limit:?}");
+            again(attempt, policy, wait(), DeadReason::TimedOut, error)
+        }
+        Outcome::Panicked(message) => {
+            let error = format!("the handler panicked: {message}");
+            again(attempt, policy, wait(), DeadReason::Panicked, error)
+        }
+    }
+}
+
+fn failed(
+    failure: &TaskError,
+    attempt: u32,
+    policy: &RetryPolicy,
+    wait: Duration,
+) -> Disposition {
+    let error = failure.message().to_owned();
+    let wait = match failure.retryable() {
+        Retryable::Never => return Disposition::DeadLetter { reason: DeadReason::Fatal, error },
+        Retryable::ByPolicy => wait,
+        // No longer than the delay queues reach: to come back early is better than never.
+        Retryable::After(wait) => wait.min(MAX_DELAY),
+    };
+    again(attempt, policy, wait, DeadReason::RetriesExhausted, error)
+}
+
+/// Another attempt if the budget has one left, else a dead letter.
+fn again(
+    attempt: u32,
+    policy: &RetryPolicy,
+    after: Duration,
+    reason: DeadReason,
+    error: String,
+) -> Disposition {
+    if policy.allows_another(attempt) {
+        Disposition::Retry { after, error }
+    } else {
+        Disposition::DeadLetter { reason, error }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::{Codec, Payload};
+
+    const POLICY: RetryPolicy = RetryPolicy { max_attempts: 2, ..RetryPolicy::DEFAULT };
+
+    fn dead(outcome: Outcome) -> Option<DeadReason> {
+        match decide(outcome, 2, &POLICY, 1.0) {
+            Disposition::DeadLetter { reason, .. } => Some(reason),
+            Disposition::Complete(_) | Disposition::Retry { .. } | Disposition::Requeue => None,
+        }
+    }
+
+    #[test]
+    fn the_last_attempt_names_what_ended_it() {
+        let limit = Duration::from_secs(1);
+        let failed = Outcome::Failed(TaskError::retry("no"));
+        assert_eq!(dead(failed), Some(DeadReason::RetriesExhausted));
+        assert_eq!(dead(Outcome::TimedOut(limit)), Some(DeadReason::TimedOut));
+        assert_eq!(dead(Outcome::Panicked("boo".to_owned())), Some(DeadReason::Panicked));
+    }
+
+    #[test]
+    fn some_failures_use_no_second_attempt() {
+        let fatal = Outcome::Failed(TaskError::fatal("no"));
+        for (outcome, expected) in [
+            (fatal, DeadReason::Fatal),
+            (Outcome::BadArguments("no".to_owned()), DeadReason::Malformed),
+        ] {
+            match decide(outcome, 1, &POLICY, 1.0) {
+                Disposition::DeadLetter { reason, .. } => assert_eq!(reason, expected),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_first_failure_waits_by_the_policy_or_as_the_handler_says() {
+        let retry = |outcome| match decide(outcome, 1, &POLICY, 1.0) {
+            Disposition::Retry { after, .. } => after,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(retry(Outcome::Failed(TaskError::retry("no"))), Duration::from_secs(1));
+        let later = TaskError::retry_after(Duration::from_mins(1), "busy");
+        assert_eq!(retry(Outcome::Failed(later)), Duration::from_mins(1));
+    }
+
+    #[test]
+    fn an_interruption_costs_nothing() {
+        assert_eq!(decide(Outcome::Interrupted, 2, &POLICY, 0.0), Disposition::Requeue);
+        let output = Payload::encode(Codec::Json, &1).unwrap();
+        let outcome = Outcome::Succeeded(output.clone());
+        assert_eq!(decide(outcome, 9, &POLICY, 0.0), Disposition::Complete(output));
+    }
+}

@@ -1,0 +1,134 @@
+//! What this worker is doing, and has just done, by task and attempt.
+//!
+//! When a connection is lost, the broker delivers again what is still running here. Such a delivery
+//! is adopted: the running attempt will settle it, and nothing runs twice. Likewise a message whose
+//! successor was confirmed but whose acknowledgement got lost is acknowledged without a second run.
+//! All this holds within one worker; a redelivery to another one does run again.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Mutex, PoisonError};
+
+use garenne_common::TaskId;
+use garenne_common::broker::DeliveryTag;
+
+/// How many settled attempts are remembered: more than prefetch ever allows to be under way.
+const REMEMBERED: usize = 16_384;
+
+/// An attempt of a task.
+pub(crate) type Key = (TaskId, u32);
+
+/// A delivery of one of the worker's queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DeliveryRef {
+    /// Which of the worker's queues, by position.
+    pub(crate) queue: usize,
+    pub(crate) tag: DeliveryTag,
+}
+
+/// What is to be done with a delivery.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Begin {
+    /// Run it.
+    Run,
+    /// It runs here already and will be settled with that run.
+    Adopted,
+    /// It was settled here already; acknowledge it.
+    Settled,
+}
+
+#[derive(Default)]
+pub(crate) struct Inflight(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    running: HashMap<Key, Vec<DeliveryRef>>,
+    settled: HashSet<Key>,
+    settled_order: VecDeque<Key>,
+}
+
+impl Inflight {
+    pub(crate) fn begin(&self, key: &Key, delivery: DeliveryRef) -> Begin {
+        let mut state = self.lock();
+        if let Some(deliveries) = state.running.get_mut(key) {
+            deliveries.push(delivery);
+            return Begin::Adopted;
+        }
+        if state.settled.contains(key) {
+            return Begin::Settled;
+        }
+        state.running.insert(key.clone(), vec![delivery]);
+        Begin::Run
+    }
+
+    /// The attempt is over and its message has a confirmed successor: all deliveries to acknowledge.
+    pub(crate) fn settled(&self, key: &Key) -> Vec<DeliveryRef> {
+        let mut state = self.lock();
+        if state.settled.insert(key.clone()) {
+            state.settled_order.push_back(key.clone());
+        }
+        if state.settled_order.len() > REMEMBERED
+            && let Some(oldest) = state.settled_order.pop_front()
+        {
+            state.settled.remove(&oldest);
+        }
+        state.running.remove(key).unwrap_or_default()
+    }
+
+    /// The attempt is over but may rightly come again: all its deliveries.
+    pub(crate) fn forgotten(&self, key: &Key) -> Vec<DeliveryRef> {
+        self.lock().running.remove(key).unwrap_or_default()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.lock().running.len()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delivery(epoch: u64) -> DeliveryRef {
+        DeliveryRef { queue: 0, tag: DeliveryTag { epoch, number: 1 } }
+    }
+
+    #[test]
+    fn a_redelivery_of_what_runs_is_adopted_and_settled_with_it() {
+        let inflight = Inflight::default();
+        let key = (TaskId::generate(), 1);
+        assert_eq!(inflight.begin(&key, delivery(1)), Begin::Run);
+        assert_eq!(inflight.begin(&key, delivery(2)), Begin::Adopted);
+        assert_eq!(inflight.settled(&key), [delivery(1), delivery(2)]);
+        assert_eq!(inflight.begin(&key, delivery(3)), Begin::Settled);
+    }
+
+    #[test]
+    fn another_attempt_is_another_thing() {
+        let inflight = Inflight::default();
+        let id = TaskId::generate();
+        inflight.settled(&(id.clone(), 1));
+        assert_eq!(inflight.begin(&(id, 2), delivery(1)), Begin::Run);
+    }
+
+    #[test]
+    fn what_was_handed_back_may_come_again() {
+        let inflight = Inflight::default();
+        let key = (TaskId::generate(), 1);
+        inflight.begin(&key, delivery(1));
+        assert_eq!(inflight.forgotten(&key), [delivery(1)]);
+        assert_eq!(inflight.begin(&key, delivery(1)), Begin::Run);
+    }
+
+    #[test]
+    fn the_memory_is_bounded() {
+        let inflight = Inflight::default();
+        for _ in 0..REMEMBERED + 10 {
+            inflight.settled(&(TaskId::generate(), 1));
+        }
+        assert_eq!(inflight.lock().settled.len(), REMEMBERED);
+    }
+}

@@ -1,0 +1,113 @@
+//! The `garenne-worker` service: built-in and configured command tasks, no Rust needed.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use garenne_common::config::{Config, Sources};
+use garenne_common::telemetry;
+use garenne_worker::Worker;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Takes tasks from RabbitMQ and runs them.
+///
+/// Serves the built-in tasks (garenne.echo, garenne.sleep, garenne.fail, garenne.announce,
+/// text.count_words, file.sha256) and the commands of its configuration file.
+#[derive(Parser)]
+#[command(name = "garenne-worker", version, after_help = EXAMPLES)]
+struct Arguments {
+    /// Configuration file (TOML); see docs/configuration.md
+    #[arg(long, value_name = "FILE")]
+    config: Option<std::path::PathBuf>,
+    /// RabbitMQ, for instance `amqp://user:password@host:5672/%2f`
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// What all broker objects start with [default: garenne]
+    #[arg(long, value_name = "NAME")]
+    namespace: Option<String>,
+    /// Queues to serve, separated by commas [default: default]
+    #[arg(long, value_name = "LIST")]
+    queues: Option<String>,
+    /// How many tasks run at once [default: four per core]
+    #[arg(long, value_name = "N")]
+    slots: Option<usize>,
+    /// How many more tasks to fetch ahead [default: a quarter of the slots]
+    #[arg(long, value_name = "N")]
+    lookahead: Option<usize>,
+    /// How this worker signs its results [default: host:pid]
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// How long a stopping worker lets tasks finish [default: 30s]
+    #[arg(long, value_name = "DURATION")]
+    grace: Option<String>,
+    /// What log lines look like: human or json [default: human]
+    #[arg(long, value_name = "FORMAT")]
+    log_format: Option<String>,
+    /// Which log lines appear, for instance `debug` or `warn,garenne_worker=debug` [default: info]
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  garenne-worker                              serve the queue `default` of a local RabbitMQ
+  garenne-worker --queues cpu,default --slots 8
+  garenne-worker --config worker.toml         with command tasks, for instance:
+
+      [worker.commands.\"image.thumbnail\"]
+      argv = [\"convert\", \"{src}\", \"-resize\", \"200x200\", \"{dst}\"]
+
+SIGTERM or Ctrl-C drains: running tasks finish, the rest goes back. A second one does not wait.
+Exit codes: 0 after draining, 2 when the configuration or the broker refuses.";
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Before logging is set up, and for people: one sentence.
+            garenne_common::telemetry::complain(&error.to_string());
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    let sources = Sources { file: arguments.config, ..Sources::default() }
+        .set("broker.url", arguments.url)
+        .set("broker.namespace", arguments.namespace)
+        .set("worker.queues", arguments.queues)
+        .set("worker.slots", arguments.slots)
+        .set("worker.lookahead", arguments.lookahead)
+        .set("worker.name", arguments.name)
+        .set("worker.grace", arguments.grace)
+        .set("log.format", arguments.log_format)
+        .set("log.filter", arguments.log);
+    let config = Config::load(&sources)?;
+    telemetry::init(&config.log);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(serve(config))?;
+    // A blocking handler that never returns must not keep the process: its task went back already.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let worker = Worker::builder(config).build()?;
+    let running = tokio::select! {
+        running = worker.start() => running?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    let abort = running.abort_token();
+    let mut draining = std::pin::pin!(running.drain());
+    tokio::select! {
+        () = &mut draining => return Ok(()),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    abort.cancel();
+    draining.await;
+    Ok(())
+}

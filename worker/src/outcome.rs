@@ -1,0 +1,124 @@
+//! What happened to an attempt, and what becomes of its message: two exhaustive enums.
+//!
+//! An [`Outcome`] is a value until `settle` acts on the [`Disposition`] that `decide` made of it.
+//! A failed task is an outcome, never an error of the worker.
+
+use std::time::Duration;
+
+use garenne_common::{DeadReason, Payload};
+
+/// What happened to one attempt.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// The handler returned this output.
+    Succeeded(Payload),
+    /// The handler returned an error.
+    Failed(TaskError),
+    /// The arguments are not what the handler takes; no attempt can mend that.
+    BadArguments(String),
+    /// It ran past its limit.
+    TimedOut(Duration),
+    /// The handler panicked with this message.
+    Panicked(String),
+    /// The worker is stopping and could not wait any longer.
+    Interrupted,
+}
+
+/// What becomes of the message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Disposition {
+    /// Its result goes out; then it is acknowledged.
+    Complete(Payload),
+    /// The next attempt goes to the delay queues; then it is acknowledged.
+    Retry {
+        /// How long the next attempt waits.
+        after: Duration,
+        /// What went wrong.
+        error: String,
+    },
+    /// It goes to the dead letters; then it is acknowledged.
+    DeadLetter {
+        /// Why it is given up.
+        reason: DeadReason,
+        /// What went wrong.
+        error: String,
+    },
+    /// It goes back to its queue as it is and costs no attempt.
+    Requeue,
+}
+
+/// Why a handler failed, and whether another attempt may help.
+///
+/// Any error turns into one by `?` and is then retried as the task's policy says, so a handler only
+/// names the exceptions: [`fatal`](Self::fatal) and [`retry_after`](Self::retry_after).
+/// (Like `anyhow::Error` it is therefore no `std::error::Error` itself.)
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TaskError {
+    message: String,
+    retryable: Retryable,
+}
+
+/// Whether another attempt may help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retryable {
+    /// Yes, after the wait that the task's policy computes.
+    ByPolicy,
+    /// Yes, but not before this has passed.
+    After(Duration),
+    /// No.
+    Never,
+}
+
+impl TaskError {
+    /// A failure that another attempt may mend.
+    pub fn retry(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retryable: Retryable::ByPolicy }
+    }
+
+    /// A failure that another attempt may mend, but not before `delay` has passed.
+    pub fn retry_after(delay: Duration, message: impl Into<String>) -> Self {
+        Self { message: message.into(), retryable: Retryable::After(delay) }
+    }
+
+    /// A failure that no other attempt can mend; the task becomes a dead letter at once.
+    pub fn fatal(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retryable: Retryable::Never }
+    }
+
+    /// What went wrong, in words.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Whether another attempt may help.
+    pub const fn retryable(&self) -> Retryable {
+        self.retryable
+    }
+}
+
+impl<E: std::error::Error> From<E> for TaskError {
+    fn from(error: E) -> Self {
+        let mut message = error.to_string();
+        let mut cause = error.source();
+        while let Some(inner) = cause {
+            message.push_str(": ");
+            message.push_str(&inner.to_string());
+            cause = inner.source();
+        }
+        Self::retry(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_turn_into_retryable_ones_with_all_their_causes() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("reading the list failed")]
+        struct Outer(#[source] std::io::Error);
+        let error = TaskError::from(Outer(std::io::Error::other("disk on fire")));
+        assert_eq!(error, TaskError::retry("reading the list failed: disk on fire"));
+    }
+}

@@ -1,0 +1,263 @@
+//! Building, starting and stopping a worker.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use garenne_common::broker::{
+    BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource,
+};
+use garenne_common::config::Config;
+use garenne_common::{InvalidName, QueueName, Task, TaskName};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::builtin;
+use crate::command::CommandHandler;
+use crate::context::Context;
+use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
+use crate::inflight::Inflight;
+use crate::intake::{Pipeline, intake};
+use crate::outcome::TaskError;
+use crate::settle::{Lane, SettleTask, Signature};
+
+/// How long the last confirms may take after all tasks have ended.
+const FLUSH_GRACE: Duration = Duration::from_secs(10);
+/// Quorum queues take no higher prefetch.
+const MAX_PREFETCH: usize = 2_000;
+
+/// Why a worker could not be built or started.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// A handler's task name breaks the rules.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// Two handlers, or a handler and a command, share a name.
+    #[error("two handlers are registered for the task {0}; remove or rename one")]
+    Duplicate(TaskName),
+    /// There is nothing that this worker could run.
+    #[error("the worker has no handler; register one, configure a command or switch builtins on")]
+    NoHandler,
+    /// The broker refuses in a way that waiting cannot mend.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+}
+
+/// A worker, ready to start.
+pub struct Worker {
+    config: Config,
+    registry: Registry,
+}
+
+/// Collects handlers; made by [`Worker::builder`].
+pub struct Builder {
+    config: Config,
+    registry: Registry,
+    problem: Option<WorkerError>,
+}
+
+impl Worker {
+    /// A builder with the command tasks and, unless switched off, the built-in tasks of `config`.
+    pub fn builder(config: Config) -> Builder {
+        let mut builder = Builder { registry: Registry::default(), problem: None, config };
+        for (name, command) in &builder.config.worker.commands.clone() {
+            builder.add(name.clone(), Arc::new(CommandHandler::new(command.clone())));
+        }
+        builder
+    }
+
+    /// Connects, declares its queues and begins to take tasks.
+    ///
+    /// While the broker is merely away it waits; it fails only for what a person must mend.
+    pub async fn start(self) -> Result<Running, WorkerError> {
+        let Self { config, registry } = self;
+        let worker = &config.worker;
+        let identity = config.identity(worker.name.as_deref());
+        let queues = worker.queues.iter().map(QueueName::as_str).collect::<Vec<_>>().join(",");
+        let link_name = |what: &str| format!("garenne-worker {identity} [{queues}] {what}");
+        let (consume, publish) = (
+            Link::new(&config.broker, &link_name("consume")),
+            Link::new(&config.broker, &link_name("publish")),
+        );
+        tracing::info!(
+            worker = identity, queues, slots = worker.slots, namespace = %config.broker.namespace,
+            tasks = registry.names().join(","), "starting"
+        );
+        let topology = config.broker.topology();
+        let publisher = Publisher::start(publish, topology.core(), &config.broker);
+        let consumers: Vec<Consumer> = worker
+            .queues
+            .iter()
+            .map(|queue| Consumer::start(consume.clone(), spec(&config, queue, &identity)))
+            .collect();
+        for consumer in &consumers {
+            consumer.ready().await?;
+        }
+        let lanes = worker.queues.iter().zip(&consumers);
+        let lanes = lanes.map(|(queue, consumer)| Lane::new(queue.clone(), consumer.settler()));
+        let lanes = Arc::new(lanes.collect::<Vec<_>>());
+        let (settle, inbox) = mpsc::channel(1024);
+        let (inflight, signature) = (Arc::<Inflight>::default(), Signature {
+            topology,
+            worker: Arc::from(identity.as_str()),
+        });
+        let signature = Arc::new(signature);
+        let tasks = TaskTracker::new();
+        tasks.spawn(
+            SettleTask {
+                inbox,
+                publisher: publisher.clone(),
+                signature: Arc::clone(&signature),
+                lanes: Arc::clone(&lanes),
+                inflight: Arc::clone(&inflight),
+            }
+            .run(),
+        );
+        let pipeline = Arc::new(Pipeline {
+            registry,
+            signature,
+            lanes,
+            inflight,
+            slots: Arc::new(Semaphore::new(worker.slots)),
+            settle,
+            task_timeout: worker.task_timeout,
+            stop: CancellationToken::new(),
+            abort: CancellationToken::new(),
+            attempts: TaskTracker::new(),
+        });
+        let intakes = TaskTracker::new();
+        for (queue, consumer) in consumers.into_iter().enumerate() {
+            intakes.spawn(intake(Arc::clone(&pipeline), queue, consumer));
+        }
+        intakes.close();
+        tasks.close();
+        tracing::info!("ready");
+        let stop = pipeline.stop.clone();
+        let abort = pipeline.abort.clone();
+        let grace = worker.grace;
+        Ok(Running { pipeline, intakes, tasks, publisher, consume, stop, abort, grace })
+    }
+}
+
+impl Builder {
+    /// Runs tasks of type `T` with an async function.
+    pub fn register<T, F, R>(mut self, function: F) -> Self
+    where
+        T: Task,
+        F: Fn(Context, T) -> R + Send + Sync + 'static,
+        R: Future<Output = Result<T::Output, TaskError>> + Send + 'static,
+    {
+        self.add_typed::<T>(Arc::new(AsyncHandler::<T, F>::new(function)));
+        self
+    }
+
+    /// Runs tasks of type `T` with a function that computes or blocks, on threads of its own.
+    pub fn register_blocking<T, F>(mut self, function: F) -> Self
+    where
+        T: Task,
+        F: Fn(&Context, T) -> Result<T::Output, TaskError> + Send + Sync + 'static,
+    {
+        self.add_typed::<T>(Arc::new(BlockingHandler::<T, F>::new(function)));
+        self
+    }
+
+    /// Checks what was collected.
+    pub fn build(mut self) -> Result<Worker, WorkerError> {
+        if self.config.worker.builtins {
+            // What the user registered under such a name stays: it was meant.
+            for (name, handler) in builtin::handlers()? {
+                if !self.registry.contains(&name) {
+                    self.add(name, handler);
+                }
+            }
+        }
+        match self.problem {
+            Some(problem) => Err(problem),
+            None if self.registry.names().is_empty() => Err(WorkerError::NoHandler),
+            None => Ok(Worker { config: self.config, registry: self.registry }),
+        }
+    }
+
+    fn add_typed<T: Task>(&mut self, handler: Arc<dyn Handler>) {
+        match TaskName::new(T::NAME) {
+            Ok(name) => self.add(name, handler),
+            Err(error) => self.problem = Some(error.into()),
+        }
+    }
+
+    fn add(&mut self, name: TaskName, handler: Arc<dyn Handler>) {
+        if !self.registry.add(name.clone(), handler) {
+            self.problem = Some(WorkerError::Duplicate(name));
+        }
+    }
+}
+
+fn spec(config: &Config, queue: &QueueName, identity: &str) -> ConsumerSpec {
+    let (topology, worker) = (config.broker.topology(), &config.worker);
+    let mut declarations = topology.core();
+    declarations.extend(topology.task_queue_declarations(queue));
+    // The slots are split over the queues, since prefetch counts per consumer.
+    let share = (worker.slots + worker.lookahead).div_ceil(worker.queues.len());
+    ConsumerSpec {
+        declarations,
+        queue: QueueSource::Named(topology.task_queue(queue)),
+        prefetch: u16::try_from(share.clamp(1, MAX_PREFETCH)).unwrap_or(u16::MAX),
+        tag: format!("garenne-worker {identity} {queue}"),
+        no_ack: false,
+    }
+}
+
+/// A worker that runs. Dropping it abandons the tasks; [`drain`](Self::drain) is the way to stop.
+pub struct Running {
+    pipeline: Arc<Pipeline>,
+    intakes: TaskTracker,
+    tasks: TaskTracker,
+    publisher: Publisher,
+    consume: Link,
+    stop: CancellationToken,
+    abort: CancellationToken,
+    grace: Duration,
+}
+
+impl Running {
+    /// What cuts the grace period short when cancelled, for a second signal.
+    pub fn abort_token(&self) -> CancellationToken {
+        self.abort.clone()
+    }
+
+    /// Tasks that are running now.
+    pub fn running_tasks(&self) -> usize {
+        self.pipeline.inflight.len()
+    }
+
+    /// Stops without losing anything. The order matters:
+    ///
+    /// 1. Intake ends: the broker is told to send no more, and what waits here goes back to it.
+    /// 2. Running tasks may finish within the grace period.
+    /// 3. Those that did not are interrupted and go back to their queue without costing an attempt.
+    /// 4. The last successors are confirmed and the last deliveries acknowledged.
+    /// 5. The connections close; only now may the broker take back what is still unsettled.
+    pub async fn drain(self) {
+        let Self { pipeline, intakes, tasks, publisher, consume, stop, abort, grace } = self;
+        stop.cancel();
+        intakes.wait().await;
+        pipeline.attempts.close();
+        let running = pipeline.inflight.len();
+        tracing::info!(running, ?grace, "draining");
+        tokio::select! {
+            () = pipeline.attempts.wait() => {}
+            () = tokio::time::sleep(grace) => tracing::warn!("the grace period is over"),
+            () = abort.cancelled() => tracing::warn!("told not to wait"),
+        }
+        abort.cancel();
+        pipeline.attempts.wait().await;
+        // The last sender goes, so the settling task ends when everything is confirmed.
+        drop(pipeline);
+        if tokio::time::timeout(FLUSH_GRACE, tasks.wait()).await.is_err() {
+            tracing::warn!("RabbitMQ did not confirm everything; the rest will be delivered again");
+        }
+        publisher.close(FLUSH_GRACE).await;
+        consume.close().await;
+        tracing::info!("stopped");
+    }
+}
