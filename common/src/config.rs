@@ -195,7 +195,10 @@ impl Config {
 
     /// How a process signs: its configured name, else host and process id.
     pub fn identity(&self, name: Option<&str>) -> String {
-        let host = || hostname::get().map_or_else(|_| "host".into(), |host| host.to_string_lossy().into_owned());
+        let host = || {
+            hostname::get()
+                .map_or_else(|_| "host".into(), |host| host.to_string_lossy().into_owned())
+        };
         name.map_or_else(|| format!("{}:{}", host(), std::process::id()), str::to_owned)
     }
 
@@ -211,6 +214,21 @@ impl Config {
 /// Whether the user asked for no colours (<https://no-color.org>).
 pub fn no_color() -> bool {
     std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+/// Where the management UI of the broker is that `scripts/rabbitmq run` has started.
+pub fn management_url() -> Option<String> {
+    std::env::var("GARENNE_MANAGEMENT_URL").ok().filter(|url| !url.is_empty())
+}
+
+/// The process id of the broker that `scripts/rabbitmq run` has started.
+pub fn broker_pid() -> Option<u32> {
+    std::env::var("BROKER_PID").ok()?.parse().ok()
+}
+
+/// The version of the broker that `scripts/rabbitmq run` has started.
+pub fn broker_version() -> Option<String> {
+    std::env::var("BROKER_VERSION").ok().filter(|version| !version.is_empty())
 }
 
 /// The value of the keys as written, with their defaults.
@@ -337,6 +355,9 @@ impl Default for RawCollector {
     }
 }
 
+/// lapin reports each lost connection several times over, in words of its own; ours say it once.
+const DEFAULT_FILTER: &str = "info,lapin=off";
+
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct RawLog {
@@ -346,7 +367,7 @@ struct RawLog {
 
 impl Default for RawLog {
     fn default() -> Self {
-        Self { format: LogFormat::Human, filter: "info".to_owned() }
+        Self { format: LogFormat::Human, filter: DEFAULT_FILTER.to_owned() }
     }
 }
 
@@ -362,14 +383,15 @@ impl RawConfig {
     ) -> Result<Self, ConfigError> {
         let mut builder = config::Config::builder();
         for (key, value) in defaults {
-            builder = builder.set_default(*key, *value).map_err(|error| ConfigError::one(&error))?;
+            builder =
+                builder.set_default(*key, *value).map_err(|error| ConfigError::one(&error))?;
         }
         if let Some(file) = &sources.file {
             builder = builder.add_source(File::from(file.as_path()).format(FileFormat::Toml));
         }
         let all = builder
             .set_override_option("broker.url", amqp_url())
-            .and_then(|builder| builder.build())
+            .and_then(config::ConfigBuilder::<config::builder::DefaultState>::build)
             .map_err(|error| ConfigError::one(&error))?;
         // AMQP_URL must lie between file and environment, hence the two steps.
         let mut builder = config::Config::builder().add_source(all).add_source(
@@ -388,8 +410,7 @@ impl RawConfig {
             } else {
                 config::Value::from(value.as_str())
             };
-            builder =
-                builder.set_override(key, value).map_err(|error| ConfigError::one(&error))?;
+            builder = builder.set_override(key, value).map_err(|error| ConfigError::one(&error))?;
         }
         let all = builder.build().map_err(|error| ConfigError::one(&error))?;
         all.try_deserialize().map_err(|error| ConfigError::one(&error))
@@ -566,7 +587,9 @@ impl BrokerUrl {
             return Err(format!("the scheme is {:?}, expected amqp or amqps", url.scheme()));
         }
         if url.host_str().is_none_or(str::is_empty) {
-            return Err("the host is missing; expected amqp://user:password@host:5672/vhost".to_owned());
+            return Err(
+                "the host is missing; expected amqp://user:password@host:5672/vhost".to_owned()
+            );
         }
         Ok(Self(url))
     }
@@ -632,7 +655,8 @@ mod tests {
     fn later_layers_win() {
         let (_file, sources) = file("[worker]\nslots = 3\ngrace = \"5s\"\nqueues = [\"a\"]\n");
         let sources = sources.set("worker.grace", Some("7s"));
-        let env = environment(&[("GARENNE__WORKER__SLOTS", "9"), ("GARENNE__WORKER__QUEUES", "b,c")]);
+        let env =
+            environment(&[("GARENNE__WORKER__SLOTS", "9"), ("GARENNE__WORKER__QUEUES", "b,c")]);
         let config = RawConfig::read(&sources, env).unwrap().check().unwrap();
         assert_eq!(config.worker.slots, 9);
         assert_eq!(config.worker.grace, Duration::from_secs(7));
@@ -667,7 +691,8 @@ mod tests {
 
     #[test]
     fn commands_come_from_the_file() {
-        let text = "[worker.commands.\"image.resize\"]\nargv = [\"convert\", \"{src}\"]\nstdin = true\n";
+        let text =
+            "[worker.commands.\"image.resize\"]\nargv = [\"convert\", \"{src}\"]\nstdin = true\n";
         let (_file, sources) = file(text);
         let config = RawConfig::read(&sources, environment(&[])).unwrap().check().unwrap();
         let command = &config.worker.commands[&TaskName::new("image.resize").unwrap()];

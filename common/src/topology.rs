@@ -201,11 +201,7 @@ impl Topology {
         let name = self.unrouted();
         [
             exchange(name.clone(), ExchangeKind::Fanout, None),
-            Declaration::Queue {
-                name: name.clone(),
-                exclusive: false,
-                arguments: quorum(vec![]),
-            },
+            Declaration::Queue { name: name.clone(), exclusive: false, arguments: quorum(vec![]) },
             binding(name.clone(), name, String::new()),
         ]
     }
@@ -213,11 +209,7 @@ impl Topology {
     fn inbox_of_collector(&self, name: String, kind: ExchangeKind) -> [Declaration; 3] {
         [
             exchange(name.clone(), kind, Some(self.unrouted())),
-            Declaration::Queue {
-                name: name.clone(),
-                exclusive: false,
-                arguments: quorum(vec![]),
-            },
+            Declaration::Queue { name: name.clone(), exclusive: false, arguments: quorum(vec![]) },
             // A direct exchange needs the key; a fanout ignores it.
             binding(name.clone(), name.clone(), name),
         ]

@@ -56,7 +56,8 @@ impl Acks {
             None => BTreeSet::new(),
         };
         let together = std::mem::take(&mut self.done);
-        let ack = |number, multiple| Ack { tag: DeliveryTag { epoch: self.epoch, number }, multiple };
+        let ack =
+            |number, multiple| Ack { tag: DeliveryTag { epoch: self.epoch, number }, multiple };
         let mut acks = Vec::with_capacity(1 + beyond.len());
         acks.extend(together.last().map(|&last| ack(last, together.len() > 1)));
         acks.extend(beyond.into_iter().map(|number| ack(number, false)));
@@ -82,7 +83,9 @@ mod tests {
     #[test]
     fn a_finished_run_is_one_ack() {
         let mut acks = delivered(1..=4);
-        [2, 1, 3].into_iter().for_each(|number| acks.done(tag(number)));
+        for number in [2, 1, 3] {
+            acks.done(tag(number));
+        }
         assert_eq!(acks.take(), [Ack { tag: tag(3), multiple: true }]);
         assert_eq!(acks.take(), []);
     }
@@ -90,9 +93,10 @@ mod tests {
     #[test]
     fn a_slow_task_does_not_hold_up_the_others() {
         let mut acks = delivered(1..=4);
-        [1, 3].into_iter().for_each(|number| acks.done(tag(number)));
-        let expected =
-            [Ack { tag: tag(1), multiple: false }, Ack { tag: tag(3), multiple: false }];
+        for number in [1, 3] {
+            acks.done(tag(number));
+        }
+        let expected = [Ack { tag: tag(1), multiple: false }, Ack { tag: tag(3), multiple: false }];
         assert_eq!(acks.take(), expected);
     }
 
@@ -100,7 +104,9 @@ mod tests {
     fn what_was_handed_back_is_not_in_the_way() {
         let mut acks = delivered(1..=3);
         acks.handed_back(tag(1));
-        [2, 3].into_iter().for_each(|number| acks.done(tag(number)));
+        for number in [2, 3] {
+            acks.done(tag(number));
+        }
         assert_eq!(acks.take(), [Ack { tag: tag(3), multiple: true }]);
     }
 
@@ -146,7 +152,8 @@ mod tests {
                 }
             }
             acks.take().into_iter().for_each(|ack| {
-                let numbers = if ack.multiple { 1..=ack.tag.number } else { ack.tag.number..=ack.tag.number };
+                let numbers =
+                    if ack.multiple { 1..=ack.tag.number } else { ack.tag.number..=ack.tag.number };
                 acked.extend(numbers.filter(|n| done.contains(n)));
             });
             assert_eq!(acked, done, "seed {seed}");

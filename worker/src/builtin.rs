@@ -14,14 +14,20 @@ use crate::context::Context;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler};
 use crate::outcome::TaskError;
 
+/// A handler and the name that finds it.
+type Named = (TaskName, Arc<dyn Handler>);
+
 /// All built-in handlers.
-pub(crate) fn handlers() -> Result<Vec<(TaskName, Arc<dyn Handler>)>, InvalidName> {
+pub(crate) fn handlers() -> Result<Vec<Named>, InvalidName> {
     Ok(vec![
         (TaskName::new(Echo::NAME)?, Arc::new(AsyncHandler::<Echo, _>::new(echo))),
         (TaskName::new(Sleep::NAME)?, Arc::new(AsyncHandler::<Sleep, _>::new(sleep))),
         (TaskName::new(Fail::NAME)?, Arc::new(AsyncHandler::<Fail, _>::new(fail))),
         (TaskName::new(Announce::NAME)?, Arc::new(AsyncHandler::<Announce, _>::new(announce))),
-        (TaskName::new(CountWords::NAME)?, Arc::new(BlockingHandler::<CountWords, _>::new(count_words))),
+        (
+            TaskName::new(CountWords::NAME)?,
+            Arc::new(BlockingHandler::<CountWords, _>::new(count_words)),
+        ),
         (TaskName::new(FileDigest::NAME)?, Arc::new(BlockingHandler::<FileDigest, _>::new(digest))),
     ])
 }
@@ -96,7 +102,11 @@ async fn fail(context: Context, task: Fail) -> Result<Recovered, TaskError> {
         return Ok(Recovered { attempt });
     }
     assert!(!task.panic, "{}", task.message);
-    if task.fatal { Err(TaskError::fatal(task.message)) } else { Err(TaskError::retry(task.message)) }
+    if task.fatal {
+        Err(TaskError::fatal(task.message))
+    } else {
+        Err(TaskError::retry(task.message))
+    }
 }
 
 /// `garenne.announce`: writes `<worker> is processing task <task>` to standard output.
@@ -114,10 +124,9 @@ impl Task for Announce {
 }
 
 async fn announce(context: Context, task: Announce) -> Result<String, TaskError> {
-    let line = match &task.task {
-        Value::String(text) => format!("{} is processing task {text}", context.worker()),
-        other => format!("{} is processing task {other}", context.worker()),
-    };
+    // Text without the quotation marks that JSON would put around it.
+    let which = task.task.as_str().map_or_else(|| task.task.to_string(), str::to_owned);
+    let line = format!("{} is processing task {which}", context.worker());
     writeln!(std::io::stdout().lock(), "{line}")?;
     tokio::time::sleep(Duration::from_millis(task.millis)).await;
     Ok(line)
@@ -191,8 +200,8 @@ impl Task for FileDigest {
     type Output = DigestOf;
 }
 
-fn digest(context: &Context, task: FileDigest) -> Result<DigestOf, TaskError> {
-    let mut file = open(&task.path)?;
+fn digest(context: &Context, FileDigest { path }: FileDigest) -> Result<DigestOf, TaskError> {
+    let mut file = open(&path)?;
     let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0; 64 * 1024], 0);
     loop {
         let count = file.read(&mut buffer)?;

@@ -41,14 +41,13 @@ impl Handler for CommandHandler {
 }
 
 async fn run(config: &CommandConfig, context: &Context) -> Result<garenne_common::Payload, Fault> {
-    let args: Value = context
-        .task()
-        .args
-        .decode()
-        .map_err(|error| Fault::BadArguments(format!("a command takes JSON arguments: {error}")))?;
-    let argv = config.argv.iter().map(|part| fill(part, &args));
-    let argv = argv.collect::<Result<Vec<_>, _>>().map_err(Fault::BadArguments)?;
-    let child = spawn(config, &argv, context)?;
+    let args: Value =
+        context.task().args.decode().map_err(|error| {
+            Fault::BadArguments(format!("a command takes JSON arguments: {error}"))
+        })?;
+    let filled = config.argv.iter().map(|part| fill(part, &args));
+    let filled = filled.collect::<Result<Vec<_>, _>>().map_err(Fault::BadArguments)?;
+    let child = spawn(config, &filled, context)?;
     let output = talk(child, config.stdin.then(|| args.to_string())).await?;
     output_value(config.output, output).and_then(|value| encode(context.task().args.codec, &value))
 }
@@ -64,7 +63,9 @@ fn fill(part: &str, args: &Value) -> Result<String, String> {
         filled.push_str(before);
         let value = placeholder(key, args)?;
         if filled.is_empty() && value.starts_with('-') {
-            return Err(format!("argument {key:?} begins with \"-\" and would be read as an option"));
+            return Err(format!(
+                "argument {key:?} begins with \"-\" and would be read as an option"
+            ));
         }
         filled.push_str(&value);
         rest = behind;
@@ -124,7 +125,8 @@ fn spawn(config: &CommandConfig, argv: &[String], context: &Context) -> Result<G
     if let Some(directory) = &config.directory {
         command.current_dir(directory);
     }
-    let failed = |error| Fault::Failed(TaskError::fatal(format!("cannot start {program}: {error}")));
+    let failed =
+        |error| Fault::Failed(TaskError::fatal(format!("cannot start {program}: {error}")));
     command.spawn().map(Group).map_err(failed)
 }
 
@@ -224,7 +226,8 @@ mod tests {
 
     #[test]
     fn output_is_json_where_it_can_be() {
-        let auto = |text: &str| output_value(CommandOutput::Auto, text.as_bytes().to_vec()).unwrap();
+        let auto =
+            |text: &str| output_value(CommandOutput::Auto, text.as_bytes().to_vec()).unwrap();
         assert_eq!(auto("{\"a\":1}\n"), json!({"a": 1}));
         assert_eq!(auto("hello\n"), json!("hello"));
         assert!(output_value(CommandOutput::Json, b"hello".to_vec()).is_err());

@@ -30,12 +30,7 @@ pub fn decide(outcome: Outcome, attempt: u32, policy: &RetryPolicy, jitter: f64)
     }
 }
 
-fn failed(
-    failure: &TaskError,
-    attempt: u32,
-    policy: &RetryPolicy,
-    wait: Duration,
-) -> Disposition {
+fn failed(failure: &TaskError, attempt: u32, policy: &RetryPolicy, wait: Duration) -> Disposition {
     let error = failure.message().to_owned();
     let wait = match failure.retryable() {
         Retryable::Never => return Disposition::DeadLetter { reason: DeadReason::Fatal, error },
@@ -69,7 +64,11 @@ mod tests {
     const POLICY: RetryPolicy = RetryPolicy { max_attempts: 2, ..RetryPolicy::DEFAULT };
 
     fn dead(outcome: Outcome) -> Option<DeadReason> {
-        match decide(outcome, 2, &POLICY, 1.0) {
+        dead_after(2, outcome)
+    }
+
+    fn dead_after(attempt: u32, outcome: Outcome) -> Option<DeadReason> {
+        match decide(outcome, attempt, &POLICY, 1.0) {
             Disposition::DeadLetter { reason, .. } => Some(reason),
             Disposition::Complete(_) | Disposition::Retry { .. } | Disposition::Requeue => None,
         }
@@ -91,22 +90,21 @@ mod tests {
             (fatal, DeadReason::Fatal),
             (Outcome::BadArguments("no".to_owned()), DeadReason::Malformed),
         ] {
-            match decide(outcome, 1, &POLICY, 1.0) {
-                Disposition::DeadLetter { reason, .. } => assert_eq!(reason, expected),
-                other => panic!("{other:?}"),
-            }
+            assert_eq!(dead_after(1, outcome), Some(expected));
         }
     }
 
     #[test]
     fn a_first_failure_waits_by_the_policy_or_as_the_handler_says() {
         let retry = |outcome| match decide(outcome, 1, &POLICY, 1.0) {
-            Disposition::Retry { after, .. } => after,
-            other => panic!("{other:?}"),
+            Disposition::Retry { after, .. } => Some(after),
+            Disposition::Complete(_) | Disposition::DeadLetter { .. } | Disposition::Requeue => {
+                None
+            }
         };
-        assert_eq!(retry(Outcome::Failed(TaskError::retry("no"))), Duration::from_secs(1));
+        assert_eq!(retry(Outcome::Failed(TaskError::retry("no"))), Some(Duration::from_secs(1)));
         let later = TaskError::retry_after(Duration::from_mins(1), "busy");
-        assert_eq!(retry(Outcome::Failed(later)), Duration::from_mins(1));
+        assert_eq!(retry(Outcome::Failed(later)), Some(Duration::from_mins(1)));
     }
 
     #[test]

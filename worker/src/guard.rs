@@ -12,10 +12,7 @@ pub(crate) enum Verdict {
     /// A task to run, and who runs it.
     Run(Arc<TaskMessage>, Arc<dyn Handler>),
     /// Not to be run; it becomes a dead letter.
-    Refuse {
-        reason: DeadReason,
-        error: String,
-    },
+    Refuse { reason: DeadReason, error: String },
     /// A sound task without an id: published again under one, or its redelivery would be another task.
     AssignId,
 }

@@ -101,7 +101,8 @@ impl Pipeline {
 
     async fn run(&self, ended: &Ended, handler: &dyn Handler, slot: Slot) -> Disposition {
         let task = &ended.task;
-        let span = tracing::info_span!("task", id = %task.id, name = %task.name, attempt = task.attempt);
+        let span =
+            tracing::info_span!("task", id = %task.id, name = %task.name, attempt = task.attempt);
         let worker = Arc::clone(&self.signature.worker);
         let cancelled = CancellationToken::new();
         let context = Context::new(Arc::clone(task), worker, ended.redelivered, cancelled);

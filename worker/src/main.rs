@@ -10,8 +10,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Takes tasks from RabbitMQ and runs them.
 ///
-/// Serves the built-in tasks (garenne.echo, garenne.sleep, garenne.fail, garenne.announce,
-/// text.count_words, file.sha256) and the commands of its configuration file.
+/// Serves the built-in tasks (`garenne.echo`, `garenne.sleep`, `garenne.fail`, `garenne.announce`,
+/// `text.count_words`, `file.sha256`) and the commands of its configuration file.
 #[derive(Parser)]
 #[command(name = "garenne-worker", version, after_help = EXAMPLES)]
 struct Arguments {
@@ -42,7 +42,7 @@ struct Arguments {
     /// What log lines look like: human or json [default: human]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
-    /// Which log lines appear, for instance `debug` or `warn,garenne_worker=debug` [default: info]
+    /// Which log lines appear, for instance `debug` or `warn,garenne_worker=debug` [default: info,lapin=off]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
 }

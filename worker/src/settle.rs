@@ -103,8 +103,7 @@ impl Signature {
             }
             Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
             Disposition::DeadLetter { reason, error } => {
-                let mut letter =
-                    self.letter(&ended.message, &task.queue, reason, &error);
+                let mut letter = self.letter(&ended.message, &task.queue, reason, &error);
                 letter.started_at = Some(ended.started_at);
                 letter.redelivered = ended.redelivered;
                 self.dead(subject, &letter)
@@ -157,13 +156,7 @@ impl Signature {
         }
     }
 
-    fn retry(
-        &self,
-        ended: &Ended,
-        subject: Subject,
-        after: Duration,
-        error: String,
-    ) -> Settlement {
+    fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: String) -> Settlement {
         let (task, at) = (&ended.task, Timestamp::now());
         let message = wire::task::next_attempt(&ended.message, task.attempt.saturating_add(1));
         let (outgoing, after) = match self.topology.delay_route(after) {
@@ -328,12 +321,7 @@ impl SettleTask {
         }
     }
 
-    async fn accept(
-        &self,
-        settlement: Settlement,
-        bundle: &mut Bundle,
-        under_way: &mut UnderWay,
-    ) {
+    async fn accept(&self, settlement: Settlement, bundle: &mut Bundle, under_way: &mut UnderWay) {
         let Settlement { subject, successor, may_return, note, reply } = settlement;
         let ticket = Ticket { subject, may_return };
         if let Some((to, report)) = reply {

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use garenne_common::broker::{
-    BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource,
-};
+use garenne_common::broker::{BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource};
 use garenne_common::config::Config;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
 use tokio::sync::{Semaphore, mpsc};
@@ -97,10 +95,10 @@ impl Worker {
         let lanes = lanes.map(|(queue, consumer)| Lane::new(queue.clone(), consumer.settler()));
         let lanes = Arc::new(lanes.collect::<Vec<_>>());
         let (settle, inbox) = mpsc::channel(1024);
-        let (inflight, signature) = (Arc::<Inflight>::default(), Signature {
-            topology,
-            worker: Arc::from(identity.as_str()),
-        });
+        let (inflight, signature) = (
+            Arc::<Inflight>::default(),
+            Signature { topology, worker: Arc::from(identity.as_str()) },
+        );
         let signature = Arc::new(signature);
         let tasks = TaskTracker::new();
         tasks.spawn(

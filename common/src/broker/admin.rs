@@ -114,7 +114,10 @@ async fn queue_status(channel: &Channel, name: &str) -> Result<QueueStatus, Brok
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let queue = channel.queue_declare(short(name)?, options, FieldTable::default()).await;
     queue
-        .map(|queue| QueueStatus { ready: queue.message_count(), consumers: queue.consumer_count() })
+        .map(|queue| QueueStatus {
+            ready: queue.message_count(),
+            consumers: queue.consumer_count(),
+        })
         .map_err(|error| BrokerError::operating(&error, &format!("queue {name}")))
 }
 
@@ -148,6 +151,8 @@ async fn declare_one(channel: &Channel, declaration: &Declaration) -> Result<(),
             let options = QueueDeclareOptions {
                 durable: !exclusive,
                 exclusive: *exclusive,
+                // It would otherwise outlive its consumer on a connection that goes on, and fill up.
+                auto_delete: *exclusive,
                 ..QueueDeclareOptions::default()
             };
             let arguments = to_table(arguments.iter().map(|(key, value)| (*key, value)))?;

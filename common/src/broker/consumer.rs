@@ -259,7 +259,9 @@ impl ConsumeTask {
         let stream = channel.basic_consume(name, tag, options, FieldTable::default()).await;
         let stream =
             stream.map_err(|error| BrokerError::operating(&error, &format!("queue {queue}")))?;
-        tracing::debug!(queue, consumer = self.spec.tag, epoch, "consuming");
+        if epoch > 1 {
+            tracing::info!(queue, consumer = self.spec.tag, epoch, "consuming again");
+        }
         self.shared.trouble.send_replace(None);
         self.shared.queue.send_replace(Some(queue));
         Ok((epoch, channel, stream))

@@ -88,7 +88,10 @@ pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message 
 }
 
 /// `None` for tables, arrays and the like: Garenne has no use for them.
-#[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum; what is not listed has no use here")]
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a foreign enum; what is not listed has no use here"
+)]
 fn from_value(value: &AMQPValue) -> Option<HeaderValue> {
     Some(match value {
         AMQPValue::Boolean(truth) => HeaderValue::Bool(*truth),

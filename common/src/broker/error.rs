@@ -18,7 +18,9 @@ pub enum BrokerError {
         cause: String,
     },
     /// The broker refused the user or the password.
-    #[error("RabbitMQ at {url} refused the login of user {user:?}; check the user name and password")]
+    #[error(
+        "RabbitMQ at {url} refused the login of user {user:?}; check the user name and password"
+    )]
     LoginRefused {
         /// Where.
         url: String,
@@ -40,7 +42,9 @@ pub enum BrokerError {
     #[error("RabbitMQ forbids it: {0}; grant the permission or use another user")]
     Forbidden(String),
     /// An object exists with other properties.
-    #[error("the broker object {object} exists with other properties: {cause}; delete it or use another namespace")]
+    #[error(
+        "the broker object {object} exists with other properties: {cause}; delete it or use another namespace"
+    )]
     Conflict {
         /// Which.
         object: String,
@@ -54,7 +58,9 @@ pub enum BrokerError {
     #[error("RabbitMQ takes no messages now (memory or disk alarm); gave up after {0:?}")]
     Blocked(Duration),
     /// The broker answered that it did not take the message.
-    #[error("RabbitMQ did not take the message for {0:?} (the queue is full or has an internal error)")]
+    #[error(
+        "RabbitMQ did not take the message for {0:?} (the queue is full or has an internal error)"
+    )]
     Rejected(String),
     /// No answer in time; the message may or may not have arrived.
     #[error("RabbitMQ did not confirm within {0:?}; whether it has the message is unknown")]
@@ -131,6 +137,10 @@ fn is_soft(error: &AMQPError, kind: &AMQPSoftError) -> bool {
 }
 
 /// lapin's words, without what could hold a URL: its errors carry none (verified for 4.12).
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a foreign enum; its own words serve for the rest"
+)]
 fn plain(error: &lapin::Error) -> String {
     match error.kind() {
         lapin::ErrorKind::IOError(io) => io.to_string(),

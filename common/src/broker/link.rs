@@ -31,7 +31,7 @@ struct Shared {
 
 enum State {
     Down,
-    Up(Connection),
+    Up(Arc<Connection>),
 }
 
 impl Link {
@@ -65,7 +65,7 @@ impl Link {
         }
         let connection = self.connect().await?;
         let channel = self.within(connection.create_channel()).await;
-        *state = State::Up(connection);
+        *state = State::Up(Arc::new(connection));
         channel
     }
 

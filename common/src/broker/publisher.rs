@@ -255,9 +255,7 @@ impl PublishTask {
     /// Puts waiting jobs on the channel while the window has room.
     async fn fill(&mut self, channel: &Channel, window: &mut Window) -> Option<BrokerError> {
         while window.len() < self.window {
-            let Some(job) = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok()) else {
-                return None;
-            };
+            let job = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok())?;
             if job.is_withdrawn() {
                 continue;
             }

@@ -56,10 +56,10 @@ impl DeadLetter {
     /// Writes it: the message, and its fate in headers.
     pub fn encode(&self) -> Message {
         let mut message = self.message.clone();
-        let millis = |at: Timestamp| {
-            HeaderValue::Int(i64::try_from(at.as_millis()).unwrap_or(i64::MAX))
-        };
-        message.set_header(headers::DEAD_REASON, HeaderValue::Text(self.reason.as_str().to_owned()));
+        let millis =
+            |at: Timestamp| HeaderValue::Int(i64::try_from(at.as_millis()).unwrap_or(i64::MAX));
+        message
+            .set_header(headers::DEAD_REASON, HeaderValue::Text(self.reason.as_str().to_owned()));
         message.set_header(headers::DEAD_ERROR, HeaderValue::Text(self.error.clone()));
         message.set_header(headers::DEAD_BY, HeaderValue::Text(self.by.clone()));
         message.set_header(headers::DEAD_QUEUE, HeaderValue::Text(self.queue.clone()));

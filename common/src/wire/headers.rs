@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::message::{HeaderValue, Message};
 use super::Malformed;
+use super::message::{HeaderValue, Message};
 
 pub(super) const ATTEMPT: &str = "x-garenne-attempt";
 pub(super) const MAX_ATTEMPTS: &str = "x-garenne-max-attempts";

@@ -106,17 +106,21 @@ impl BatchSummary {
 
 impl Notice {
     /// The stable id, and at the same time the routing key on the notices exchange.
-    ///
-    /// A routing key has at most 255 bytes and an id too, so a long foreign id is cut.
     pub fn key(&self) -> String {
-        let mut key = match self {
-            Self::Task(task) => format!("task.{}", task.task),
-            Self::Batch(batch) => format!("batch.{}", batch.batch),
-        };
-        while key.len() > 255 {
-            key.pop();
+        match self {
+            Self::Task(task) => Self::task_key(&task.task),
+            Self::Batch(batch) => Self::batch_key(&batch.batch),
         }
-        key
+    }
+
+    /// The key of a task's notice, for whoever listens for it.
+    pub fn task_key(id: &TaskId) -> String {
+        routing_key("task", id.as_str())
+    }
+
+    /// The key of a batch's notice, for whoever listens for it.
+    pub fn batch_key(id: &BatchId) -> String {
+        routing_key("batch", id.as_str())
     }
 
     /// The notice that a task without a batch is done.
@@ -149,6 +153,15 @@ impl Notice {
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
         serde_json::from_slice(&message.body).map_err(Malformed::new)
     }
+}
+
+/// A routing key has at most 255 bytes and an id too, so a long foreign id is cut.
+fn routing_key(subject: &str, id: &str) -> String {
+    let mut key = format!("{subject}.{id}");
+    while key.len() > 255 {
+        key.pop();
+    }
+    key
 }
 
 #[cfg(test)]

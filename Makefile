@@ -1,0 +1,51 @@
+# The commands of this repository. `make` alone lists them.
+# Arguments for the program behind a command: make demo ARGS="--broadcast"
+
+ARGS ?=
+CARGO ?= cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test ci fmt fmt-check clippy doc deny bench
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
+	scripts/setup --no-tests
+	$(CARGO) build --release --bins
+	scripts/rabbitmq run --management -- target/release/garenne demo $(ARGS)
+
+# The tests start the real binaries and the examples, so these are built first.
+test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
+	scripts/setup
+	$(CARGO) build --workspace --bins --examples
+	scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
+
+# One after the other, whatever -j says: each of them uses all cores, and the cheap ones fail first.
+ci: ## what continuous integration runs: formatting, clippy, documentation, tests
+	$(MAKE) fmt-check
+	$(MAKE) clippy
+	$(MAKE) doc
+	$(MAKE) test
+
+fmt: ## format the code
+	$(CARGO) fmt --all
+
+fmt-check: ## is the code formatted?
+	$(CARGO) fmt --all --check
+
+clippy: ## lints, warnings are errors
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+doc: ## the API documentation, warnings are errors
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+deny: ## licences, advisories and sources of all dependencies (needs cargo-deny and a network)
+	@$(CARGO) deny --version >/dev/null 2>&1 || \
+		{ echo "cargo-deny is missing; install it with: cargo install cargo-deny --locked" >&2; exit 1; }
+	$(CARGO) deny --all-features check
+
+bench: ## throughput and latency, on a private RabbitMQ (or on AMQP_URL)
+	scripts/setup --no-tests
+	$(CARGO) build --release --bins
+	scripts/rabbitmq run -- target/release/garenne bench $(ARGS)

@@ -1,0 +1,40 @@
+//! One task type, shared by both ends. Run it next to a RabbitMQ:
+//! `cargo run -p garenne-examples --example shared_task`
+
+use std::error::Error;
+
+use garenne_common::Task;
+use garenne_common::config::{Config, Sources};
+use garenne_producer::Producer;
+use garenne_worker::{Context, TaskError, Worker};
+use serde::{Deserialize, Serialize};
+
+/// The contract; both programs import it from one small crate.
+#[derive(Serialize, Deserialize)]
+struct Greet {
+    name: String,
+}
+
+impl Task for Greet {
+    const NAME: &'static str = "example.greet";
+    type Output = String;
+}
+
+async fn greet(_: Context, task: Greet) -> Result<String, TaskError> {
+    Ok(format!("Hello, {}!", task.name))
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let config = Config::load(&Sources::default())?;
+    let worker = Worker::builder(config.clone()).register::<Greet, _, _>(greet).build()?;
+    let running = worker.start().await?;
+
+    // The producer: usually another program on another machine.
+    let producer = Producer::connect(&config).await?;
+    let handle = producer.submit(Greet { name: "Garenne".to_owned() }).await?;
+    println!("{}", handle.output().await?);
+    running.drain().await;
+    producer.close().await;
+    Ok(())
+}
