@@ -1,1 +1,28 @@
-//! placeholder
+//! The Garenne collector: every task's one final record, every batch's one done notice.
+//!
+//! The path of a result, from top to bottom:
+//!
+//! 1. [`pipeline`] receives deliveries of three queues (results, dead letters, unrouted messages),
+//! 2. [`group`] decodes them and gathers them into groups,
+//! 3. [`aggregate`] decides what a group changes (pure; a [`batch`] is a small state machine),
+//! 4. [`store`] makes it so in one transaction, notices included,
+//! 5. [`pipeline`] acknowledges the group, and
+//! 6. [`notices`] publishes what waits in the outbox.
+//!
+//! Beside it, [`answers`] answers questions, [`deadlines`] ends batches that their producer left
+//! behind, and [`retention`] deletes what is old. [`Collector`] starts and stops all of them.
+//!
+//! The collector runs no task and retries none: it only hears how they ended.
+
+pub mod aggregate;
+mod answers;
+pub mod batch;
+mod deadlines;
+pub mod group;
+mod notices;
+mod pipeline;
+mod retention;
+mod service;
+pub mod store;
+
+pub use service::{Collector, StartError};

@@ -205,7 +205,7 @@ fn spec(config: &Config, queue: &QueueName, identity: &str) -> ConsumerSpec {
     }
 }
 
-/// A worker that runs. Dropping it abandons the tasks; [`drain`](Self::drain) is the way to stop.
+/// A worker that runs. [`drain`](Self::drain) is the way to stop it; dropped, it goes on unattended.
 pub struct Running {
     pipeline: Arc<Pipeline>,
     intakes: TaskTracker,

@@ -287,6 +287,13 @@ impl PublishTask {
     }
 }
 
+/// Completes when the channel is gone; polled only while a write waits.
+async fn until_closed(channel: &Channel) {
+    while channel.status().connected() {
+        tokio::time::sleep(HEALTH_CHECK).await;
+    }
+}
+
 /// In order, or lapin complains of a connection that closes over a channel that does.
 async fn close(channel: &Channel) {
     if let Err(error) = channel.close(200, "bye".into()).await {
@@ -329,7 +336,13 @@ impl Window {
         let options = BasicPublishOptions::default();
         let body = &out.message.body;
         // Under a memory or disk alarm this waits until the alarm is over; callers have deadlines.
-        match channel.basic_publish(exchange, key, options, body, properties).await {
+        let written = channel.basic_publish(exchange, key, options, body, properties);
+        let written = tokio::select! {
+            biased;
+            written = written => written.map_err(|error| BrokerError::operating(&error, "an exchange")),
+            () = until_closed(channel) => Err(BrokerError::Lost("it ended while blocked".to_owned())),
+        };
+        match written {
             Ok(confirm) => {
                 let number = self.next;
                 self.next += 1;
@@ -337,7 +350,7 @@ impl Window {
                 self.confirms.push(Box::pin(async move { (number, confirm.await) }));
                 Ok(())
             }
-            Err(error) => Err((job, BrokerError::operating(&error, "an exchange"))),
+            Err(error) => Err((job, error)),
         }
     }
 

@@ -1,0 +1,183 @@
+//! What a group of reports changes: the rules of counting, apart from where things are kept.
+//!
+//! Pure but for the [`Ledger`] it is given: a transaction of the store, or a few maps in a test or a
+//! simulation. The rules: the first final record of a task wins; a batch counts a task once; a notice
+//! is written in the same transaction as what it tells of.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use garenne_common::outcome::Status;
+use garenne_common::wire::{DeadLetter, Notice, Report, RetryNote};
+use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
+
+use crate::batch::Batch;
+use crate::group::{Group, Letter};
+
+/// What an operator may choose.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    /// How long a batch may stay unsealed whose producer did not say.
+    pub batch_deadline: Duration,
+    /// Whether tasks outside a batch get a notice each.
+    pub task_notices: bool,
+}
+
+/// Where a group's changes go. All of them take effect together or not at all.
+pub trait Ledger {
+    /// What can go wrong.
+    type Error;
+    /// Keeps a final record, unless there is one of that task.
+    fn insert_result(&mut self, result: &TaskResult) -> Result<Inserted, Self::Error>;
+    /// How a task ended, if it did.
+    fn final_status(&mut self, id: &TaskId) -> Result<Option<Status>, Self::Error>;
+    /// Keeps the note of a failed attempt, unless it is there.
+    fn insert_attempt(&mut self, note: &RetryNote) -> Result<(), Self::Error>;
+    /// Keeps a dead letter, unless there is a final one of that task. A `late` one is not listed.
+    fn keep_letter(&mut self, letter: &DeadLetter, late: bool) -> Result<(), Self::Error>;
+    /// Takes a task's dead letter, if there is one, out of the lists: the task ended after all.
+    fn hide_letter(&mut self, id: &TaskId) -> Result<(), Self::Error>;
+    /// A batch as it was last saved.
+    fn load_batch(&mut self, id: &BatchId) -> Result<Option<Batch>, Self::Error>;
+    /// Saves a batch.
+    fn save_batch(&mut self, batch: &Batch) -> Result<(), Self::Error>;
+    /// Puts a notice into the outbox.
+    fn add_notice(&mut self, notice: &Notice) -> Result<(), Self::Error>;
+}
+
+/// What became of a final record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inserted {
+    /// It is the task's first.
+    Fresh,
+    /// The task has ended before, with this status; the repeat was counted.
+    Repeat(Status),
+}
+
+/// What a group did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Committed {
+    /// Tasks that ended.
+    pub fresh: u64,
+    /// Final records of tasks that had ended before.
+    pub repeats: u64,
+    /// Notices that now wait in the outbox.
+    pub notices: u64,
+    /// Tasks that ended by a dead letter of this group.
+    pub given_up: Vec<TaskId>,
+}
+
+/// Applies a group.
+pub fn apply<L: Ledger>(
+    ledger: &mut L,
+    group: &Group,
+    rules: Rules,
+) -> Result<Committed, L::Error> {
+    let done = Committed::default();
+    let mut run = Run { ledger, rules, at: group.at, batches: BTreeMap::new(), done };
+    // Reports first: where a group holds both, a success beats the stray dead letter of a retry fork.
+    for report in &group.reports {
+        run.report(report)?;
+    }
+    for letter in &group.letters {
+        run.letter(letter)?;
+    }
+    run.settle_batches()
+}
+
+struct Run<'a, L> {
+    ledger: &'a mut L,
+    rules: Rules,
+    at: Timestamp,
+    /// Batches that the group touches: loaded once, saved once.
+    batches: BTreeMap<BatchId, Batch>,
+    done: Committed,
+}
+
+impl<L: Ledger> Run<'_, L> {
+    fn report(&mut self, report: &Report) -> Result<(), L::Error> {
+        match report {
+            Report::Finished(result) => {
+                if self.finished(result)? == Inserted::Fresh {
+                    self.ledger.hide_letter(&result.id)?;
+                }
+            }
+            Report::Retrying(note) => {
+                self.ledger.insert_attempt(note)?;
+                if let Some(id) = &note.batch {
+                    self.batch(id, note.at)?.mentioned(note.at);
+                }
+            }
+            Report::BatchOpened { batch, at, deadline } => {
+                self.batch(batch, *at)?.opened(*at, *deadline);
+            }
+            Report::BatchSealed { batch, count, at } => {
+                self.batch(batch, *at)?.sealed(*count, *at);
+            }
+        }
+        Ok(())
+    }
+
+    fn letter(&mut self, Letter { letter, result }: &Letter) -> Result<(), L::Error> {
+        let ended_as = match result {
+            Some(result) => match self.finished(result)? {
+                Inserted::Fresh => {
+                    self.done.given_up.push(result.id.clone());
+                    None
+                }
+                Inserted::Repeat(status) => Some(status),
+            },
+            None => self.ledger.final_status(&letter.id)?,
+        };
+        let late = ended_as.is_some_and(|status| status != Status::Failed);
+        self.ledger.keep_letter(letter, late)
+    }
+
+    fn finished(&mut self, result: &TaskResult) -> Result<Inserted, L::Error> {
+        let inserted = self.ledger.insert_result(result)?;
+        if inserted != Inserted::Fresh {
+            self.done.repeats += 1;
+            return Ok(inserted);
+        }
+        self.done.fresh += 1;
+        match &result.batch {
+            Some(id) => {
+                let at = result.finished_at;
+                self.batch(id, at)?.member_ended(result.status, at);
+            }
+            None if self.rules.task_notices => self.notice(&Notice::of_task(result))?,
+            None => {}
+        }
+        Ok(inserted)
+    }
+
+    fn batch(&mut self, id: &BatchId, at: Timestamp) -> Result<&mut Batch, L::Error> {
+        if !self.batches.contains_key(id) {
+            // The default deadline counts from our clock: a sender's may be anywhere.
+            let fresh =
+                || Batch::first_seen(id.clone(), at, self.at.plus(self.rules.batch_deadline));
+            let batch = self.ledger.load_batch(id)?.unwrap_or_else(fresh);
+            self.batches.insert(id.clone(), batch);
+        }
+        Ok(self.batches.entry(id.clone()).or_insert_with(|| unreachable!("inserted above")))
+    }
+
+    fn settle_batches(mut self) -> Result<Committed, L::Error> {
+        for mut batch in std::mem::take(&mut self.batches).into_values() {
+            let notice = batch.settle();
+            self.ledger.save_batch(&batch)?;
+            if let Some(notice) = notice {
+                self.notice(&notice)?;
+            }
+        }
+        Ok(self.done)
+    }
+
+    fn notice(&mut self, notice: &Notice) -> Result<(), L::Error> {
+        self.done.notices += 1;
+        self.ledger.add_notice(notice)
+    }
+}
+
+#[cfg(test)]
+mod tests;

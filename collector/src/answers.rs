@@ -1,0 +1,240 @@
+//! Answers to questions, and the replies to tasks that found no queue: all of it best effort.
+//!
+//! Whoever asks, asks again if no answer comes; so nothing here waits for a confirm, and nothing here
+//! can hold up the commits.
+
+use garenne_common::broker::{Consumer, Delivery, Outgoing, Publisher, Settler};
+use garenne_common::wire::{
+    Answer, CodecError, DeadLetter, Message, Question, Report, report, task,
+};
+use garenne_common::{DeadReason, QueueName, ReplyFormat, ReplyTo, TaskId, TaskResult};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::group::{Group, Letter};
+use crate::store::{Store, StoreError};
+
+/// What our messages say of who published them.
+pub(crate) const APP_ID: &str = concat!("garenne-collector/", env!("CARGO_PKG_VERSION"));
+
+/// Questions that wait here; more wait in the broker, and expire there.
+pub(crate) const QUERIES_PREFETCH: u16 = 64;
+/// A question names, and a list shows, at most so many.
+const MAX_ITEMS: usize = 1_000;
+/// An answer stays well below the broker's limit for a message; the asker asks again for the rest.
+const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
+/// Replies that wait for the publisher; more are dropped.
+const WAITING_REPLIES: usize = 1_000;
+
+/// Answers one question after the other.
+pub(crate) struct Answers<S> {
+    pub(crate) store: S,
+    pub(crate) questions: Consumer,
+    pub(crate) publisher: Publisher,
+    pub(crate) stop: CancellationToken,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error(transparent)]
+    Malformed(#[from] garenne_common::wire::Malformed),
+    #[error("{0} ids are more than the {MAX_ITEMS} that one question may name")]
+    TooMany(usize),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Encode(#[from] CodecError),
+}
+
+impl<S: Store> Answers<S> {
+    pub(crate) async fn run(mut self) {
+        let (stop, settler) = (self.stop.clone(), self.questions.settler());
+        loop {
+            let question = tokio::select! {
+                () = stop.cancelled() => return,
+                question = self.questions.next() => question,
+            };
+            let Some(question) = question else { return };
+            tokio::select! {
+                // A blocked broker takes no answer; that must not keep us from stopping.
+                () = stop.cancelled() => return,
+                () = self.handle(question, &settler) => {}
+            }
+        }
+    }
+
+    async fn handle(&self, question: Delivery, settler: &Settler) {
+        // Acknowledged first: a question that cannot be answered must not come again for ever.
+        settler.ack(question.tag, false).await;
+        let properties = &question.message.properties;
+        let Some(reply_to) = properties.reply_to.clone() else {
+            tracing::debug!(app_id = properties.app_id, "a question without reply_to");
+            return;
+        };
+        let correlation_id = properties.correlation_id.clone().unwrap_or_default();
+        let message = self.answer(&question.message, &correlation_id).await;
+        let message = message.unwrap_or_else(|refusal| {
+            tracing::debug!(%refusal, app_id = properties.app_id, "a question was refused");
+            Answer::Refused { error: refusal.to_string() }.encode(&correlation_id)
+        });
+        let outgoing = Outgoing { exchange: String::new(), routing_key: reply_to, message };
+        if let Err(error) = self.publisher.send_and_forget(outgoing).await {
+            tracing::debug!(%error, "an answer was not sent");
+        }
+    }
+
+    async fn answer(&self, message: &Message, correlation_id: &str) -> Result<Message, Refusal> {
+        let store = &self.store;
+        let answer = match Question::decode(message)? {
+            Question::Results { ids } => return self.results(ids, correlation_id).await,
+            Question::Task { id } => Answer::Task { state: store.task(id).await? },
+            Question::Batch { id } => Answer::Batch { batch: store.batch(id).await? },
+            Question::Dead { id } => Answer::Dead { letter: store.dead(id).await? },
+            Question::DeadList { limit } => {
+                let limit = usize::try_from(limit).unwrap_or(MAX_ITEMS).min(MAX_ITEMS);
+                Answer::DeadList { letters: store.dead_list(limit).await? }
+            }
+            Question::Totals => {
+                let totals = store.totals().await?;
+                Answer::Totals {
+                    results: totals.results,
+                    repeats: totals.repeats,
+                    dead: totals.dead,
+                    batches: totals.batches,
+                }
+            }
+        };
+        Ok(answer.encode(correlation_id))
+    }
+
+    async fn results(&self, ids: Vec<TaskId>, correlation: &str) -> Result<Message, Refusal> {
+        if ids.len() > MAX_ITEMS {
+            return Err(Refusal::TooMany(ids.len()));
+        }
+        let results = self.store.results(ids, MAX_ANSWER_BYTES).await?;
+        let reports: Vec<_> = results.into_iter().map(Report::Finished).collect();
+        let mut message = report::encode(&reports, APP_ID)?;
+        message.properties.correlation_id = Some(correlation.to_owned());
+        Ok(message)
+    }
+}
+
+/// Tells those who wait for a task's reply that the task found no queue. Every other reply is the
+/// worker's.
+#[derive(Clone)]
+pub(crate) struct Replies(mpsc::Sender<Outgoing>);
+
+impl Replies {
+    /// The sending end, and what is to be published.
+    pub(crate) fn channel() -> (Self, mpsc::Receiver<Outgoing>) {
+        let (replies, outgoing) = mpsc::channel(WAITING_REPLIES);
+        (Self(replies), outgoing)
+    }
+
+    /// Replies to those unrouted tasks of a group that have ended by it.
+    pub(crate) fn tell_unrouted(&self, group: &Group, given_up: &[TaskId]) {
+        for Letter { letter, result } in &group.letters {
+            let Some(result) = result else { continue };
+            if letter.reason == DeadReason::Unrouted && given_up.contains(&result.id) {
+                let reply = reply(letter, result);
+                if reply.is_some_and(|reply| self.0.try_send(reply).is_err()) {
+                    tracing::debug!(task = %result.id, "a reply was dropped");
+                }
+            }
+        }
+    }
+}
+
+/// Publishes replies until no more can come.
+pub(crate) async fn send_replies(
+    mut replies: mpsc::Receiver<Outgoing>,
+    publisher: Publisher,
+    stop: CancellationToken,
+) {
+    let send_all = async {
+        while let Some(reply) = replies.recv().await {
+            if let Err(error) = publisher.send_and_forget(reply).await {
+                tracing::debug!(%error, "a reply was not sent");
+            }
+        }
+    };
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = send_all => {}
+    }
+}
+
+fn reply(letter: &DeadLetter, result: &TaskResult) -> Option<Outgoing> {
+    let ReplyTo { queue, correlation_id, format } = reply_to(&letter.message)?;
+    let message = match format {
+        ReplyFormat::Plain => report::encode_reply(result, correlation_id.as_deref(), APP_ID),
+        ReplyFormat::Bundle => {
+            let mut bundle = report::encode(&[Report::Finished(result.clone())], APP_ID).ok()?;
+            bundle.properties.correlation_id = correlation_id;
+            bundle
+        }
+    };
+    Some(Outgoing { exchange: String::new(), routing_key: queue, message })
+}
+
+/// As the task says; a message that is no sound task still gets the plain reply it asks for.
+fn reply_to(message: &Message) -> Option<ReplyTo> {
+    match task::decode(message, &QueueName::default()) {
+        Ok(task) => task?.reply,
+        Err(_) => message.properties.reply_to.clone().map(|queue| ReplyTo {
+            queue,
+            correlation_id: message.properties.correlation_id.clone(),
+            format: ReplyFormat::Plain,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::Timestamp;
+    use garenne_common::wire::{HeaderValue, Properties};
+
+    fn unrouted(format: Option<&str>) -> Group {
+        let properties = Properties {
+            kind: Some("a.b".to_owned()),
+            message_id: Some("t-1".to_owned()),
+            reply_to: Some("q".to_owned()),
+            correlation_id: Some("c".to_owned()),
+            ..Properties::default()
+        };
+        let mut message = Message { properties, headers: vec![], body: b"{}".to_vec().into() };
+        if let Some(format) = format {
+            message.set_header("x-garenne-reply-format", HeaderValue::Text(format.to_owned()));
+        }
+        let mut group = Group::new(Timestamp::from_millis(1));
+        group.take(crate::group::Source::Unrouted, "cpu", &message, "me");
+        group
+    }
+
+    fn told(group: &Group, given_up: &[&str]) -> Option<Message> {
+        let given_up: Vec<_> = given_up.iter().map(|id| TaskId::new(id).unwrap()).collect();
+        let (replies, mut outgoing) = Replies::channel();
+        replies.tell_unrouted(group, &given_up);
+        outgoing.try_recv().ok().map(|outgoing| {
+            assert_eq!((outgoing.exchange.as_str(), outgoing.routing_key.as_str()), ("", "q"));
+            outgoing.message
+        })
+    }
+
+    #[test]
+    fn an_unrouted_task_is_answered_in_the_form_it_asked_for() {
+        let plain = told(&unrouted(None), &["t-1"]).unwrap();
+        assert_eq!(plain.properties.kind.as_deref(), Some(report::REPLY_KIND));
+        assert_eq!(plain.properties.correlation_id.as_deref(), Some("c"));
+        let bundle = told(&unrouted(Some("bundle")), &["t-1"]).unwrap();
+        assert_eq!(report::decode(&bundle).unwrap().len(), 1);
+        // No sound task, but whoever sent it still waits.
+        assert!(told(&unrouted(Some("smoke signals")), &["t-1"]).is_some());
+    }
+
+    #[test]
+    fn a_task_that_ended_otherwise_gets_no_second_reply() {
+        assert_eq!(told(&unrouted(None), &[]), None);
+    }
+}

@@ -1,0 +1,171 @@
+//! Groups: what a handful of deliveries say, decoded and ready for one transaction.
+//!
+//! Pure. Nothing is refused here: what cannot be read becomes a dead letter, for a delivery that is
+//! neither stored nor acknowledged would stop the collector for good.
+
+use garenne_common::outcome::DeadReason;
+use garenne_common::wire::report::{self, BUNDLE_KIND};
+use garenne_common::wire::{DeadLetter, Message, Report};
+use garenne_common::{TaskResult, Timestamp};
+
+/// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
+const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
+
+/// What goes into one transaction.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Group {
+    /// When it was gathered, by this machine's clock.
+    pub at: Timestamp,
+    /// Reports in the order of their arrival.
+    pub reports: Vec<Report>,
+    /// Dead letters in the order of their arrival.
+    pub letters: Vec<Letter>,
+    bytes: usize,
+}
+
+/// A dead letter and what it says of its task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Letter {
+    /// The letter.
+    pub letter: DeadLetter,
+    /// The task's final record; `None` if the task has not ended, or if the letter is no task's.
+    pub result: Option<TaskResult>,
+}
+
+/// Which queue a delivery came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// Reports of workers and producers.
+    Results,
+    /// Tasks that were given up.
+    Dead,
+    /// Whatever found no queue.
+    Unrouted,
+}
+
+impl Group {
+    /// An empty group.
+    pub fn new(at: Timestamp) -> Self {
+        Self { at, reports: vec![], letters: vec![], bytes: 0 }
+    }
+
+    /// How many records it holds.
+    pub fn len(&self) -> usize {
+        self.reports.len() + self.letters.len()
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether it should take no more.
+    pub fn is_full(&self, size: usize) -> bool {
+        self.len() >= size || self.bytes >= MAX_GROUP_BYTES
+    }
+
+    /// Adds what one message says. `by` signs letters that are made here.
+    pub fn take(&mut self, source: Source, routing_key: &str, message: &Message, by: &str) {
+        self.bytes += message.body.len();
+        match source {
+            Source::Results => self.take_reports(routing_key, message, by),
+            Source::Dead => self.letters.push(Letter::of_task(DeadLetter::decode(message))),
+            Source::Unrouted => self.take_unrouted(routing_key, message, by),
+        }
+    }
+
+    fn take_reports(&mut self, routing_key: &str, message: &Message, by: &str) {
+        match report::decode(message) {
+            Ok(reports) => self.reports.extend(reports),
+            Err(error) => {
+                let error = format!("not a bundle of reports: {error}");
+                tracing::warn!(
+                    app_id = message.properties.app_id,
+                    "{error}; kept as a dead letter"
+                );
+                let reason = DeadReason::Malformed;
+                let letter = DeadLetter::new(message, routing_key, reason, &error, by);
+                self.letters.push(Letter { letter, result: None });
+            }
+        }
+    }
+
+    /// Tasks, results and dead letters all share this last resort.
+    fn take_unrouted(&mut self, routing_key: &str, message: &Message, by: &str) {
+        if message.properties.kind.as_deref() == Some(BUNDLE_KIND) {
+            self.take_reports(routing_key, message, by);
+        } else if DeadLetter::is_one(message) {
+            self.letters.push(Letter::of_task(DeadLetter::decode(message)));
+        } else {
+            let error = format!("no queue {routing_key:?} existed when the broker took the task");
+            let reason = DeadReason::Unrouted;
+            let letter = DeadLetter::new(message, routing_key, reason, &error, by);
+            self.letters.push(Letter::of_task(letter));
+        }
+    }
+}
+
+impl Letter {
+    /// A letter that is a task's.
+    pub fn of_task(letter: DeadLetter) -> Self {
+        let result = letter.to_result();
+        Self { letter, result }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::wire::Properties;
+
+    fn task() -> Message {
+        let properties = Properties {
+            kind: Some("a.b".to_owned()),
+            message_id: Some("t-1".to_owned()),
+            ..Properties::default()
+        };
+        Message { properties, headers: vec![], body: b"{}".to_vec().into() }
+    }
+
+    fn taken(source: Source, message: &Message) -> Group {
+        let mut group = Group::new(Timestamp::from_millis(1));
+        group.take(source, "cpu", message, "me");
+        group
+    }
+
+    #[test]
+    fn a_bundle_that_does_not_decode_becomes_a_dead_letter_without_a_record() {
+        let group = taken(Source::Results, &task());
+        assert_eq!(group.reports, []);
+        assert_eq!(group.letters[0].letter.reason, DeadReason::Malformed);
+        assert_eq!(group.letters[0].result, None);
+    }
+
+    #[test]
+    fn an_unrouted_task_ends() {
+        let group = taken(Source::Unrouted, &task());
+        let result = group.letters[0].result.as_ref().unwrap();
+        assert_eq!((result.id.as_str(), result.queue.as_str()), ("t-1", "cpu"));
+        assert_eq!(result.reason, Some(DeadReason::Unrouted));
+    }
+
+    #[test]
+    fn reports_and_dead_letters_that_found_no_queue_stay_what_they_are() {
+        let at = Timestamp::from_millis(1);
+        let batch = garenne_common::BatchId::new("b").unwrap();
+        let reports = [Report::BatchSealed { batch, count: 0, at }];
+        let bundle = report::encode(&reports, "test").unwrap();
+        assert_eq!(taken(Source::Unrouted, &bundle).reports, reports);
+
+        let letter = DeadLetter::new(&task(), "cpu", DeadReason::Fatal, "no", "w");
+        let group = taken(Source::Unrouted, &letter.encode());
+        assert_eq!(group.letters[0].letter.reason, DeadReason::Fatal);
+    }
+
+    #[test]
+    fn huge_bodies_fill_a_group() {
+        let mut message = task();
+        message.body = vec![0; MAX_GROUP_BYTES].into();
+        assert!(taken(Source::Dead, &message).is_full(1_000));
+    }
+}

@@ -1,0 +1,169 @@
+//! The `garenne-collector` service: flags, signals and exit codes around [`garenne_collector`].
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use garenne_collector::Collector;
+use garenne_common::config::{Config, Sources};
+use garenne_common::telemetry;
+use garenne_common::wire::Notice;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+const AFTER_HELP: &str = "\
+Examples:
+  garenne-collector
+      Collect for the namespace `garenne` of amqp://localhost into ./garenne.sqlite3.
+  garenne-collector --url amqp://me:secret@host/%2f --store /var/lib/garenne/store.sqlite3
+      Another broker, another file.
+  garenne-collector --notify-stdout | jq 'select(.subject == \"batch\")'
+      Print every done notice as a JSON line, and pick those of batches.
+
+Later layers win: defaults, --config file (TOML), AMQP_URL, GARENNE__SECTION__KEY, flags.
+For instance GARENNE__COLLECTOR__RETENTION=30days and GARENNE__LOG__FILTER=debug.
+
+The store is a SQLite file of this host; several collectors of one host may share it.
+SIGTERM and SIGINT finish what was received and exit with 0; a second one exits at once.
+
+Exit codes: 0 stopped as told; 1 an inner failure; 2 configuration, store or broker cannot be used";
+
+/// Collects results, counts batches, sends done notices and answers questions.
+#[derive(Parser)]
+#[command(name = "garenne-collector", version, about, after_help = AFTER_HELP)]
+struct Flags {
+    /// A configuration file (TOML)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The broker's AMQP URL, or several, separated by commas
+    #[arg(long)]
+    url: Option<String>,
+    /// What the names of all broker objects start with
+    #[arg(long, value_name = "NS")]
+    namespace: Option<String>,
+    /// The SQLite file; made if it is missing
+    #[arg(long, value_name = "FILE")]
+    store: Option<PathBuf>,
+    /// How this collector signs itself [default: host and process id]
+    #[arg(long)]
+    name: Option<String>,
+    /// What log lines (on stderr) look like
+    #[arg(long, value_name = "FORMAT", value_parser = ["human", "json"])]
+    log_format: Option<String>,
+    /// Print every done notice as a JSON line on stdout once it is published
+    #[arg(long)]
+    notify_stdout: bool,
+}
+
+impl Flags {
+    fn sources(&self) -> Sources {
+        Sources { file: self.config.clone(), overrides: vec![] }
+            .set("broker.url", self.url.as_ref())
+            .set("broker.namespace", self.namespace.as_ref())
+            .set("collector.store", self.store.as_ref().map(|store| store.display()))
+            .set("collector.name", self.name.as_ref())
+            .set("log.format", self.log_format.as_ref())
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let flags = Flags::parse();
+    let config = match Config::load(&flags.sources()) {
+        Ok(config) => config,
+        Err(error) => return refuse(&error),
+    };
+    telemetry::init(&config.log);
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    match signals {
+        (Ok(terminate), Ok(interrupt)) => {
+            run(&config, flags.notify_stdout, Signals { terminate, interrupt }).await
+        }
+        (Err(error), _) | (_, Err(error)) => refuse(&error),
+    }
+}
+
+async fn run(config: &Config, notify_stdout: bool, mut signals: Signals) -> ExitCode {
+    let (copies, printed) = if notify_stdout {
+        let (copies, printed) = print_notices();
+        (Some(copies), Some(printed))
+    } else {
+        (None, None)
+    };
+    let started = tokio::select! {
+        started = Collector::start(config, copies) => started,
+        () = signals.next() => return ExitCode::SUCCESS,
+    };
+    let mut collector = match started {
+        Ok(collector) => collector,
+        Err(error) => return refuse(&error),
+    };
+    let code = tokio::select! {
+        () = signals.next() => ExitCode::SUCCESS,
+        () = collector.broken() => {
+            tracing::error!("a part of the collector ended by itself; stopping");
+            ExitCode::FAILURE
+        }
+    };
+    tracing::info!("stopping");
+    tokio::select! {
+        () = collector.stop() => {}
+        () = signals.next() => return ExitCode::FAILURE,
+    }
+    if let Some(printed) = printed {
+        // A reader that has stopped reading must not keep us; its notices were published.
+        let finished = tokio::time::timeout(Duration::from_secs(1), printed).await;
+        tracing::debug!(finished = finished.is_ok(), "printing notices");
+    }
+    code
+}
+
+/// Both ways of being told to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// A thread of its own prints: a pipe that nobody reads blocks whoever writes to it.
+fn print_notices() -> (mpsc::Sender<Notice>, oneshot::Receiver<()>) {
+    let (copies, mut notices) = mpsc::channel::<Notice>(1_000);
+    let (done, printed) = oneshot::channel();
+    std::thread::spawn(move || {
+        while let Some(notice) = notices.blocking_recv() {
+            if let Err(error) = print(&notice) {
+                // Somebody closed the pipe; the notices themselves went out over the broker.
+                tracing::info!(%error, "notices are no longer printed");
+                break;
+            }
+        }
+        drop(done);
+    });
+    (copies, printed)
+}
+
+fn print(notice: &Notice) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, notice)?;
+    out.write_all(b"\n")?;
+    out.flush()
+}
+
+/// One sentence, and the exit code of what a person has to mend.
+fn refuse(error: &dyn std::error::Error) -> ExitCode {
+    let line = format!("garenne-collector: {error}\n");
+    if io::stderr().lock().write_all(line.as_bytes()).is_err() {
+        return ExitCode::FAILURE;
+    }
+    ExitCode::from(2)
+}

@@ -1,0 +1,271 @@
+//! The way of a delivery: receive, gather into a group, commit, acknowledge.
+//!
+//! Two tasks, so that the next group gathers while the previous one commits. Memory is bounded by the
+//! prefetch and by three groups: one gathering, one waiting, one committing.
+//!
+//! The order that must hold is commit before acknowledge. Notices need not be published before the
+//! acknowledgement: they lie in the outbox, in the same transaction as their results, and the relay
+//! ([`crate::notices`]) drains it at start-up and ever after. If acknowledging waited for publishing,
+//! a broker that has stopped its publishers for lack of memory could never get rid of the results
+//! that fill it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use garenne_common::Timestamp;
+use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Settler};
+use tokio::sync::{Notify, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::answers::Replies;
+use crate::group::{Group, Source};
+use crate::store::{Store, StoreError};
+
+/// Unacknowledged deliveries of results. Each may be a whole bundle, so it need not be large, and a
+/// group takes at most half of them, so that the broker sends the other half meanwhile.
+pub(crate) const RESULTS_PREFETCH: u16 = 512;
+/// Dead letters carry whole messages and are few.
+pub(crate) const DEAD_PREFETCH: u16 = 64;
+/// Likewise.
+pub(crate) const UNROUTED_PREFETCH: u16 = 64;
+
+/// Pauses between attempts to commit one group.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// A group and what acknowledges it.
+pub(crate) struct Parcel {
+    group: Group,
+    deliveries: usize,
+    /// Per consumer the newest delivery. Groups are finished in the order in which they are gathered,
+    /// so everything before it is finished too and one `multiple` acknowledges all of it; deliveries
+    /// of an older epoch in the same group are void anyway.
+    newest: Vec<(Source, Settler, DeliveryTag)>,
+}
+
+/// The receiving half.
+pub(crate) struct Intake {
+    pub(crate) sources: Sources,
+    pub(crate) group_size: usize,
+    pub(crate) linger: Duration,
+    /// Signs dead letters that are made here.
+    pub(crate) by: String,
+    pub(crate) stop: CancellationToken,
+    pub(crate) parcels: mpsc::Sender<Parcel>,
+}
+
+/// The three consumers that fill groups.
+pub(crate) struct Sources {
+    pub(crate) results: Consumer,
+    pub(crate) dead: Consumer,
+    pub(crate) unrouted: Consumer,
+}
+
+type Received = (Source, Settler, Delivery);
+
+impl Sources {
+    /// What is here already. The rare kinds come first: there are few of them per group, because few
+    /// may be unacknowledged, so they cannot keep results waiting, but results could starve them.
+    fn try_next(&mut self) -> Option<Received> {
+        for (source, consumer) in [
+            (Source::Dead, &mut self.dead),
+            (Source::Unrouted, &mut self.unrouted),
+            (Source::Results, &mut self.results),
+        ] {
+            if let Some(delivery) = consumer.try_next() {
+                return Some((source, consumer.settler(), delivery));
+            }
+        }
+        None
+    }
+
+    /// The next delivery of any kind; `None` when a consumer was stopped.
+    async fn next(&mut self) -> Option<Received> {
+        let (source, consumer, delivery) = tokio::select! {
+            biased;
+            delivery = self.dead.next() => (Source::Dead, &self.dead, delivery),
+            delivery = self.unrouted.next() => (Source::Unrouted, &self.unrouted, delivery),
+            delivery = self.results.next() => (Source::Results, &self.results, delivery),
+        };
+        delivery.map(|delivery| (source, consumer.settler(), delivery))
+    }
+}
+
+impl Intake {
+    /// Gathers groups until it is told to stop. What it received and did not hand on, the broker
+    /// delivers again to the next collector.
+    pub(crate) async fn run(mut self) {
+        while let Some((first, was_waiting)) = self.first().await {
+            let mut parcel = Parcel::new();
+            parcel.take(first, &self.by);
+            self.gather(&mut parcel, was_waiting).await;
+            if !self.hand_on(parcel).await {
+                return;
+            }
+        }
+    }
+
+    /// The first delivery of a group, and whether it was waiting for us.
+    async fn first(&mut self) -> Option<(Received, bool)> {
+        if self.stop.is_cancelled() {
+            return None;
+        }
+        if let Some(received) = self.sources.try_next() {
+            return Some((received, true));
+        }
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => None,
+            received = self.sources.next() => received.map(|received| (received, false)),
+        }
+    }
+
+    /// Takes what is here. Where deliveries come faster than groups are finished, waits a little for
+    /// more; an idle collector does not, so a single result is stored at once.
+    async fn gather(&mut self, parcel: &mut Parcel, busy: bool) {
+        let deadline = Instant::now() + self.linger;
+        while !parcel.is_full(self.group_size) {
+            if let Some(received) = self.sources.try_next() {
+                parcel.take(received, &self.by);
+                continue;
+            }
+            if !busy {
+                return;
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep_until(deadline) => return,
+                received = self.sources.next() => match received {
+                    Some(received) => parcel.take(received, &self.by),
+                    None => return,
+                },
+            }
+        }
+    }
+
+    /// Hands a parcel to the committing half, and goes on filling it while that one is busy.
+    async fn hand_on(&mut self, mut parcel: Parcel) -> bool {
+        loop {
+            let open = !parcel.is_full(self.group_size) && !self.stop.is_cancelled();
+            tokio::select! {
+                biased;
+                place = self.parcels.reserve() => {
+                    return place.map(|place| place.send(parcel)).is_ok();
+                }
+                received = self.sources.next(), if open => match received {
+                    Some(received) => parcel.take(received, &self.by),
+                    None => return self.parcels.send(parcel).await.is_ok(),
+                },
+            }
+        }
+    }
+}
+
+impl Parcel {
+    fn new() -> Self {
+        Self { group: Group::new(Timestamp::now()), deliveries: 0, newest: vec![] }
+    }
+
+    fn is_full(&self, group_size: usize) -> bool {
+        self.deliveries >= usize::from(RESULTS_PREFETCH / 2) || self.group.is_full(group_size)
+    }
+
+    fn take(&mut self, (source, settler, delivery): Received, by: &str) {
+        self.deliveries += 1;
+        self.group.take(source, &delivery.routing_key, &delivery.message, by);
+        match self.newest.iter_mut().find(|(known, ..)| *known == source) {
+            Some((_, _, tag)) => *tag = delivery.tag.max(*tag),
+            None => self.newest.push((source, settler, delivery.tag)),
+        }
+    }
+}
+
+/// The committing half.
+pub(crate) struct Committer<S> {
+    pub(crate) store: S,
+    pub(crate) parcels: mpsc::Receiver<Parcel>,
+    pub(crate) replies: Replies,
+    /// Wakes the relay of notices.
+    pub(crate) outbox_filled: Arc<Notify>,
+    pub(crate) stop: CancellationToken,
+}
+
+impl<S: Store> Committer<S> {
+    /// Finishes parcels until no more can come.
+    pub(crate) async fn run(mut self) {
+        let mut seen = Seen::default();
+        while let Some(parcel) = self.parcels.recv().await {
+            if !self.finish(parcel, &mut seen).await {
+                return;
+            }
+            seen.summarise();
+        }
+    }
+
+    /// Commits a parcel's group and acknowledges its deliveries; `false` if it had to leave them.
+    async fn finish(&self, parcel: Parcel, seen: &mut Seen) -> bool {
+        let group = Arc::new(parcel.group);
+        let Some(committed) = self.commit(&group).await else { return false };
+        for (_, settler, tag) in parcel.newest {
+            if !settler.ack(tag, true).await {
+                // The group comes again, and changes nothing then.
+                tracing::debug!(?tag, "the channel of these deliveries is gone");
+            }
+        }
+        if committed.notices > 0 {
+            self.outbox_filled.notify_one();
+        }
+        self.replies.tell_unrouted(&group, &committed.given_up);
+        seen.groups += 1;
+        seen.deliveries += parcel.deliveries;
+        seen.fresh += committed.fresh;
+        seen.repeats += committed.repeats;
+        true
+    }
+
+    /// Commits, however often it takes: a group that is not stored is never acknowledged. Meanwhile
+    /// the prefetch runs full and the broker keeps the rest.
+    async fn commit(&self, group: &Arc<Group>) -> Option<crate::aggregate::Committed> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.store.commit(Arc::clone(group)).await {
+                Ok(committed) => return Some(committed),
+                Err(StoreError::Closed) => return None,
+                Err(error) => tracing::error!(records = group.len(), "not stored: {error}"),
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => return None,
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+            }
+        }
+    }
+}
+
+/// What was done since the last line of the log about it.
+struct Seen {
+    since: Instant,
+    groups: usize,
+    deliveries: usize,
+    fresh: u64,
+    repeats: u64,
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self { since: Instant::now(), groups: 0, deliveries: 0, fresh: 0, repeats: 0 }
+    }
+}
+
+impl Seen {
+    const EVERY: Duration = Duration::from_secs(10);
+
+    fn summarise(&mut self) {
+        if self.since.elapsed() >= Self::EVERY {
+            let Self { groups, deliveries, fresh, repeats, .. } = *self;
+            tracing::debug!(groups, deliveries, fresh, repeats, "committed");
+            *self = Self::default();
+        }
+    }
+}

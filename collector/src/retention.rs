@@ -1,0 +1,64 @@
+//! Forgets what is old: final records, attempts, dead letters, batches that are over. Never notices.
+//!
+//! A forgotten task that is delivered once more would count as new. So `collector.retention` must be
+//! longer than any message can stay on its way: the longest delay (38 days at most, by the topology),
+//! plus all retries, plus the longest outage. The default of 7 days suits tasks that are delayed by
+//! less than a few days.
+
+use std::time::Duration;
+
+use garenne_common::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use crate::store::Store;
+
+/// How often it looks for old records.
+const LOOK: Duration = Duration::from_mins(1);
+/// Records of each kind in one transaction: few, so that a group waits only milliseconds for it.
+const SLICE: usize = 500;
+/// Between two slices, so that groups come first.
+const PAUSE: Duration = Duration::from_millis(20);
+
+pub(crate) struct Retention<S> {
+    pub(crate) store: S,
+    pub(crate) keep: Duration,
+    pub(crate) stop: CancellationToken,
+}
+
+impl<S: Store> Retention<S> {
+    pub(crate) async fn run(self) {
+        let stop = self.stop.clone();
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.forget_forever() => {}
+        }
+    }
+
+    async fn forget_forever(&self) {
+        loop {
+            let forgotten = self.forget_all().await;
+            if forgotten > 0 {
+                tracing::debug!(records = forgotten, "forgotten");
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    async fn forget_all(&self) -> usize {
+        let now = Timestamp::now().as_millis();
+        let keep = u64::try_from(self.keep.as_millis()).unwrap_or(u64::MAX);
+        let before = Timestamp::from_millis(now.saturating_sub(keep));
+        let mut all = 0;
+        loop {
+            match self.store.forget(before, SLICE).await {
+                Ok(0) => return all,
+                Ok(forgotten) => all += forgotten,
+                Err(error) => {
+                    tracing::warn!("old records were not deleted: {error}");
+                    return all;
+                }
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+}

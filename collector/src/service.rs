@@ -1,0 +1,252 @@
+//! A collector as a whole: what is started, in which order it stops, and what it owns.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use garenne_common::VERSION;
+use garenne_common::broker::{
+    Admin, BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource,
+};
+use garenne_common::config::Config;
+use garenne_common::topology::{Declaration, Topology};
+use garenne_common::wire::Notice;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::aggregate::Rules;
+use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
+use crate::deadlines::Deadlines;
+use crate::notices::Relay;
+use crate::pipeline::{
+    Committer, DEAD_PREFETCH, Intake, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
+};
+use crate::retention::Retention;
+use crate::store::{SqliteStore, StoreError};
+
+/// How long a stopping collector waits for the broker's last confirms.
+const CLOSING: Duration = Duration::from_secs(2);
+
+/// A running collector. Dropping it ends it without order; [`stop`](Self::stop) loses no time later.
+pub struct Collector {
+    store: SqliteStore,
+    publisher: Publisher,
+    consuming: Link,
+    /// Intake and committing: everything that takes deliveries.
+    pipeline: JoinSet<()>,
+    /// Everything else.
+    background: JoinSet<()>,
+    stop_taking: CancellationToken,
+    stop_all: CancellationToken,
+}
+
+/// A collector that cannot start without a change by a person.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The broker refuses, and will go on refusing.
+    #[error(transparent)]
+    Broker(#[from] BrokerError),
+}
+
+impl Collector {
+    /// Opens the store, connects, and returns when all queues are being consumed.
+    ///
+    /// A broker that is merely down is waited for, however long it takes. Every published notice is
+    /// also sent to `copies`, if there is one; a slow reader slows the notices down.
+    pub async fn start(
+        config: &Config,
+        copies: Option<mpsc::Sender<Notice>>,
+    ) -> Result<Self, StartError> {
+        let name = config.collector.name.clone().unwrap_or_else(default_name);
+        log_start(config, &name);
+        let store = open_store(config).await?;
+        let topology = config.broker.topology();
+        let consuming = Link::new(&config.broker, &format!("garenne-collector {name} consume"));
+        let (sources, questions) = consume(&consuming, &topology).await?;
+
+        let publishing = Link::new(&config.broker, &format!("garenne-collector {name} publish"));
+        let notices = declarations_of(&topology, &topology.notices_exchange());
+        let publisher = Publisher::start(publishing, notices, &config.broker);
+        let mut collector = Self {
+            store,
+            publisher,
+            consuming,
+            pipeline: JoinSet::new(),
+            background: JoinSet::new(),
+            stop_taking: CancellationToken::new(),
+            stop_all: CancellationToken::new(),
+        };
+        collector.spawn(config, name, (sources, questions), copies);
+        tracing::info!("collecting");
+        Ok(collector)
+    }
+
+    fn spawn(
+        &mut self,
+        config: &Config,
+        by: String,
+        (sources, questions): (Sources, Consumer),
+        copies: Option<mpsc::Sender<Notice>>,
+    ) {
+        let topology = config.broker.topology();
+        let outbox_filled = Arc::new(Notify::new());
+        let (replies, outgoing) = Replies::channel();
+        // One parcel may wait: the next group gathers while one commits.
+        let (to_committer, parcels) = mpsc::channel(1);
+        let reading = sources.results.queue();
+
+        let intake = Intake {
+            sources,
+            group_size: config.collector.group_size,
+            linger: config.collector.group_linger,
+            by,
+            stop: self.stop_taking.clone(),
+            parcels: to_committer,
+        };
+        let committer = Committer {
+            store: self.store.clone(),
+            parcels,
+            replies,
+            outbox_filled: Arc::clone(&outbox_filled),
+            stop: self.stop_taking.clone(),
+        };
+        self.pipeline.spawn(intake.run());
+        self.pipeline.spawn(committer.run());
+
+        let relay = Relay {
+            store: self.store.clone(),
+            publisher: self.publisher.clone(),
+            exchange: topology.notices_exchange(),
+            outbox_filled: Arc::clone(&outbox_filled),
+            copies,
+            stop: self.stop_all.clone(),
+        };
+        let answers = Answers {
+            store: self.store.clone(),
+            questions,
+            publisher: self.publisher.clone(),
+            stop: self.stop_all.clone(),
+        };
+        let deadlines = Deadlines {
+            store: self.store.clone(),
+            admin: Admin::new(self.consuming.clone()),
+            results_queue: topology.results(),
+            consuming: reading,
+            outbox_filled,
+            stop: self.stop_all.clone(),
+        };
+        let retention = Retention {
+            store: self.store.clone(),
+            keep: config.collector.retention,
+            stop: self.stop_all.clone(),
+        };
+        let replies = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
+        self.background.spawn(relay.run());
+        self.background.spawn(answers.run());
+        self.background.spawn(deadlines.run());
+        self.background.spawn(retention.run());
+        self.background.spawn(replies);
+    }
+
+    /// Waits until a part of the collector ends, which none does unless it is told to: the process
+    /// should be started anew then.
+    pub async fn broken(&mut self) {
+        tokio::select! {
+            Some(_) = self.pipeline.join_next() => {}
+            Some(_) = self.background.join_next() => {}
+        }
+    }
+
+    /// Stops in order and loses nothing: what is not acknowledged comes again.
+    pub async fn stop(mut self) {
+        // 1. Take no more; finish the groups that are gathered. A store that fails just now ends this
+        //    too: its group stays with the broker.
+        self.stop_taking.cancel();
+        join_all(&mut self.pipeline).await;
+        // 2. Publish what the outbox holds, within a limit; end everything else.
+        self.stop_all.cancel();
+        join_all(&mut self.background).await;
+        // 3. Answers may still be under way.
+        self.publisher.close(CLOSING).await;
+        // 4. Deliveries that were never looked at go back to the broker by this.
+        self.consuming.close().await;
+        // 5. The last handle: joins the store's threads, which may have a checkpoint to write.
+        let store = self.store;
+        if tokio::task::spawn_blocking(move || drop(store)).await.is_err() {
+            tracing::error!("the store did not close in order");
+        }
+        tracing::info!("stopped");
+    }
+}
+
+async fn join_all(tasks: &mut JoinSet<()>) {
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!("a part of the collector failed: {error}");
+        }
+    }
+}
+
+async fn open_store(config: &Config) -> Result<SqliteStore, StoreError> {
+    let path = config.collector.store.clone();
+    let rules = Rules {
+        batch_deadline: config.producer.batch_deadline,
+        task_notices: config.collector.task_notices,
+    };
+    let opened = tokio::task::spawn_blocking(move || SqliteStore::open(&path, rules)).await;
+    opened.unwrap_or(Err(StoreError::Closed))
+}
+
+/// Starts the four consumers. The first declares everything; the others what they read themselves,
+/// so that they come back on their own when a broker returns without its data.
+async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer), BrokerError> {
+    // A wrong password is said once and at once; a broker that is down is the consumers' business.
+    if let Err(error) = link.open().await
+        && !error.is_transient()
+    {
+        return Err(error);
+    }
+    let start = |queue: String, what: &str, prefetch, declarations| {
+        let queue = QueueSource::Named(queue);
+        let tag = format!("collector {what}");
+        let spec = ConsumerSpec { declarations, queue, prefetch, tag, no_ack: false };
+        Consumer::start(link.clone(), spec)
+    };
+    let results = start(topology.results(), "results", RESULTS_PREFETCH, topology.core());
+    results.ready().await?;
+    let other = |queue: String, what, prefetch| {
+        let declarations = declarations_of(topology, &queue);
+        start(queue, what, prefetch, declarations)
+    };
+    let dead = other(topology.dead(), "dead letters", DEAD_PREFETCH);
+    let unrouted = other(topology.unrouted(), "unrouted", UNROUTED_PREFETCH);
+    let questions = other(topology.queries(), "questions", QUERIES_PREFETCH);
+    for consumer in [&dead, &unrouted, &questions] {
+        consumer.ready().await?;
+    }
+    Ok((Sources { results, dead, unrouted }, questions))
+}
+
+fn declarations_of(topology: &Topology, name: &str) -> Vec<Declaration> {
+    topology.core().into_iter().filter(|declaration| declaration.name() == name).collect()
+}
+
+fn log_start(config: &Config, name: &str) {
+    let brokers: Vec<_> = config.broker.urls.iter().map(ToString::to_string).collect();
+    tracing::info!(
+        version = VERSION,
+        name,
+        namespace = %config.broker.namespace,
+        store = %config.collector.store.display(),
+        broker = brokers.join(","),
+        "starting"
+    );
+}
+
+fn default_name() -> String {
+    let host = hostname::get().map(|host| host.to_string_lossy().into_owned());
+    format!("{}:{}", host.unwrap_or_else(|_| "unknown".to_owned()), std::process::id())
+}

@@ -1,0 +1,92 @@
+//! The store: groups in, outcomes out, and what questions ask for.
+//!
+//! A small trait, because PostgreSQL will be a second implementation. What a group means is not the
+//! store's business: it lends its transaction to [`crate::aggregate`] as a ledger.
+
+mod envelope;
+mod error;
+mod ledger;
+mod questions;
+mod schema;
+mod sqlite;
+
+use std::sync::Arc;
+
+use garenne_common::wire::{BatchStatus, DeadSummary, Notice, TaskState};
+use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
+
+pub use envelope::{EnvelopeError, open_envelope, seal_envelope};
+pub use error::StoreError;
+pub use sqlite::SqliteStore;
+
+use crate::aggregate::Committed;
+use crate::group::Group;
+
+/// Where everything that must survive is kept.
+///
+/// Each writing method is one transaction that is on the disk when it returns `Ok`; after an error
+/// nothing of it happened, and the same call may be made again.
+pub trait Store: Clone + Send + Sync + 'static {
+    /// Applies a group: results, batches, attempts, dead letters and notices together.
+    fn commit(&self, group: Arc<Group>) -> impl Answer<Committed>;
+
+    /// The oldest notices that nobody has confirmed yet.
+    fn outbox(&self, limit: usize) -> impl Answer<Vec<OutboxEntry>>;
+
+    /// Forgets notices that are confirmed.
+    fn published(&self, entries: Vec<u64>) -> impl Answer<()>;
+
+    /// Whether a batch waits for its seal beyond its deadline.
+    fn has_overdue_batches(&self, now: Timestamp) -> impl Answer<bool>;
+
+    /// Ends as abandoned what [`has_overdue_batches`](Self::has_overdue_batches) found, at most
+    /// `limit` of them; how many there were.
+    fn abandon_overdue(&self, now: Timestamp, limit: usize) -> impl Answer<usize>;
+
+    /// Deletes at most `limit` records of each kind that were stored before `before`; how many.
+    fn forget(&self, before: Timestamp, limit: usize) -> impl Answer<usize>;
+
+    /// What is known of a task.
+    fn task(&self, id: TaskId) -> impl Answer<TaskState>;
+
+    /// The final records of those tasks that have one, in the order asked, as far as `max_bytes` go.
+    fn results(&self, ids: Vec<TaskId>, max_bytes: usize) -> impl Answer<Vec<TaskResult>>;
+
+    /// What is known of a batch.
+    fn batch(&self, id: BatchId) -> impl Answer<Option<BatchStatus>>;
+
+    /// The newest dead letters, without late ones.
+    fn dead_list(&self, limit: usize) -> impl Answer<Vec<DeadSummary>>;
+
+    /// One dead letter, late or not.
+    fn dead(&self, id: TaskId) -> impl Answer<Option<DeadSummary>>;
+
+    /// How much there is.
+    fn totals(&self) -> impl Answer<Totals>;
+}
+
+/// What the store says later.
+pub trait Answer<T>: Future<Output = Result<T, StoreError>> + Send {}
+impl<T, F: Future<Output = Result<T, StoreError>> + Send> Answer<T> for F {}
+
+/// A notice that waits to be published.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OutboxEntry {
+    /// Its place in line.
+    pub seq: u64,
+    /// The notice.
+    pub notice: Notice,
+}
+
+/// How much the store holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Final records.
+    pub results: u64,
+    /// Final records that came again.
+    pub repeats: u64,
+    /// Dead letters, without late ones.
+    pub dead: u64,
+    /// Batches.
+    pub batches: u64,
+}

@@ -1,0 +1,231 @@
+//! What is read from SQLite, for questions and for the outbox. Nothing here writes.
+
+use garenne_common::wire::{
+    BatchStatus, Codec, DeadSummary, Notice, Payload, RetryNote, TaskState,
+};
+use garenne_common::{BatchId, DeadReason, QueueName, TaskId, TaskName, TaskResult, Timestamp};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::ledger::{batch, from_time, parsed, reason, status, time, to_count};
+use super::{OutboxEntry, StoreError, Totals};
+
+/// A list shows small bodies only: a thousand large ones would not fit into one answer.
+const LISTED_BODY_BYTES: u32 = 4 * 1024;
+/// One letter alone may show more.
+const SHOWN_BODY_BYTES: u32 = 1024 * 1024;
+/// How many failed members the status of a batch names.
+const NAMED_FAILURES: u32 = 10;
+
+const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, error, reason, attempt, \
+     redelivered, worker, started_at, finished_at";
+
+pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, StoreError> {
+    if let Some(result) = result(connection, id)? {
+        return Ok(TaskState::Finished { result });
+    }
+    let letter = parked(connection, id)?;
+    let note = last_attempt(connection, id)?;
+    Ok(match (letter, note) {
+        // A parked task that was replayed may be retrying again; what was stored last holds.
+        (Some((letter, stored)), Some((_, noted))) if stored >= noted => {
+            TaskState::Parked { letter }
+        }
+        (Some((letter, _)), None) => TaskState::Parked { letter },
+        (_, Some((last, _))) => TaskState::Retrying { last },
+        (None, None) => TaskState::Unknown,
+    })
+}
+
+/// The results in the order of `ids`; stops before `max_bytes` but never before the first.
+pub(super) fn results(
+    connection: &Connection,
+    ids: &[TaskId],
+    max_bytes: usize,
+) -> Result<Vec<TaskResult>, StoreError> {
+    let (mut found, mut bytes) = (vec![], 0);
+    for id in ids {
+        let Some(result) = result(connection, id)? else { continue };
+        bytes += result.output.as_ref().map_or(0, |output| output.bytes.len()) + 1_000;
+        bytes += result.error.as_ref().map_or(0, String::len);
+        if bytes > max_bytes && !found.is_empty() {
+            break;
+        }
+        found.push(result);
+    }
+    Ok(found)
+}
+
+pub(super) fn batch_status(
+    connection: &Connection,
+    id: &BatchId,
+) -> Result<Option<BatchStatus>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT id, state, total, succeeded, failed, cancelled, opened_at, deadline, announced, \
+         sealed_at, last_ended_at, finished_at FROM batches WHERE id = ?1",
+    )?;
+    let Some(batch) = select.query_row([id.as_str()], batch).optional()? else {
+        return Ok(None);
+    };
+    let mut select = connection.prepare_cached(&format!(
+        "SELECT {RESULT_COLUMNS} FROM results \
+         WHERE batch = ?1 AND status <> 'succeeded' ORDER BY rowid DESC LIMIT ?2"
+    ))?;
+    let failures = select.query_map(params![id.as_str(), NAMED_FAILURES], result_row)?;
+    let failures = failures.collect::<Result<_, _>>()?;
+    Ok(Some(BatchStatus { summary: batch.summary(), failures }))
+}
+
+pub(super) fn dead_list(
+    connection: &Connection,
+    limit: usize,
+) -> Result<Vec<DeadSummary>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
+         CASE WHEN LENGTH(body) <= ?1 THEN body END \
+         FROM dead_letters WHERE late = 0 ORDER BY stored_at DESC, rowid DESC LIMIT ?2",
+    )?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let letters = select.query_map(params![LISTED_BODY_BYTES, limit], letter_row)?;
+    Ok(letters.collect::<Result<_, _>>()?)
+}
+
+pub(super) fn dead(
+    connection: &Connection,
+    id: &TaskId,
+) -> Result<Option<DeadSummary>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
+         CASE WHEN LENGTH(body) <= ?2 THEN body END FROM dead_letters WHERE id = ?1",
+    )?;
+    Ok(select.query_row(params![id.as_str(), SHOWN_BODY_BYTES], letter_row).optional()?)
+}
+
+pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT (SELECT value FROM counters WHERE name = 'results'), \
+                (SELECT value FROM counters WHERE name = 'repeats'), \
+                (SELECT COUNT(*) FROM dead_letters WHERE late = 0), \
+                (SELECT COUNT(*) FROM batches)",
+    )?;
+    let totals = select.query_row([], |row| {
+        Ok(Totals {
+            results: to_count(row.get(0)?),
+            repeats: to_count(row.get(1)?),
+            dead: to_count(row.get(2)?),
+            batches: to_count(row.get(3)?),
+        })
+    })?;
+    Ok(totals)
+}
+
+pub(super) fn outbox(
+    connection: &Connection,
+    limit: usize,
+) -> Result<Vec<OutboxEntry>, StoreError> {
+    let mut select =
+        connection.prepare_cached("SELECT seq, notice FROM outbox ORDER BY seq LIMIT ?1")?;
+    let rows = select.query_map([i64::try_from(limit).unwrap_or(i64::MAX)], |row| {
+        let notice = parsed(row, 1, |text| serde_json::from_str::<Notice>(text))?;
+        Ok(OutboxEntry { seq: to_count(row.get(0)?), notice })
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+pub(super) fn has_overdue_batches(
+    connection: &Connection,
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM batches WHERE state = 'open' AND deadline <= ?1)",
+    )?;
+    Ok(select.query_row([from_time(now)], |row| row.get(0))?)
+}
+
+fn result(connection: &Connection, id: &TaskId) -> Result<Option<TaskResult>, StoreError> {
+    let mut select = connection
+        .prepare_cached(&format!("SELECT {RESULT_COLUMNS} FROM results WHERE id = ?1"))?;
+    Ok(select.query_row([id.as_str()], result_row).optional()?)
+}
+
+fn parked(
+    connection: &Connection,
+    id: &TaskId,
+) -> Result<Option<(DeadSummary, Timestamp)>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
+         CASE WHEN LENGTH(body) <= ?2 THEN body END, stored_at \
+         FROM dead_letters WHERE id = ?1 AND late = 0 AND reason = ?3",
+    )?;
+    let unknown = DeadReason::UnknownTask.as_str();
+    let parked = select.query_row(params![id.as_str(), SHOWN_BODY_BYTES, unknown], |row| {
+        Ok((letter_row(row)?, time(row, 9)?))
+    });
+    Ok(parked.optional()?)
+}
+
+fn last_attempt(
+    connection: &Connection,
+    id: &TaskId,
+) -> Result<Option<(RetryNote, Timestamp)>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT task, name, batch, attempt, error, next_at, worker, at, stored_at \
+         FROM attempts WHERE task = ?1 ORDER BY attempt DESC LIMIT 1",
+    )?;
+    let note = select.query_row([id.as_str()], |row| {
+        let note = RetryNote {
+            id: parsed(row, 0, TaskId::new)?,
+            name: parsed(row, 1, TaskName::new)?,
+            batch: maybe_batch(row, 2)?,
+            attempt: row.get(3)?,
+            error: row.get(4)?,
+            next_at: time(row, 5)?,
+            worker: row.get(6)?,
+            at: time(row, 7)?,
+        };
+        Ok((note, time(row, 8)?))
+    });
+    Ok(note.optional()?)
+}
+
+/// A row of [`RESULT_COLUMNS`].
+fn result_row(row: &Row<'_>) -> rusqlite::Result<TaskResult> {
+    let codec = if row.get(5)? { Codec::Bincode } else { Codec::Json };
+    let output: Option<Vec<u8>> = row.get(6)?;
+    let given_up: Option<String> = row.get(8)?;
+    let reason = given_up.map(|_| reason(row, 8)).transpose()?;
+    Ok(TaskResult {
+        id: parsed(row, 0, TaskId::new)?,
+        name: parsed(row, 1, TaskName::new)?,
+        queue: parsed(row, 2, QueueName::new)?,
+        batch: maybe_batch(row, 3)?,
+        status: status(row, 4)?,
+        output: output.map(|bytes| Payload { codec, bytes: bytes.into() }),
+        error: row.get(7)?,
+        reason,
+        attempt: row.get(9)?,
+        redelivered: row.get(10)?,
+        worker: row.get(11)?,
+        started_at: time(row, 12)?,
+        finished_at: time(row, 13)?,
+    })
+}
+
+fn letter_row(row: &Row<'_>) -> rusqlite::Result<DeadSummary> {
+    let body: Option<Vec<u8>> = row.get(8)?;
+    Ok(DeadSummary {
+        id: parsed(row, 0, TaskId::new)?,
+        name: row.get(1)?,
+        queue: row.get(2)?,
+        reason: reason(row, 3)?,
+        error: row.get(4)?,
+        by: row.get(5)?,
+        at: time(row, 6)?,
+        body_bytes: to_count(row.get(7)?),
+        args: body.and_then(|body| serde_json::from_slice(&body).ok()),
+    })
+}
+
+fn maybe_batch(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<BatchId>> {
+    let text: Option<String> = row.get(column)?;
+    text.map(|_| parsed(row, column, BatchId::new)).transpose()
+}

@@ -1,0 +1,220 @@
+//! The tables, and how a file of any earlier version becomes one of this version.
+//!
+//! `PRAGMA user_version` is the number of steps a file has taken, `PRAGMA application_id` says that it
+//! is ours at all. A step that was released is never changed; a change of the schema is a new step.
+
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use super::StoreError;
+
+/// "Gare" in ASCII; shown by `file`.
+const APPLICATION_ID: i32 = 0x4761_7265;
+/// How long a statement waits for another process before it fails as busy.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The steps from an empty file to the present schema.
+///
+/// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
+/// by: the other times are their senders' word. Deletion follows rowids, which ascend with
+/// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
+const STEPS: &[&str] = &["
+CREATE TABLE results (
+    id          TEXT    NOT NULL PRIMARY KEY,
+    name        TEXT    NOT NULL,
+    queue       TEXT    NOT NULL,
+    batch       TEXT,
+    status      TEXT    NOT NULL,
+    bincode     INTEGER NOT NULL, -- whether output is bincode; JSON otherwise
+    output      BLOB,
+    error       TEXT,
+    reason      TEXT,
+    attempt     INTEGER NOT NULL,
+    redelivered INTEGER NOT NULL,
+    worker      TEXT    NOT NULL,
+    started_at  INTEGER NOT NULL,
+    finished_at INTEGER NOT NULL,
+    stored_at   INTEGER NOT NULL,
+    repeats     INTEGER NOT NULL DEFAULT 0
+) STRICT;
+-- For the failures that `batch show` lists; successes, the many, do not pay for it.
+CREATE INDEX results_failed ON results (batch) WHERE batch IS NOT NULL AND status <> 'succeeded';
+
+CREATE TABLE attempts (
+    task      TEXT    NOT NULL,
+    attempt   INTEGER NOT NULL,
+    name      TEXT    NOT NULL,
+    batch     TEXT,
+    error     TEXT    NOT NULL,
+    next_at   INTEGER NOT NULL,
+    worker    TEXT    NOT NULL,
+    at        INTEGER NOT NULL,
+    stored_at INTEGER NOT NULL,
+    PRIMARY KEY (task, attempt)
+) STRICT;
+
+CREATE TABLE batches (
+    id            TEXT    NOT NULL PRIMARY KEY,
+    state         TEXT    NOT NULL,
+    total         INTEGER,
+    succeeded     INTEGER NOT NULL,
+    failed        INTEGER NOT NULL,
+    cancelled     INTEGER NOT NULL,
+    opened_at     INTEGER NOT NULL,
+    deadline      INTEGER NOT NULL,
+    announced     INTEGER NOT NULL,
+    sealed_at     INTEGER,
+    last_ended_at INTEGER,
+    finished_at   INTEGER,
+    stored_at     INTEGER NOT NULL -- of the last change
+) STRICT;
+CREATE INDEX batches_open ON batches (deadline) WHERE state = 'open';
+CREATE INDEX batches_over ON batches (stored_at) WHERE state IN ('done', 'abandoned');
+
+CREATE TABLE dead_letters (
+    id          TEXT    NOT NULL PRIMARY KEY,
+    kind        TEXT,
+    queue       TEXT    NOT NULL,
+    reason      TEXT    NOT NULL,
+    error       TEXT    NOT NULL,
+    given_up_by TEXT    NOT NULL,
+    started_at  INTEGER,
+    at          INTEGER NOT NULL,
+    redelivered INTEGER NOT NULL,
+    late        INTEGER NOT NULL, -- its task did not fail after all; kept, but not listed
+    envelope    TEXT    NOT NULL, -- properties and headers as versioned JSON
+    body        BLOB    NOT NULL,
+    stored_at   INTEGER NOT NULL
+) STRICT;
+CREATE INDEX dead_letters_listed ON dead_letters (stored_at) WHERE late = 0;
+
+-- AUTOINCREMENT: a number that was confirmed must not be given to a later notice.
+CREATE TABLE outbox (
+    seq    INTEGER PRIMARY KEY AUTOINCREMENT,
+    notice TEXT    NOT NULL
+) STRICT;
+
+-- Counted as we go: COUNT(*) over millions of rows would make every question for totals slow.
+CREATE TABLE counters (
+    name  TEXT    NOT NULL PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT;
+INSERT INTO counters VALUES ('results', 0), ('repeats', 0);
+"];
+
+/// Opens a file for writing, makes it if it is missing, and brings it to the present version.
+pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
+    let open = || {
+        let mut connection = connect(path)?;
+        prepare(&mut connection, path)?;
+        Ok(connection)
+    };
+    open().map_err(|error: StoreError| error.opening(path))
+}
+
+/// Opens a file that [`open`] has prepared, for reading only.
+pub(super) fn open_to_read(path: &Path) -> Result<Connection, StoreError> {
+    let open = || {
+        let connection = connect(path)?;
+        connection.pragma_update(None, "query_only", true)?;
+        Ok(connection)
+    };
+    open().map_err(|error: StoreError| error.opening(path))
+}
+
+fn connect(path: &Path) -> Result<Connection, StoreError> {
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// The settings are those of docs/decisions/0003. `synchronous=FULL` is no matter of taste: under
+/// NORMAL a power failure may undo commits whose messages are already acknowledged.
+fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    check_ours(connection, path)?;
+    let mode: String =
+        connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    if mode != "wal" {
+        let cause = format!("its file system cannot hold a write-ahead log (mode {mode})");
+        return Err(StoreError::Open { path: path.to_owned(), cause });
+    }
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "cache_size", -16_000)?;
+    connection.pragma_update(None, "wal_autocheckpoint", 4_000)?;
+    connection.pragma_update(None, "journal_size_limit", 64 * 1024 * 1024)?;
+    migrate(connection, path)
+}
+
+/// Before anything is written: the file may be somebody else's.
+fn check_ours(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+    let id: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
+    let tables: u32 =
+        connection.query_row("SELECT COUNT(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    if id != APPLICATION_ID && (id != 0 || tables != 0) {
+        return Err(StoreError::NotOurs { path: path.to_owned() });
+    }
+    Ok(())
+}
+
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    // Two collectors may start at once: the second waits here and finds the work done.
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let found: u32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let known = u32::try_from(STEPS.len()).unwrap_or(u32::MAX);
+    if found > known {
+        return Err(StoreError::Newer { path: path.to_owned(), found, known });
+    }
+    for step in STEPS.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
+        transaction.execute_batch(step)?;
+    }
+    transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+    transaction.pragma_update(None, "user_version", known)?;
+    Ok(transaction.commit()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(path: &Path) -> String {
+        open(path).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn opening_twice_changes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s.sqlite3");
+        open(&path).unwrap();
+        let again = open(&path).unwrap();
+        let version: u32 = again.pragma_query_value(None, "user_version", |r| r.get(0)).unwrap();
+        assert_eq!(version, 1);
+    }
+
+    #[test]
+    fn a_file_that_is_not_ours_is_refused_and_left_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("other.sqlite3");
+        Connection::open(&path).unwrap().execute_batch("CREATE TABLE theirs (x)").unwrap();
+        let before = std::fs::read(&path).unwrap();
+        assert!(refusal(&path).contains("not a Garenne store"), "{}", refusal(&path));
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
+
+    #[test]
+    fn a_newer_file_a_damaged_file_and_a_missing_directory_are_refused_in_one_sentence() {
+        let directory = tempfile::tempdir().unwrap();
+        let newer = directory.path().join("newer.sqlite3");
+        open(&newer).unwrap().pragma_update(None, "user_version", 99).unwrap();
+        assert!(refusal(&newer).contains("schema version 99"), "{}", refusal(&newer));
+
+        let garbage = directory.path().join("garbage.sqlite3");
+        std::fs::write(&garbage, "no database ".repeat(1_000)).unwrap();
+        assert!(refusal(&garbage).contains("not a database"), "{}", refusal(&garbage));
+
+        let nowhere = directory.path().join("missing").join("s.sqlite3");
+        assert!(refusal(&nowhere).contains("check that its directory exists"));
+    }
+}

@@ -1,0 +1,261 @@
+//! SQLite behind the [`Store`] trait: one thread that writes, one that reads.
+//!
+//! rusqlite blocks, so no async task calls it: jobs travel to a thread that owns a connection. Reading
+//! has its own, because in WAL mode a reader does not wait for a commit.
+//!
+//! A SQLite file belongs to one host: its locks and its shared memory do not work over a network file
+//! system. Several collectors on that host may share it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use garenne_common::wire::{BatchStatus, DeadSummary, TaskState};
+use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
+use rusqlite::{Connection, Transaction, TransactionBehavior, params};
+use tokio::sync::{mpsc, oneshot};
+
+use super::ledger::{SqliteLedger, batch, from_count, from_time};
+use super::{OutboxEntry, Store, StoreError, Totals, questions, schema};
+use crate::aggregate::{Committed, Ledger, Rules, apply};
+use crate::group::Group;
+
+/// Jobs that may wait for a thread; whoever has more waits.
+const WAITING_JOBS: usize = 16;
+/// Opening competes with another collector that starts on the same file: so often, so far apart.
+const OPEN_ATTEMPTS: u32 = 5;
+const OPEN_PAUSE: Duration = Duration::from_millis(200);
+
+/// The embedded store. Clones share its threads; the last one to go joins them.
+#[derive(Clone)]
+pub struct SqliteStore(Arc<Inner>);
+
+struct Inner {
+    writer: Lane,
+    reader: Lane,
+    rules: Rules,
+}
+
+impl SqliteStore {
+    /// Opens a file, makes it if it is missing, and brings it to the present schema.
+    ///
+    /// Blocks while it does; refuses a damaged file, a newer one, and one that is not ours.
+    pub fn open(path: &Path, rules: Rules) -> Result<Self, StoreError> {
+        let mut attempt = 1;
+        let writer = loop {
+            match schema::open(path) {
+                Err(StoreError::Busy(_)) if attempt < OPEN_ATTEMPTS => {
+                    attempt += 1;
+                    std::thread::sleep(OPEN_PAUSE);
+                }
+                opened => break opened?,
+            }
+        };
+        let reader = schema::open_to_read(path)?;
+        Ok(Self(Arc::new(Inner {
+            writer: Lane::start("store writer", writer)?,
+            reader: Lane::start("store reader", reader)?,
+            rules,
+        })))
+    }
+
+    async fn write<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut SqliteLedger<'_>) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let job = |connection: &mut Connection| {
+            let immediate = TransactionBehavior::Immediate;
+            // Immediate: a transaction that reads first and then has to wait for the write lock of
+            // another process would fail instead of waiting.
+            let transaction = connection.transaction_with_behavior(immediate)?;
+            let mut ledger = SqliteLedger { transaction, now: Timestamp::now() };
+            let done = job(&mut ledger)?;
+            ledger.transaction.commit()?;
+            Ok(done)
+        };
+        self.0.writer.run(job).await
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.0.reader.run(|connection| job(connection)).await
+    }
+}
+
+impl Store for SqliteStore {
+    async fn commit(&self, group: Arc<Group>) -> Result<Committed, StoreError> {
+        let rules = self.0.rules;
+        let job = move |ledger: &mut SqliteLedger<'_>| {
+            let committed = apply(ledger, &group, rules)?;
+            ledger.count("results", from_count(committed.fresh))?;
+            ledger.count("repeats", from_count(committed.repeats))?;
+            Ok(committed)
+        };
+        self.write(job).await
+    }
+
+    async fn outbox(&self, limit: usize) -> Result<Vec<OutboxEntry>, StoreError> {
+        self.read(move |connection| questions::outbox(connection, limit)).await
+    }
+
+    async fn published(&self, entries: Vec<u64>) -> Result<(), StoreError> {
+        let job = move |ledger: &mut SqliteLedger<'_>| {
+            let mut delete =
+                ledger.transaction.prepare_cached("DELETE FROM outbox WHERE seq = ?1")?;
+            for seq in entries {
+                delete.execute([from_count(seq)])?;
+            }
+            Ok(())
+        };
+        self.write(job).await
+    }
+
+    async fn has_overdue_batches(&self, now: Timestamp) -> Result<bool, StoreError> {
+        self.read(move |connection| questions::has_overdue_batches(connection, now)).await
+    }
+
+    async fn abandon_overdue(&self, now: Timestamp, limit: usize) -> Result<usize, StoreError> {
+        self.write(move |ledger| abandon_overdue(ledger, now, limit)).await
+    }
+
+    async fn forget(&self, before: Timestamp, limit: usize) -> Result<usize, StoreError> {
+        self.write(move |ledger| forget(ledger, before, limit)).await
+    }
+
+    async fn task(&self, id: TaskId) -> Result<TaskState, StoreError> {
+        self.read(move |connection| questions::task(connection, &id)).await
+    }
+
+    async fn results(
+        &self,
+        ids: Vec<TaskId>,
+        max_bytes: usize,
+    ) -> Result<Vec<TaskResult>, StoreError> {
+        self.read(move |connection| questions::results(connection, &ids, max_bytes)).await
+    }
+
+    async fn batch(&self, id: BatchId) -> Result<Option<BatchStatus>, StoreError> {
+        self.read(move |connection| questions::batch_status(connection, &id)).await
+    }
+
+    async fn dead_list(&self, limit: usize) -> Result<Vec<DeadSummary>, StoreError> {
+        self.read(move |connection| questions::dead_list(connection, limit)).await
+    }
+
+    async fn dead(&self, id: TaskId) -> Result<Option<DeadSummary>, StoreError> {
+        self.read(move |connection| questions::dead(connection, &id)).await
+    }
+
+    async fn totals(&self) -> Result<Totals, StoreError> {
+        self.read(questions::totals).await
+    }
+}
+
+fn abandon_overdue(
+    ledger: &mut SqliteLedger<'_>,
+    now: Timestamp,
+    limit: usize,
+) -> Result<usize, StoreError> {
+    let overdue: Vec<_> = {
+        let mut select = ledger.transaction.prepare_cached(
+            "SELECT id, state, total, succeeded, failed, cancelled, opened_at, deadline, announced, \
+             sealed_at, last_ended_at, finished_at FROM batches \
+             WHERE state = 'open' AND deadline <= ?1 ORDER BY deadline LIMIT ?2",
+        )?;
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        select.query_map(params![from_time(now), limit], batch)?.collect::<Result<_, _>>()?
+    };
+    let mut abandoned = 0;
+    for mut batch in overdue {
+        if let Some(notice) = batch.abandon(now) {
+            ledger.save_batch(&batch)?;
+            ledger.add_notice(&notice)?;
+            abandoned += 1;
+        }
+    }
+    Ok(abandoned)
+}
+
+/// Looks only at the oldest `limit` rows of each table, so that a slice costs the same however much
+/// there is. Open and sealed batches stay, and so does the outbox.
+fn forget(
+    ledger: &mut SqliteLedger<'_>,
+    before: Timestamp,
+    limit: usize,
+) -> Result<usize, StoreError> {
+    let (before, limit) = (from_time(before), i64::try_from(limit).unwrap_or(i64::MAX));
+    let oldest = |table: &str| {
+        format!(
+            "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM \
+             (SELECT rowid, stored_at FROM {table} ORDER BY rowid LIMIT ?2) WHERE stored_at < ?1)"
+        )
+    };
+    let delete = |transaction: &Transaction<'_>, sql: &str| {
+        transaction.prepare_cached(sql)?.execute(params![before, limit])
+    };
+    let transaction = &ledger.transaction;
+    let results = delete(transaction, &oldest("results"))?;
+    let attempts = delete(transaction, &oldest("attempts"))?;
+    let letters = delete(transaction, &oldest("dead_letters"))?;
+    let batches = delete(
+        transaction,
+        "DELETE FROM batches WHERE rowid IN (SELECT rowid FROM batches \
+         WHERE state IN ('done', 'abandoned') AND stored_at < ?1 ORDER BY stored_at LIMIT ?2)",
+    )?;
+    ledger.count("results", -i64::try_from(results).unwrap_or(0))?;
+    Ok(results + attempts + letters + batches)
+}
+
+type Job = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// A thread that owns a connection and does one job after the other.
+struct Lane {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Lane {
+    fn start(name: &str, mut connection: Connection) -> Result<Self, StoreError> {
+        let (jobs, mut inbox) = mpsc::channel::<Job>(WAITING_JOBS);
+        let work = move || {
+            while let Some(job) = inbox.blocking_recv() {
+                job(&mut connection);
+            }
+        };
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work);
+        let thread = thread.map_err(|error| StoreError::Other(error.to_string()))?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Connection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let (answer, answered) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            if answer.send(job(connection)).is_err() {
+                tracing::trace!("nobody waits for this answer of the store any more");
+            }
+        });
+        let jobs = self.jobs.as_ref().ok_or(StoreError::Closed)?;
+        jobs.send(job).await.map_err(|_| StoreError::Closed)?;
+        answered.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a thread of the store panicked");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

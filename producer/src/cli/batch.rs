@@ -1,0 +1,181 @@
+//! `garenne batch`: how a batch stands, and waiting for its end.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use comfy_table::Color;
+use garenne_common::wire::{Answer, BatchState, BatchStatus, BatchSummary, Question};
+use garenne_common::{BatchId, DeadReason, TaskResult};
+
+use super::context::{Context, goes_on};
+use super::error::{CliError, Exit};
+use super::options;
+use super::output::{Paint, cell, facts, table};
+use super::task::span;
+
+const EXAMPLES: &str = "\
+Examples:
+  garenne batch show 0192f0c1-7a55-7e22-9c53-1f8e3a1d4b6a
+  garenne batch wait 0192f0c1-7a55-7e22-9c53-1f8e3a1d4b6a --timeout 10m
+
+`show` exits with 3 if the collector has not heard of the batch. `wait` exits
+with 0 when every task succeeded, with 1 when one did not or the batch was
+abandoned, with 3 when --timeout passed first.";
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = EXAMPLES)]
+pub(crate) enum Command {
+    /// Show the counts of a batch, and the tasks that failed last
+    #[command(after_help = EXAMPLES)]
+    Show {
+        /// The batch's id
+        id: BatchId,
+    },
+    /// Wait until every task of a batch has ended
+    #[command(after_help = EXAMPLES)]
+    Wait(Wait),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Wait {
+    /// The batch's id
+    id: BatchId,
+    /// Wait at most so long [default: as long as it takes]
+    #[arg(long, value_name = "TIME", value_parser = options::duration)]
+    timeout: Option<Duration>,
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, CliError> {
+    match command {
+        Command::Show { id } => context.or_interrupt(show(context, &id)).await,
+        Command::Wait(arguments) => wait(context, &arguments).await,
+    }
+}
+
+async fn show(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
+    let producer = context.producer("batch show").await?;
+    let answer = context.ask(&producer, Question::Batch { id: id.clone() }).await;
+    producer.close().await;
+    let Answer::Batch { batch } = answer? else { return Err(CliError::unexpected_answer()) };
+    let Some(status) = batch else {
+        return Err(CliError::unusable(format!("the collector has not heard of a batch {id}"))
+            .exit(Exit::NotYet)
+            .help("compare id and --namespace; a collector that was just started may still be catching up"));
+    };
+    context.output.show(&status, |paint| describe(&status, paint))?;
+    Ok(Exit::Success)
+}
+
+async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
+    let (id, output) = (&arguments.id, context.output);
+    let producer = context.producer("batch wait").await?;
+    let done = async {
+        match arguments.timeout {
+            Some(limit) => producer.wait_batch_timeout(id, limit).await,
+            None => producer.wait_batch(id).await,
+        }
+    };
+    let summary = tokio::select! {
+        done = done => done,
+        exit = context.stop.requested() => {
+            goes_on(output, &format!("batch {id}"), &format!("garenne batch show {id}"));
+            return Ok(exit);
+        }
+    };
+    producer.close().await;
+    let summary = summary?;
+    output.show(&summary, |paint| counts(&summary, paint))?;
+    Ok(if all_succeeded(&summary) { Exit::Success } else { Exit::Failed })
+}
+
+/// Whether a batch ended as one wishes.
+pub(crate) fn all_succeeded(summary: &BatchSummary) -> bool {
+    summary.state == BatchState::Done && summary.failed == 0 && summary.cancelled == 0
+}
+
+fn describe(status: &BatchStatus, paint: Paint) -> String {
+    let mut text = counts(&status.summary, paint);
+    if !status.failures.is_empty() {
+        text.push_str("\n\n");
+        text.push_str(&failures(&status.failures, paint));
+    }
+    text
+}
+
+fn counts(summary: &BatchSummary, paint: Paint) -> String {
+    let state = match summary.state {
+        BatchState::Done if all_succeeded(summary) => paint.green("done"),
+        BatchState::Done => paint.yellow("done"),
+        BatchState::Open => "open: its producer may still add tasks".to_owned(),
+        BatchState::Sealed => "sealed: all tasks are submitted".to_owned(),
+        BatchState::Abandoned => paint.red("abandoned: its producer did not seal it in time"),
+    };
+    let total = summary.total.map_or("not known before it is sealed".to_owned(), |total| {
+        let missing = total.saturating_sub(summary.ended());
+        if missing == 0 { total.to_string() } else { format!("{total}, {missing} not ended") }
+    });
+    let failed = summary.failed.to_string();
+    let took = summary
+        .finished_at
+        .map(|at| format!("{at} ({} after it was opened)", span(at.since(summary.opened_at))));
+    facts(&[
+        ("batch", Some(summary.batch.to_string())),
+        ("state", Some(state)),
+        ("tasks", Some(total)),
+        ("succeeded", Some(summary.succeeded.to_string())),
+        ("failed", Some(if summary.failed > 0 { paint.red(&failed) } else { failed })),
+        ("cancelled", Some(summary.cancelled.to_string()).filter(|_| summary.cancelled > 0)),
+        ("opened", Some(summary.opened_at.to_string())),
+        ("ended", took),
+    ])
+}
+
+fn failures(results: &[TaskResult], paint: Paint) -> String {
+    let mut table = table(["TASK", "NAME", "TRIES", "REASON", "ERROR"], paint);
+    for result in results {
+        let reason = result.reason.map_or(result.status.as_str(), DeadReason::as_str);
+        table.add_row([
+            cell(&result.id, None, paint),
+            cell(&result.name, None, paint),
+            cell(result.attempt, None, paint),
+            cell(reason, Some(Color::Yellow), paint),
+            cell(result.error.as_deref().unwrap_or_default(), None, paint),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::Timestamp;
+
+    fn summary(state: BatchState, total: Option<u64>, failed: u64) -> BatchSummary {
+        BatchSummary {
+            batch: BatchId::new("b").unwrap(),
+            state,
+            total,
+            succeeded: 2,
+            failed,
+            cancelled: 0,
+            opened_at: Timestamp::from_millis(0),
+            finished_at: state.is_final().then(|| Timestamp::from_millis(90_000)),
+        }
+    }
+
+    #[test]
+    fn an_abandoned_batch_is_no_success() {
+        assert!(all_succeeded(&summary(BatchState::Done, Some(2), 0)));
+        assert!(!all_succeeded(&summary(BatchState::Done, Some(3), 1)));
+        assert!(!all_succeeded(&summary(BatchState::Abandoned, None, 0)));
+    }
+
+    #[test]
+    fn counts_say_what_is_missing_and_how_long_it_took() {
+        let text = counts(&summary(BatchState::Sealed, Some(10), 1), Paint::plain());
+        assert!(text.contains("tasks      10, 7 not ended"), "{text}");
+        let text = counts(&summary(BatchState::Done, Some(3), 1), Paint::plain());
+        assert!(text.contains("tasks      3\n"), "{text}");
+        assert!(text.contains("(1m 30s after it was opened)"), "{text}");
+    }
+}

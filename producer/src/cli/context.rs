@@ -1,0 +1,148 @@
+//! What every command gets: checked configuration, output, the deadline and the stop signal.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use garenne_common::broker::BrokerError;
+use garenne_common::config::{Config, LogFormat, Sources};
+use garenne_common::telemetry;
+use garenne_common::wire::{Answer, Question};
+use garenne_producer::Producer;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::Globals;
+use super::error::{CliError, Exit};
+use super::output::{Output, Paint};
+
+/// What every command gets.
+pub(crate) struct Context {
+    /// All settings; `--deadline` is in its broker timeouts already.
+    pub(crate) config: Config,
+    /// Where results go.
+    pub(crate) output: Output,
+    /// How long one step may take.
+    pub(crate) deadline: Duration,
+    /// Ctrl-C and SIGTERM.
+    pub(crate) stop: Stop,
+}
+
+impl Context {
+    /// Loads the configuration, starts logging and listening to signals.
+    pub(crate) fn new(globals: &Globals) -> Result<Self, CliError> {
+        let config = load(globals)?;
+        telemetry::init(&config.log);
+        let output = Output { format: globals.output };
+        Ok(Self { config, output, deadline: globals.deadline, stop: Stop::listen()? })
+    }
+
+    /// Connects; the management UI shows the connection as `garenne <command>`.
+    pub(crate) async fn producer(&self, command: &str) -> Result<Producer, CliError> {
+        let name = format!("garenne {command}");
+        let connecting = Producer::connect_as(&self.config, &name);
+        match tokio::time::timeout(self.deadline, connecting).await {
+            Ok(producer) => Ok(producer?),
+            Err(_) => Err(self.unreachable().into()),
+        }
+    }
+
+    /// Puts a question to the collector and waits for the answer, at most the deadline.
+    pub(crate) async fn ask(
+        &self,
+        producer: &Producer,
+        question: Question,
+    ) -> Result<Answer, CliError> {
+        Ok(producer.ask_within(question, self.deadline).await?)
+    }
+
+    /// What to say when the broker did not answer in time.
+    pub(crate) fn unreachable(&self) -> BrokerError {
+        let urls = self.config.broker.urls.iter().map(ToString::to_string);
+        BrokerError::Unreachable {
+            url: urls.collect::<Vec<_>>().join(" or "),
+            cause: format!("no answer within {:?}", self.deadline),
+        }
+    }
+
+    /// The command, unless a signal ends it first; for commands that leave nothing half done.
+    pub(crate) async fn or_interrupt(
+        &self,
+        command: impl Future<Output = Result<Exit, CliError>>,
+    ) -> Result<Exit, CliError> {
+        tokio::select! {
+            done = command => done,
+            exit = self.stop.requested() => Ok(exit),
+        }
+    }
+}
+
+fn load(globals: &Globals) -> Result<Config, CliError> {
+    let deadline = humantime::format_duration(globals.deadline);
+    let filter = match globals.verbose {
+        0 => None,
+        1 => Some("info,lapin=off"),
+        2 => Some("debug,lapin=info"),
+        _ => Some("trace"),
+    };
+    let format = globals.log_format.map(|format| match format {
+        LogFormat::Human => "human",
+        LogFormat::Json => "json",
+    });
+    let sources = Sources { file: globals.config.clone(), overrides: vec![] }
+        .set("broker.url", globals.url.as_deref())
+        .set("broker.namespace", globals.namespace.as_deref())
+        .set("broker.connect_timeout", Some(&deadline))
+        .set("broker.publish_timeout", Some(&deadline))
+        .set("log.filter", filter)
+        .set("log.format", format);
+    // A command speaks for itself; log lines are for when something is odd. lapin calls every refusal
+    // an error, which our own sentence explains better.
+    Ok(Config::load_over(&[("log.filter", "warn,lapin=off")], &sources)?)
+}
+
+/// The wish to stop: Ctrl-C or SIGTERM. The second one ends the process at once.
+#[derive(Clone)]
+pub(crate) struct Stop {
+    token: CancellationToken,
+    exit: Arc<OnceLock<Exit>>,
+    /// Owns the listening task; it lives as long as the process.
+    _listener: TaskTracker,
+}
+
+impl Stop {
+    fn listen() -> Result<Self, CliError> {
+        let failed = |error| CliError::unusable(format!("cannot listen to signals: {error}"));
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let (token, exit) = (CancellationToken::new(), Arc::new(OnceLock::new()));
+        let listener = TaskTracker::new();
+        let (told, how) = (token.clone(), Arc::clone(&exit));
+        listener.spawn(async move {
+            loop {
+                let now = tokio::select! {
+                    _ = interrupt.recv() => Exit::Interrupted,
+                    _ = terminate.recv() => Exit::Terminated,
+                };
+                if how.set(now).is_err() {
+                    // Asked twice: whatever is being cleaned up matters less than the person waiting.
+                    std::process::exit(i32::from(now.code()));
+                }
+                told.cancel();
+            }
+        });
+        Ok(Self { token, exit, _listener: listener })
+    }
+
+    /// Waits for the wish to stop, and says how to exit then.
+    pub(crate) async fn requested(&self) -> Exit {
+        self.token.cancelled().await;
+        self.exit.get().copied().unwrap_or(Exit::Interrupted)
+    }
+}
+
+/// A note on standard error that work goes on elsewhere, and how to look at it.
+pub(crate) fn goes_on(output: Output, what: &str, command: &str) {
+    let command = Paint::for_stderr().cyan(command);
+    output.remark(format_args!("{what} goes on without this terminal; look at it with: {command}"));
+}

@@ -1,0 +1,307 @@
+//! `garenne doctor`: checks the way from here to a finished task in the order in which it can break, and
+//! says for each break what to do. Mends nothing.
+
+use std::time::Instant;
+
+use clap::Args;
+use garenne_common::QueueName;
+use garenne_common::broker::{Admin, BrokerError, Link};
+use garenne_common::wire::{Answer, Question};
+use serde::Serialize;
+use serde_json::json;
+
+use super::Globals;
+use super::context::Context;
+use super::error::{CliError, Exit};
+use super::output::{Format, Output, Paint, line};
+use super::task::span;
+use super::topology::{Plan, State, wanted};
+
+const EXAMPLES: &str = "\
+Examples:
+  garenne doctor
+  garenne doctor --queue cpu --url amqp://me:secret@rabbit.example:5672/jobs
+  garenne doctor -o json | jq -r '.checks[] | select(.state == \"bad\") | .advice'
+
+Exit codes: 0 all is well, 1 something is missing, 2 the broker cannot be used.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Also check this queue of tasks; may be given several times [default: those of worker.queues]
+    #[arg(long = "queue", short, value_name = "NAME")]
+    queues: Vec<QueueName>,
+}
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Good,
+    /// It works, and deserves a look.
+    Odd,
+    Bad,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+struct Check {
+    #[serde(rename = "check")]
+    name: String,
+    state: Verdict,
+    detail: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    advice: Option<String>,
+}
+
+impl Check {
+    fn new(name: impl Into<String>, state: Verdict, detail: impl Into<String>) -> Self {
+        Self { name: name.into(), state, detail: detail.into(), advice: None }
+    }
+
+    fn good(check: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self::new(check, Verdict::Good, detail)
+    }
+
+    fn bad(check: impl Into<String>, error: CliError) -> Self {
+        Self { advice: error.help, ..Self::new(check, Verdict::Bad, error.message) }
+    }
+
+    fn advice(mut self, advice: impl Into<String>) -> Self {
+        self.advice = Some(advice.into());
+        self
+    }
+
+    fn as_text(&self, paint: Paint) -> String {
+        let mark = match self.state {
+            Verdict::Good => paint.green("✓"),
+            Verdict::Odd => paint.yellow("!"),
+            Verdict::Bad => paint.red("✗"),
+        };
+        let line = format!("{mark} {:14} {}", self.name, self.detail);
+        match &self.advice {
+            Some(advice) => format!("{line}\n  {:14} {} {advice}", "", paint.cyan("→")),
+            None => line,
+        }
+    }
+}
+
+/// Checks made so far; in text they appear as they are made.
+struct Report {
+    output: Output,
+    paint: Paint,
+    checks: Vec<Check>,
+}
+
+impl Report {
+    fn add(&mut self, check: Check) -> Result<(), CliError> {
+        if self.output.format == Format::Text {
+            line(check.as_text(self.paint))?;
+        }
+        self.checks.push(check);
+        Ok(())
+    }
+
+    fn finish(self, exit: Option<Exit>) -> Result<Exit, CliError> {
+        let bad = self.checks.iter().filter(|check| check.state == Verdict::Bad).count();
+        let s = if bad == 1 { "" } else { "s" };
+        self.output.show(
+            &json!({ "checks": self.checks, "problems": bad }),
+            |paint| match bad {
+                0 => paint.green("\nAll is well."),
+                _ => paint.red(&format!("\n{bad} problem{s} found.")),
+            },
+        )?;
+        let found = if bad == 0 { Exit::Success } else { Exit::Failed };
+        Ok(exit.unwrap_or(found))
+    }
+}
+
+pub(crate) async fn run(globals: &Globals, arguments: &Arguments) -> Result<Exit, CliError> {
+    let output = Output { format: globals.output };
+    let mut report = Report { output, paint: Paint::for_stdout(), checks: vec![] };
+    let context = match Context::new(globals) {
+        Ok(context) => context,
+        Err(error) => {
+            report.add(Check::bad("configuration", error))?;
+            return report.finish(Some(Exit::Unusable));
+        }
+    };
+    context.or_interrupt(examine(&context, arguments, report)).await
+}
+
+async fn examine(
+    context: &Context,
+    arguments: &Arguments,
+    mut report: Report,
+) -> Result<Exit, CliError> {
+    let broker = &context.config.broker;
+    let urls: Vec<_> = broker.urls.iter().map(ToString::to_string).collect();
+    let detail = format!("{}, namespace {}", urls.join(" or "), broker.namespace);
+    report.add(Check::good("configuration", detail))?;
+
+    let link = Link::new(broker, "garenne doctor");
+    let started = Instant::now();
+    if let Err(error) = link.open().await {
+        for check in way_to_the_broker(context, error) {
+            report.add(check)?;
+        }
+        return report.finish(Some(Exit::Unusable));
+    }
+    let took = span(started.elapsed());
+    report
+        .add(Check::good("broker", format!("answers, login and virtual host are fine ({took})")))?;
+
+    let admin = Admin::new(link.clone());
+    let queues = if arguments.queues.is_empty() {
+        context.config.worker.queues.clone()
+    } else {
+        arguments.queues.clone()
+    };
+    let topology = topology(context, &admin, &queues).await;
+    let complete = topology.state == Verdict::Good;
+    report.add(topology)?;
+    for queue in &queues {
+        report.add(workers(context, &admin, queue).await)?;
+    }
+    report.add(if complete { collector(context).await } else { not_asked() })?;
+    for check in backlogs(context, &admin).await {
+        report.add(check)?;
+    }
+    link.close().await;
+    report.finish(None)
+}
+
+/// How far the connection got before it failed.
+fn way_to_the_broker(context: &Context, error: BrokerError) -> Vec<Check> {
+    let user =
+        context.config.broker.urls.first().map(|url| url.user().to_owned()).unwrap_or_default();
+    let reached = Check::good("broker", "answers");
+    let logged_in = Check::good("login", format!("as {user}"));
+    match &error {
+        BrokerError::LoginRefused { .. } => vec![reached, Check::bad("login", error.into())],
+        BrokerError::NoVhost { .. } => {
+            vec![reached, logged_in, Check::bad("virtual host", error.into())]
+        }
+        BrokerError::Unreachable { .. }
+        | BrokerError::Forbidden(_)
+        | BrokerError::Conflict { .. }
+        | BrokerError::Missing(_)
+        | BrokerError::Blocked(_)
+        | BrokerError::Rejected(_)
+        | BrokerError::Unconfirmed(_)
+        | BrokerError::Lost(_)
+        | BrokerError::TooLong(_)
+        | BrokerError::Closed => vec![Check::bad("broker", error.into())],
+    }
+}
+
+async fn topology(context: &Context, admin: &Admin, queues: &[QueueName]) -> Check {
+    let wanted = wanted(&context.config.broker.topology(), queues);
+    let plan = match Plan::make(admin, wanted, false).await {
+        Ok(plan) => plan,
+        Err(error) => return Check::bad("topology", error.into()),
+    };
+    if let Some(conflict) = plan.first_conflict() {
+        return Check::bad("topology", conflict);
+    }
+    match (plan.count(&State::Missing), plan.len()) {
+        (0, all) => {
+            Check::good("topology", format!("all {all} exchanges, queues and bindings exist"))
+        }
+        (missing, all) => {
+            let detail = format!("{missing} of {all} exchanges, queues and bindings are missing");
+            Check::new("topology", Verdict::Bad, detail).advice(apply_advice(queues))
+        }
+    }
+}
+
+fn apply_advice(queues: &[QueueName]) -> String {
+    let others = queues.iter().filter(|queue| **queue != QueueName::default());
+    let flags: String = others.map(|queue| format!(" --queue {queue}")).collect();
+    format!("garenne topology apply{flags}")
+}
+
+async fn workers(context: &Context, admin: &Admin, queue: &QueueName) -> Check {
+    let name = format!("queue {queue}");
+    let full = context.config.broker.topology().task_queue(queue);
+    let start = format!("start a worker: garenne-worker --queues {queue}");
+    match admin.queue_status(&full).await {
+        Ok(Some(status)) if status.consumers > 0 => {
+            let s = if status.consumers == 1 { "worker serves" } else { "workers serve" };
+            Check::good(name, format!("{} {s} it, {} tasks wait", status.consumers, status.ready))
+        }
+        Ok(Some(status)) => {
+            let detail = format!("no worker serves it, {} tasks wait", status.ready);
+            Check::new(name, Verdict::Bad, detail).advice(start)
+        }
+        Ok(None) => Check::new(name, Verdict::Bad, "does not exist").advice(start),
+        Err(error) => Check::bad(name, error.into()),
+    }
+}
+
+/// To ask, one must connect as a producer does, and that would declare what is missing.
+fn not_asked() -> Check {
+    Check::new("collector", Verdict::Odd, "not asked: the topology is not as it should be")
+        .advice("a collector declares what it needs when it starts")
+}
+
+async fn collector(context: &Context) -> Check {
+    let started = Instant::now();
+    let asked = async {
+        let producer = context.producer("doctor").await?;
+        let answer = context.ask(&producer, Question::Totals).await;
+        producer.close().await;
+        answer
+    };
+    match asked.await {
+        Ok(Answer::Totals { results, dead, batches, .. }) => {
+            let took = span(started.elapsed());
+            let kept = format!("{results} results, {dead} dead letters, {batches} batches");
+            Check::good("collector", format!("answers ({took}) and keeps {kept}"))
+        }
+        Ok(_) => Check::bad("collector", CliError::unexpected_answer()),
+        Err(error) => Check::bad("collector", error),
+    }
+}
+
+/// Queues that the collector empties: what lies there waits for it.
+async fn backlogs(context: &Context, admin: &Admin) -> Vec<Check> {
+    let topology = context.config.broker.topology();
+    let mut checks = vec![];
+    for (name, queue) in [
+        ("results", topology.results()),
+        ("dead letters", topology.dead()),
+        ("unrouted", topology.unrouted()),
+    ] {
+        checks.push(match admin.queue_status(&queue).await {
+            // The check of the topology has named it already.
+            Ok(None) => continue,
+            Ok(Some(status)) if status.ready == 0 => {
+                Check::good(name, "none wait for the collector")
+            }
+            Ok(Some(status)) => {
+                let detail = format!("{} wait in {queue} for the collector", status.ready);
+                Check::new(name, Verdict::Odd, detail)
+                    .advice("normal under load; if it does not shrink, look at the collector's log")
+            }
+            Err(error) => Check::bad(name, error.into()),
+        });
+    }
+    checks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_check_says_what_to_do() {
+        let check = Check::new("topology", Verdict::Bad, "3 of 82 are missing");
+        let queues = ["default", "cpu"].map(|name| QueueName::new(name).unwrap());
+        let text = check.advice(apply_advice(&queues)).as_text(Paint::plain());
+        assert_eq!(
+            text,
+            "✗ topology       3 of 82 are missing\n                 → garenne topology apply --queue cpu"
+        );
+    }
+}

@@ -1,0 +1,153 @@
+//! `garenne map`: one task per line, as one batch, results in the order of the lines.
+//!
+//! Streaming: a window of tasks is under way at once, and nothing but that window is held in memory.
+//! How lines are read is in [`input`], how results find their order in [`order`], what a person sees
+//! meanwhile in [`progress`], and the loop that holds it together in [`pump`].
+
+mod input;
+mod order;
+mod progress;
+mod pump;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use garenne_common::TaskName;
+use garenne_producer::Batch;
+use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
+
+use super::context::{Context, goes_on};
+use super::error::{CliError, Exit};
+use super::options::{self, TaskOptions};
+use input::{AHEAD, Line, Receiver, Shape, Source};
+use pump::{Halt, Pump};
+
+const EXAMPLES: &str = "\
+Examples:
+  garenne map text.count_words --arg text < lines.txt
+  find /usr -type f | garenne map file.sha256 --arg path > digests.jsonl
+  garenne map job.run jobs.jsonl --retries 5 --timeout 2m --failures-only
+  id=$(garenne map job.run jobs.jsonl --detach) && garenne batch wait \"$id\"
+
+Prints one JSON object per line of input, in the order of the input:
+  {\"line\":1,\"id\":\"0192…\",\"status\":\"succeeded\",\"output\":4}
+  {\"line\":2,\"id\":\"0192…\",\"status\":\"failed\",\"error\":\"…\",\"reason\":\"fatal\",…}
+
+Blank lines are skipped. A file is checked whole before anything is submitted.
+Standard input is not: at a line that cannot be read no more is submitted, what
+was submitted before is finished, and the exit code is 2. Otherwise exit code 0
+means that all succeeded, 1 that some did not.
+
+Ctrl-C stops submitting. What was submitted goes on, and `garenne batch show ID`
+shows how it stands.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// The name of the tasks
+    #[arg(value_name = "TASK")]
+    task: TaskName,
+    /// One task per line, its arguments as JSON [default: standard input]
+    #[arg(value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Lines are plain text: each becomes the arguments {"NAME": line}
+    #[arg(long, value_name = "NAME")]
+    arg: Option<String>,
+    /// Print results as they come, not in the order of the input
+    #[arg(long)]
+    unordered: bool,
+    /// Print only what did not succeed
+    #[arg(long)]
+    failures_only: bool,
+    /// Only submit, and print the batch's id
+    #[arg(long, conflicts_with_all = ["unordered", "failures_only"])]
+    detach: bool,
+    /// How many tasks may be under way at once; bounds the memory
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+    window: u64,
+    /// How long to go on trying to submit when the broker is away
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = options::duration)]
+    patience: Duration,
+    #[command(flatten)]
+    options: TaskOptions,
+}
+
+pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
+    let shape = arguments.arg.clone().map_or(Shape::Json, Shape::Text);
+    let source = Source::new(arguments.file.clone());
+    let reader = TaskTracker::new();
+    let prepared = async {
+        let total = source.check(&shape).await?;
+        let producer = context.producer("map").await?;
+        let (to, mut lines) = mpsc::channel(AHEAD);
+        reader.spawn(source.open(shape).await?.feed(to));
+        // Before the batch is opened: no tasks, no batch.
+        let first = lines.recv().await.transpose()?;
+        Ok::<_, CliError>((total, producer, first, lines))
+    };
+    let (total, producer, first, lines) = tokio::select! {
+        prepared = prepared => prepared?,
+        exit = context.stop.requested() => return Ok(exit),
+    };
+    let exit = if let Some(first) = first {
+        let pump = Pump::new(context, &arguments, &producer, total);
+        submit(context, &arguments, pump, producer.batch().await?, first, lines).await
+    } else {
+        context.output.remark("the input has no lines, so there are no tasks");
+        Ok(Exit::Success)
+    };
+    producer.close().await;
+    exit
+}
+
+async fn submit(
+    context: &Context,
+    arguments: &Arguments,
+    mut pump: Pump<'_>,
+    batch: Batch,
+    first: Line,
+    lines: Receiver,
+) -> Result<Exit, CliError> {
+    let id = batch.id().clone();
+    let fed = pump.feed(&batch, first, lines).await;
+    // Sealed as soon as its members are known, not when they have ended: should this process be
+    // killed while it waits, the batch is complete all the same.
+    let sealed = seal(context, batch).await;
+    let ended = match (fed, sealed) {
+        (Ok(()), Ok(())) if arguments.detach => Ok(()),
+        (Ok(()), Ok(())) => pump.drain().await,
+        (Err(halt), _) => Err(halt),
+        (Ok(()), Err(error)) => Err(Halt::Error(error)),
+    };
+    let look = format!("garenne batch show {id}");
+    match ended {
+        Ok(()) if arguments.detach => {
+            pump.clear();
+            context.output.show(&serde_json::json!({ "batch": id }), |_| id.to_string())?;
+        }
+        Ok(()) => pump.finish(id.as_str())?,
+        Err(halt) => {
+            pump.finish(id.as_str())?;
+            return match halt {
+                Halt::Stop(exit) => {
+                    goes_on(context.output, &format!("batch {id}"), &look);
+                    Ok(exit)
+                }
+                Halt::Error(error) if error.help.is_none() => {
+                    Err(error.help(format!("what was submitted goes on: {look}")))
+                }
+                Halt::Error(error) => Err(error),
+            };
+        }
+    }
+    Ok(pump.verdict())
+}
+
+async fn seal(context: &Context, batch: Batch) -> Result<(), CliError> {
+    match tokio::time::timeout(context.deadline, batch.seal()).await {
+        Ok(sealed) => Ok(sealed.map(drop)?),
+        Err(_) => Err(context.unreachable().into()),
+    }
+}

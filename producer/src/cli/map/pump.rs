@@ -1,0 +1,327 @@
+//! The loop of a map: lines in, submissions and results under way, rows out.
+//!
+//! One task of the runtime does it all, so nothing here is shared or locked. Opening and sealing the
+//! batch is not done here.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::BoxFuture;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use garenne_common::{DeadReason, Payload, Status, TaskId, TaskResult};
+use garenne_producer::{Batch, Handle, OutputError, Producer, Retried, RetryNotes, SubmitError};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::time::{Interval, MissedTickBehavior};
+
+use super::Arguments;
+use super::input::{Line, Receiver};
+use super::order::InOrder;
+use super::progress::{Progress, Tally, summary};
+use crate::cli::context::Context;
+use crate::cli::error::{CliError, Exit};
+use crate::cli::output::json_line;
+use crate::cli::submit::submission;
+
+/// How often the bar moves.
+const TICK: Duration = Duration::from_millis(100);
+/// After so long without any result a person wants to know what to check.
+const SILENCE: Duration = Duration::from_secs(15);
+/// The pause before a submission that failed for the moment is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// Why it ended before the end.
+pub(crate) enum Halt {
+    /// A signal asked for it.
+    Stop(Exit),
+    /// It cannot go on.
+    Error(CliError),
+}
+
+impl From<CliError> for Halt {
+    fn from(error: CliError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// A task under way: its place in the order, and the line it came from.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    number: u64,
+    line: u64,
+}
+
+/// One line of output.
+#[derive(Debug, Serialize)]
+struct Row {
+    line: u64,
+    id: TaskId,
+    status: Status,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output: Option<Payload>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<DeadReason>,
+    attempt: u32,
+}
+
+impl Row {
+    fn new(line: u64, result: TaskResult) -> Self {
+        let TaskResult { id, status, output, error, reason, attempt, .. } = result;
+        Self { line, id, status, output, error, reason, attempt }
+    }
+}
+
+type Submitted<'a> = BoxFuture<'a, (Place, Result<Option<Handle<Value>>, SubmitError>)>;
+type Ended = BoxFuture<'static, (Place, Result<TaskResult, OutputError>)>;
+
+/// A map under way.
+pub(crate) struct Pump<'a> {
+    context: &'a Context,
+    arguments: &'a Arguments,
+    results: FuturesUnordered<Ended>,
+    retries: RetryNotes,
+    order: InOrder<Row>,
+    /// Lines taken from the input.
+    begun: u64,
+    tally: Tally,
+    progress: Progress,
+    tick: Interval,
+    /// The line that ended a streaming input too early.
+    bad_line: Option<CliError>,
+    hinted: bool,
+}
+
+impl<'a> Pump<'a> {
+    /// For so many tasks, if that is known.
+    pub(crate) fn new(
+        context: &'a Context,
+        arguments: &'a Arguments,
+        producer: &Producer,
+        total: Option<u64>,
+    ) -> Self {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self {
+            context,
+            arguments,
+            results: FuturesUnordered::new(),
+            retries: producer.retry_notes(),
+            order: InOrder::new(!arguments.unordered),
+            begun: 0,
+            tally: Tally::default(),
+            progress: Progress::new(context.output, total),
+            tick,
+            bad_line: None,
+            hinted: false,
+        }
+    }
+
+    /// Submits all lines, taking in results meanwhile; returns when the last one is confirmed.
+    pub(crate) async fn feed(
+        &mut self,
+        batch: &Batch,
+        first: Line,
+        mut lines: Receiver,
+    ) -> Result<(), Halt> {
+        let mut submits: FuturesUnordered<Submitted<'_>> = FuturesUnordered::new();
+        submits.push(self.begin(batch, first));
+        let mut more = true;
+        while more || !submits.is_empty() {
+            let room = more && self.has_room(submits.len());
+            let halted = tokio::select! {
+                line = lines.recv(), if room => match line {
+                    Some(Ok(line)) => { submits.push(self.begin(batch, line)); Ok(()) }
+                    Some(Err(error)) => { more = false; self.stop_at(error); Ok(()) }
+                    None => { more = false; Ok(()) }
+                },
+                Some((place, submitted)) = submits.next(), if !submits.is_empty() => {
+                    self.submitted(place, submitted)
+                }
+                halted = self.step() => halted,
+            };
+            if let Err(halt) = halted {
+                self.settle(submits).await;
+                return Err(halt);
+            }
+        }
+        self.progress.set_total(self.tally.submitted);
+        Ok(())
+    }
+
+    /// Waits for the results of all that was submitted.
+    pub(crate) async fn drain(&mut self) -> Result<(), Halt> {
+        while !self.results.is_empty() {
+            self.step().await?;
+        }
+        Ok(())
+    }
+
+    /// Whatever happens next besides submitting: a result, a retry, a signal, a tick of the clock.
+    ///
+    /// Cancel-safe: every branch is, and nothing is taken before its branch runs to its end.
+    async fn step(&mut self) -> Result<(), Halt> {
+        tokio::select! {
+            exit = self.context.stop.requested() => Err(Halt::Stop(exit)),
+            Some((place, ended)) = self.results.next(), if !self.results.is_empty() => {
+                let result = ended.map_err(CliError::from)?;
+                Ok(self.ended(place, result)?)
+            }
+            Some(note) = self.retries.next() => {
+                match note {
+                    Retried::Note(note) => self.tally.retried(note.id),
+                    Retried::Missed(count) => self.tally.retries += count,
+                }
+                Ok(())
+            }
+            _ = self.tick.tick() => {
+                self.progress.show(&self.tally);
+                self.hint();
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether another task may begin: the window spans from the oldest row not yet written.
+    fn has_room(&self, submitting: usize) -> bool {
+        let under_way = if self.arguments.detach {
+            submitting as u64
+        } else {
+            self.begun - self.order.released()
+        };
+        under_way < self.arguments.window
+    }
+
+    fn begin<'b>(&mut self, batch: &'b Batch, line: Line) -> Submitted<'b>
+    where
+        'a: 'b,
+    {
+        let place = Place { number: self.begun, line: line.number };
+        self.begun += 1;
+        let arguments = self.arguments;
+        Box::pin(async move { (place, submit(batch, arguments, &line).await) })
+    }
+
+    fn submitted(
+        &mut self,
+        place: Place,
+        submitted: Result<Option<Handle<Value>>, SubmitError>,
+    ) -> Result<(), Halt> {
+        let handle = submitted.map_err(|error| self.not_submitted(place, error))?;
+        self.tally.submitted += 1;
+        if let Some(handle) = handle {
+            self.results.push(Box::pin(async move { (place, handle.result().await) }));
+        }
+        Ok(())
+    }
+
+    fn not_submitted(&self, place: Place, error: SubmitError) -> CliError {
+        let error = CliError::from(error);
+        // The first line's problem is everybody's (no such queue); a later one's needs its place.
+        if self.tally.submitted == 0 {
+            return error;
+        }
+        CliError {
+            message: format!("line {} was not submitted: {}", place.line, error.message),
+            ..error
+        }
+    }
+
+    /// A line of a streaming input cannot be read: said at once, since the rest may take long.
+    fn stop_at(&mut self, error: CliError) {
+        self.progress.aside(|| error.print(self.context.output.format));
+        self.bad_line = Some(error);
+    }
+
+    /// Gives submissions under way the deadline to be confirmed, so that the batch counts them.
+    async fn settle(&mut self, mut submits: FuturesUnordered<Submitted<'_>>) {
+        let confirmed = async {
+            while let Some((_, submitted)) = submits.next().await {
+                self.tally.submitted += u64::from(submitted.is_ok());
+            }
+        };
+        if tokio::time::timeout(self.context.deadline, confirmed).await.is_err() {
+            self.context
+                .output
+                .remark("some submissions are unconfirmed: they may or may not arrive");
+        }
+    }
+
+    fn ended(&mut self, place: Place, result: TaskResult) -> Result<(), CliError> {
+        self.tally.ended(&result);
+        let rows = self.order.push(place.number, Row::new(place.line, result));
+        rows.iter().try_for_each(|row| self.write(row))
+    }
+
+    fn write(&self, row: &Row) -> Result<(), CliError> {
+        if self.arguments.failures_only && row.status == Status::Succeeded {
+            return Ok(());
+        }
+        self.progress.aside(|| json_line(row))
+    }
+
+    /// Once, when nothing has come for long.
+    fn hint(&mut self) {
+        let silent = self.tally.done() == 0 && self.tally.retries == 0;
+        let delay = self.arguments.options.delay.unwrap_or_default();
+        if !self.hinted
+            && silent
+            && !self.arguments.detach
+            && self.progress.elapsed() > SILENCE + delay
+        {
+            self.hinted = true;
+            let remark = "no result yet; is a worker running that serves the queue and knows the task? \
+                          `garenne doctor` checks";
+            self.progress.aside(|| self.context.output.remark(remark));
+        }
+    }
+
+    /// Removes the bar.
+    pub(crate) fn clear(&self) {
+        self.progress.clear();
+    }
+
+    /// Writes rows that still wait for their turn, and the summary.
+    pub(crate) fn finish(&mut self, batch: &str) -> Result<(), CliError> {
+        self.progress.clear();
+        summary(self.context.output, batch, &self.tally, self.progress.elapsed());
+        let rest: Vec<_> = self.order.rest().collect();
+        rest.iter().try_for_each(|row| self.write(row))
+    }
+
+    /// How the whole came out.
+    pub(crate) fn verdict(self) -> Exit {
+        match self.bad_line {
+            // It has been explained when it came.
+            Some(error) => error.exit,
+            None if self.tally.failed > 0 => Exit::Failed,
+            None => Exit::Success,
+        }
+    }
+}
+
+/// Submits a line, again and again under one id while the broker is away and patience lasts.
+async fn submit(
+    batch: &Batch,
+    arguments: &Arguments,
+    line: &Line,
+) -> Result<Option<Handle<Value>>, SubmitError> {
+    let id = TaskId::generate();
+    let started = Instant::now();
+    loop {
+        let submission =
+            submission(&arguments.task, &line.args, &arguments.options)?.id(id.clone());
+        let submitted = if arguments.detach {
+            batch.submit_detached(submission).await.map(|_| None)
+        } else {
+            batch.submit(submission).await.map(Some)
+        };
+        match submitted {
+            Err(error) if error.is_transient() && started.elapsed() < arguments.patience => {
+                tracing::info!(line = line.number, "submitting again: {error}");
+                tokio::time::sleep(AGAIN).await;
+            }
+            done => return done,
+        }
+    }
+}

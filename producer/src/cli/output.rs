@@ -1,0 +1,202 @@
+//! Standard output: data as text or JSON, tables that fit the terminal, colours where they are wanted.
+//!
+//! Results go to standard output and nothing else does; remarks for people go to standard error. A
+//! reader that leaves (`| head`) ends the command quietly.
+
+use std::fmt::Display;
+use std::io::{ErrorKind, IsTerminal, Write};
+
+use comfy_table::{Attribute, Cell, Color, ContentArrangement, Table, presets};
+use garenne_common::config::no_color;
+use serde::Serialize;
+
+use super::error::{CliError, Exit};
+
+/// What output looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Writes in the format asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    /// What is asked for.
+    pub(crate) format: Format,
+}
+
+impl Output {
+    /// A result on standard output: as text for people, or the value as JSON, which is indented on a
+    /// terminal and one line otherwise.
+    pub(crate) fn show(
+        self,
+        value: &impl Serialize,
+        text: impl FnOnce(Paint) -> String,
+    ) -> Result<(), CliError> {
+        match self.format {
+            Format::Text => line(text(Paint::for_stdout())),
+            Format::Json if std::io::stdout().is_terminal() => {
+                line(serde_json::to_string_pretty(value).map_err(|error| unwritable(&error))?)
+            }
+            Format::Json => json_line(value),
+        }
+    }
+
+    /// A remark for people on standard error; programs do not get it.
+    pub(crate) fn remark(self, text: impl Display) {
+        if self.format == Format::Text {
+            note(text);
+        }
+    }
+}
+
+/// One line on standard output.
+pub(crate) fn line(text: impl Display) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|error| lost(&error))
+}
+
+/// A value as one line of JSON on standard output, whatever the format.
+pub(crate) fn json_line(value: &impl Serialize) -> Result<(), CliError> {
+    line(serde_json::to_string(value).map_err(|error| unwritable(&error))?)
+}
+
+/// One line on standard error.
+pub(crate) fn note(text: impl Display) {
+    // Not worth failing for.
+    drop(writeln!(std::io::stderr(), "{text}"));
+}
+
+fn unwritable(error: &serde_json::Error) -> CliError {
+    CliError::unusable(format!("the answer cannot be written as JSON: {error}"))
+}
+
+fn lost(error: &std::io::Error) -> CliError {
+    let message = format!("cannot write to standard output: {error}");
+    if error.kind() == ErrorKind::BrokenPipe {
+        CliError::unusable(message).exit(Exit::BrokenPipe)
+    } else {
+        CliError::unusable(message)
+    }
+}
+
+/// A table without lines, as wide as the terminal or, into a pipe, as wide as it needs.
+pub(crate) fn table<const N: usize>(header: [&str; N], paint: Paint) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    let title = |title| {
+        let cell = Cell::new(title);
+        if paint.0 { cell.add_attribute(Attribute::Dim) } else { cell }
+    };
+    table.set_header(header.map(title));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table
+}
+
+/// A cell of a table, in a colour where colours are wanted.
+pub(crate) fn cell(text: impl Display, colour: Option<Color>, paint: Paint) -> Cell {
+    let cell = Cell::new(text);
+    match colour.filter(|_| paint.0) {
+        Some(colour) => cell.fg(colour),
+        None => cell,
+    }
+}
+
+/// Aligned `key  value` lines; keys without a value are left out.
+pub(crate) fn facts(pairs: &[(&str, Option<String>)]) -> String {
+    let shown = pairs.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
+    let width = shown.clone().map(|(key, _)| key.len()).max().unwrap_or(0) + 2;
+    let indent = format!("\n{}", " ".repeat(width));
+    let lines = shown.map(|(key, value)| format!("{key:width$}{}", value.replace('\n', &indent)));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Colours, or none where they are not wanted: not on a terminal, or `NO_COLOR` is set.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Paint(bool);
+
+impl Paint {
+    /// For text on standard output.
+    pub(crate) fn for_stdout() -> Self {
+        Self(std::io::stdout().is_terminal() && !no_color())
+    }
+
+    /// For text on standard error.
+    pub(crate) fn for_stderr() -> Self {
+        Self(std::io::stderr().is_terminal() && !no_color())
+    }
+
+    /// None.
+    #[cfg(test)]
+    pub(crate) const fn plain() -> Self {
+        Self(false)
+    }
+
+    /// Whether there are any.
+    pub(crate) const fn is_on(self) -> bool {
+        self.0
+    }
+
+    /// For what is wrong.
+    pub(crate) fn red(self, text: &str) -> String {
+        self.wrap("1;31", text)
+    }
+
+    /// For what is fine.
+    pub(crate) fn green(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    /// For what deserves a look.
+    pub(crate) fn yellow(self, text: &str) -> String {
+        self.wrap("33", text)
+    }
+
+    /// For advice.
+    pub(crate) fn cyan(self, text: &str) -> String {
+        self.wrap("36", text)
+    }
+
+    /// For what matters less.
+    pub(crate) fn dim(self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    fn wrap(self, code: &str, text: &str) -> String {
+        if self.0 { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_are_aligned_and_leave_out_what_is_absent() {
+        let text = facts(&[
+            ("id", Some("7".to_owned())),
+            ("reason", None),
+            ("error", Some("one\ntwo".to_owned())),
+        ]);
+        assert_eq!(text, "id     7\nerror  one\n       two");
+    }
+
+    #[test]
+    fn without_colours_text_is_left_alone() {
+        assert_eq!(Paint(false).red("x"), "x");
+        assert_eq!(Paint(true).green("x"), "\u{1b}[32mx\u{1b}[0m");
+    }
+
+    #[test]
+    fn a_table_into_a_pipe_is_not_folded() {
+        let mut table = table(["NAME", "ERROR"], Paint::plain());
+        table.force_no_tty().add_row(["a", &"x".repeat(300)]);
+        assert_eq!(table.to_string().lines().count(), 2);
+    }
+}

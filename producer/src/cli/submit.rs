@@ -1,0 +1,157 @@
+//! `garenne submit`: one task, and its result if wanted.
+
+use std::time::Duration;
+
+use clap::Args;
+use garenne_common::{Payload, Status, TaskId, TaskName, TaskResult};
+use garenne_producer::{Handle, OutputError, Producer, Submission, SubmitError};
+use serde_json::Value;
+use serde_json::value::RawValue;
+
+use super::arguments;
+use super::context::{Context, goes_on};
+use super::error::{CliError, Exit};
+use super::options::{self, TaskOptions};
+use super::output::Format;
+use super::task;
+
+const EXAMPLES: &str = "\
+Examples:
+  garenne submit text.count_words '{\"text\":\"to be or not\"}' --wait
+  garenne submit file.sha256 '{\"path\":\"/etc/hosts\"}' --queue cpu --retries 5
+  garenne submit report.send @report.json --delay 2h --expires 6h
+  jq -c .job queue.json | garenne submit job.run - --id order-17
+
+Prints the task's id, or with --wait its output (the whole result with -o json).
+Exit code 1 if the task failed, 3 if --wait=TIME passed first.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// The task's name
+    #[arg(value_name = "TASK")]
+    task: TaskName,
+    /// Its arguments; - reads standard input, @FILE a file [default: {}]
+    #[arg(value_name = "JSON")]
+    json: Option<String>,
+    /// Wait for the result, as long as it takes or at most TIME
+    #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "forever", value_parser = wait_time)]
+    wait: Option<Wait>,
+    #[command(flatten)]
+    options: TaskOptions,
+    /// The task's id [default: a new one]. The same id twice runs twice at most and ends once
+    #[arg(long, value_name = "ID", help_heading = "Task options")]
+    id: Option<TaskId>,
+}
+
+/// How long to wait for a result.
+#[derive(Debug, Clone, Copy)]
+enum Wait {
+    Forever,
+    AtMost(Duration),
+}
+
+fn wait_time(text: &str) -> Result<Wait, String> {
+    if text == "forever" { Ok(Wait::Forever) } else { options::duration(text).map(Wait::AtMost) }
+}
+
+pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
+    // Before anything is read: a signal must end even a read of standard input.
+    let args = tokio::select! {
+        args = read_arguments(&arguments) => args?,
+        exit = context.stop.requested() => return Ok(exit),
+    };
+    let mut submission = submission(&arguments.task, &args, &arguments.options)?;
+    if let Some(id) = &arguments.id {
+        submission = submission.id(id.clone());
+    }
+    let producer = context.producer("submit").await?;
+    let exit = match arguments.wait {
+        None => detached(context, &producer, submission).await,
+        Some(wait) => waited(context, &producer, submission, wait).await,
+    };
+    producer.close().await;
+    exit
+}
+
+async fn read_arguments(arguments: &Arguments) -> Result<Box<RawValue>, CliError> {
+    let (task, json) = (arguments.task.clone(), arguments.json.clone());
+    let read = tokio::task::spawn_blocking(move || arguments::read(&task, json.as_deref()));
+    read.await.map_err(|error| CliError::unusable(format!("reading the arguments: {error}")))?
+}
+
+/// A task with the options of the command line.
+pub(crate) fn submission(
+    task: &TaskName,
+    args: &RawValue,
+    options: &TaskOptions,
+) -> Result<Submission<Value>, SubmitError> {
+    let mut submission = Submission::dynamic(task.as_str(), args)?;
+    if let Some(queue) = &options.queue {
+        submission = submission.queue(queue)?;
+    }
+    if let Some(delay) = options.delay {
+        submission = submission.delay(delay);
+    }
+    if let Some(retries) = options.retries {
+        submission = submission.retries(retries);
+    }
+    if let Some(timeout) = options.timeout {
+        submission = submission.timeout(timeout);
+    }
+    if let Some(expires) = options.expires {
+        submission = submission.expires_in(expires);
+    }
+    if let Some(priority) = options.priority {
+        submission = submission.priority(priority);
+    }
+    Ok(submission)
+}
+
+async fn detached(
+    context: &Context,
+    producer: &Producer,
+    submission: Submission<Value>,
+) -> Result<Exit, CliError> {
+    let id = producer.submit_detached(submission).await?;
+    context.output.show(&serde_json::json!({ "id": id }), |_| id.to_string())?;
+    Ok(Exit::Success)
+}
+
+async fn waited(
+    context: &Context,
+    producer: &Producer,
+    submission: Submission<Value>,
+    wait: Wait,
+) -> Result<Exit, CliError> {
+    let mut handle = producer.submit(submission).await?;
+    let id = handle.id().clone();
+    let result = tokio::select! {
+        ended = ended(&mut handle, wait) => ended,
+        exit = context.stop.requested() => {
+            goes_on(context.output, &format!("task {id}"), &format!("garenne task show {id}"));
+            return Ok(exit);
+        }
+    };
+    show(context, &result?)
+}
+
+async fn ended(handle: &mut Handle<Value>, wait: Wait) -> Result<TaskResult, OutputError> {
+    match wait {
+        Wait::Forever => handle.ended().await.cloned(),
+        Wait::AtMost(limit) => handle.ended_within(limit).await.cloned(),
+    }
+}
+
+fn show(context: &Context, result: &TaskResult) -> Result<Exit, CliError> {
+    if result.status == Status::Succeeded {
+        let output = result.output.as_ref().map(Payload::to_json_value).unwrap_or_default();
+        context.output.show(result, |_| output.to_string())?;
+        return Ok(Exit::Success);
+    }
+    match context.output.format {
+        Format::Text => Err(task::failure(result)),
+        Format::Json => context.output.show(result, |_| String::new()).map(|()| Exit::Failed),
+    }
+}

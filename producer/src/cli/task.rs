@@ -1,0 +1,184 @@
+//! `garenne task`: what the collector knows of one task.
+
+use clap::Subcommand;
+use garenne_common::wire::{Answer, DeadSummary, Question, RetryNote, TaskState};
+use garenne_common::{DeadReason, Payload, Status, TaskId, TaskResult, Timestamp};
+
+use super::context::Context;
+use super::error::{CliError, Exit};
+use super::output::{Paint, facts};
+
+const EXAMPLES: &str = "\
+Examples:
+  garenne task show 0192f0c1-7a55-7e22-9c53-1f8e3a1d4b6a
+  garenne task show order-17 --output json | jq .result.output
+
+Exit code 0 if the collector knows the task, 3 if it has not heard of it (yet):
+it hears of a task only when an attempt of it ends.";
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = EXAMPLES)]
+pub(crate) enum Command {
+    /// Show how a task stands: its output, its error, its next attempt
+    #[command(after_help = EXAMPLES)]
+    Show {
+        /// The task's id
+        id: TaskId,
+    },
+}
+
+pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, CliError> {
+    let Command::Show { id } = command;
+    let producer = context.producer("task show").await?;
+    let answer = context.ask(&producer, Question::Task { id: id.clone() }).await;
+    producer.close().await;
+    let Answer::Task { state } = answer? else { return Err(CliError::unexpected_answer()) };
+    let known = state != TaskState::Unknown;
+    context.output.show(&state, |paint| describe(&id, &state, paint))?;
+    Ok(if known { Exit::Success } else { Exit::NotYet })
+}
+
+/// Why a task failed, as the error of the command that waited for it.
+pub(crate) fn failure(result: &TaskResult) -> CliError {
+    let error = result.error.as_deref().unwrap_or("no error was given");
+    let how = match result.status {
+        Status::Succeeded => "succeeded without an output",
+        Status::Failed => "failed",
+        Status::Cancelled => "was cancelled",
+    };
+    let attempts = attempts(result.attempt);
+    let reason = result.reason.map_or("no reason given", DeadReason::as_str);
+    let by = &result.worker;
+    let message = format!("task {} {how} after {attempts} ({reason}, {by}): {error}", result.id);
+    CliError::unusable(message)
+        .exit(Exit::Failed)
+        .help(format!("it is kept as a dead letter: garenne dead show {}", result.id))
+}
+
+fn attempts(count: u32) -> String {
+    match count {
+        0 => "no attempt".to_owned(),
+        1 => "1 attempt".to_owned(),
+        more => format!("{more} attempts"),
+    }
+}
+
+fn describe(id: &TaskId, state: &TaskState, paint: Paint) -> String {
+    match state {
+        TaskState::Finished { result } => finished(result, paint),
+        TaskState::Retrying { last } => retrying(last, paint),
+        TaskState::Parked { letter } => parked(letter, paint),
+        TaskState::Unknown => facts(&[
+            ("task", Some(id.to_string())),
+            ("state", Some(paint.yellow("not finished, or never submitted"))),
+            ("", Some("the collector hears of a task when an attempt of it ends".to_owned())),
+        ]),
+    }
+}
+
+/// A final record, one fact a line.
+pub(crate) fn finished(result: &TaskResult, paint: Paint) -> String {
+    let state = match result.status {
+        Status::Succeeded => paint.green(result.status.as_str()),
+        Status::Failed => paint.red(result.status.as_str()),
+        Status::Cancelled => paint.yellow(result.status.as_str()),
+    };
+    let again = if result.redelivered { ", delivered again after a loss" } else { "" };
+    let took = result.finished_at.since(result.started_at);
+    facts(&[
+        ("task", Some(format!("{}  {}", result.id, paint.dim(result.name.as_str())))),
+        ("state", Some(state)),
+        (
+            "output",
+            result.output.as_ref().map(Payload::to_json_value).map(|value| value.to_string()),
+        ),
+        ("error", result.error.clone()),
+        ("reason", result.reason.map(|reason| reason.as_str().to_owned())),
+        ("attempts", Some(format!("{}{again}", result.attempt))),
+        ("queue", Some(result.queue.to_string())),
+        ("batch", result.batch.as_ref().map(ToString::to_string)),
+        ("worker", Some(result.worker.clone())),
+        ("finished", Some(format!("{} ({} after its last start)", result.finished_at, span(took)))),
+    ])
+}
+
+fn retrying(last: &RetryNote, paint: Paint) -> String {
+    let wait = last.next_at.since(Timestamp::now());
+    let next = if wait.is_zero() { "now".to_owned() } else { format!("in {}", span(wait)) };
+    facts(&[
+        ("task", Some(format!("{}  {}", last.id, paint.dim(last.name.as_str())))),
+        ("state", Some(paint.yellow("retrying"))),
+        ("attempts", Some(format!("{} failed, the next may start {next}", last.attempt))),
+        ("error", Some(last.error.clone())),
+        ("batch", last.batch.as_ref().map(ToString::to_string)),
+        ("worker", Some(last.worker.clone())),
+    ])
+}
+
+fn parked(letter: &DeadSummary, paint: Paint) -> String {
+    let name = letter.name.as_deref().unwrap_or("(no name)");
+    facts(&[
+        ("task", Some(format!("{}  {}", letter.id, paint.dim(name)))),
+        ("state", Some(paint.yellow("parked: no worker on its queue knows a task of this name"))),
+        ("queue", Some(letter.queue.clone())),
+        ("error", Some(letter.error.clone())),
+        ("since", Some(letter.at.to_string())),
+    ])
+}
+
+/// A span of time with two units at most: `1m 3s`, `250ms`.
+pub(crate) fn span(time: std::time::Duration) -> String {
+    let text = humantime::format_duration(std::time::Duration::from_millis(
+        u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+    ));
+    text.to_string().split(' ').take(2).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::{QueueName, TaskName};
+    use std::time::Duration;
+
+    fn failed() -> TaskResult {
+        TaskResult {
+            id: TaskId::new("t-1").unwrap(),
+            name: TaskName::new("a.b").unwrap(),
+            queue: QueueName::default(),
+            batch: None,
+            status: Status::Failed,
+            output: None,
+            error: Some("no such file\nand more".to_owned()),
+            reason: Some(DeadReason::RetriesExhausted),
+            attempt: 4,
+            redelivered: false,
+            worker: "host:7".to_owned(),
+            started_at: Timestamp::from_millis(1_000),
+            finished_at: Timestamp::from_millis(2_500),
+        }
+    }
+
+    #[test]
+    fn a_failure_names_reason_attempts_and_worker() {
+        let error = failure(&failed());
+        for part in ["t-1", "4 attempts", "retries_exhausted", "host:7", "no such file"] {
+            assert!(error.message.contains(part), "{part}: {}", error.message);
+        }
+        assert_eq!(error.exit, Exit::Failed);
+    }
+
+    #[test]
+    fn a_record_is_shown_one_fact_a_line() {
+        let text = finished(&failed(), Paint::plain());
+        assert!(text.contains("\nerror     no such file\n          and more\n"), "{text}");
+        assert!(text.ends_with("1970-01-01T00:00:02.5Z (1s 500ms after its last start)"), "{text}");
+        assert!(!text.contains("output"), "{text}");
+    }
+
+    #[test]
+    fn spans_have_two_units_at_most() {
+        assert_eq!(span(Duration::from_millis(250)), "250ms");
+        assert_eq!(span(Duration::from_secs(3_723)), "1h 2m");
+        assert_eq!(span(Duration::ZERO), "0s");
+    }
+}

@@ -1,0 +1,233 @@
+//! Which tasks are waited for, and when the collector should be asked for them: pure bookkeeping.
+//!
+//! Replies are best effort. What a reply does not bring, the collector knows: ids whose reply queue
+//! vanished are asked for soon and often, all others seldom. Who asks is `recovery`'s business.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use garenne_common::{TaskId, TaskResult};
+use tokio::sync::oneshot;
+
+/// How soon, and at most how seldom, a task is asked for whose reply can no longer come.
+const LOST: Pauses = Pauses { first: Duration::from_secs(2), longest: Duration::from_secs(10) };
+/// The same for a task whose reply may still come: a queue may be long, and the collector is busy.
+const USUAL: Pauses = Pauses { first: Duration::from_secs(15), longest: Duration::from_mins(5) };
+
+#[derive(Clone, Copy)]
+struct Pauses {
+    first: Duration,
+    longest: Duration,
+}
+
+/// The tasks that handles wait for. As large as the number of living handles, never larger.
+#[derive(Default)]
+pub(crate) struct Outstanding {
+    entries: HashMap<TaskId, Entry>,
+    /// The reply queue at present, counted; entries of older ones get no reply any more.
+    epoch: u64,
+    tickets: u64,
+    closed: bool,
+}
+
+struct Entry {
+    ask_at: Instant,
+    pause: Duration,
+    longest: Duration,
+    /// More than one only if an id of the caller's own choice was submitted again.
+    waiters: Vec<(u64, oneshot::Sender<TaskResult>)>,
+}
+
+impl Outstanding {
+    /// A place for the result of `id`, whose reply goes to the reply queue number `epoch`.
+    ///
+    /// The number takes the place back ([`forget`](Self::forget)).
+    pub(crate) fn expect(
+        &mut self,
+        id: TaskId,
+        epoch: u64,
+        now: Instant,
+    ) -> (u64, oneshot::Receiver<TaskResult>) {
+        self.tickets += 1;
+        let (waiter, result) = oneshot::channel();
+        // A closed producer waits for nothing: the dropped sender says so.
+        if !self.closed {
+            let stale = epoch < self.epoch;
+            let entry = self.entries.entry(id).or_insert_with(|| Entry::new(stale, now));
+            entry.waiters.push((self.tickets, waiter));
+        }
+        (self.tickets, result)
+    }
+
+    /// Hands a result to whoever waits for it; a result that nobody waits for is dropped.
+    pub(crate) fn resolve(&mut self, result: TaskResult) {
+        let Some(mut entry) = self.entries.remove(&result.id) else { return };
+        let last = entry.waiters.pop();
+        for (_, waiter) in entry.waiters {
+            give(waiter, result.clone());
+        }
+        if let Some((_, waiter)) = last {
+            give(waiter, result);
+        }
+    }
+
+    /// One who waited is gone.
+    pub(crate) fn forget(&mut self, id: &TaskId, ticket: u64) {
+        let Some(entry) = self.entries.get_mut(id) else { return };
+        entry.waiters.retain(|(number, _)| *number != ticket);
+        if entry.waiters.is_empty() {
+            self.entries.remove(id);
+        }
+    }
+
+    /// The reply queue has a new name: what is outstanding was to be answered to the old one.
+    ///
+    /// Returns the number of the new queue; the first is 1.
+    pub(crate) fn next_epoch(&mut self, now: Instant) -> u64 {
+        self.epoch += 1;
+        for entry in self.entries.values_mut() {
+            entry.schedule(LOST, now);
+        }
+        self.epoch
+    }
+
+    /// Up to `limit` ids that the collector should be asked for now; their next turn is set.
+    pub(crate) fn due(&mut self, limit: usize, now: Instant) -> Vec<TaskId> {
+        let due = self.entries.iter_mut().filter(|(_, entry)| entry.ask_at <= now).take(limit);
+        due.map(|(id, entry)| {
+            entry.ask_at = now + entry.pause;
+            entry.pause = (entry.pause * 2).min(entry.longest);
+            id.clone()
+        })
+        .collect()
+    }
+
+    /// Nothing will come any more; everybody who waits is told so.
+    pub(crate) fn close(&mut self) {
+        self.closed = true;
+        self.entries.clear();
+    }
+}
+
+impl Entry {
+    fn new(stale: bool, now: Instant) -> Self {
+        let mut entry =
+            Self { ask_at: now, pause: Duration::ZERO, longest: Duration::ZERO, waiters: vec![] };
+        if stale {
+            entry.schedule(LOST, now);
+        } else {
+            entry.schedule(USUAL, now + USUAL.first);
+        }
+        entry
+    }
+
+    fn schedule(&mut self, pauses: Pauses, first: Instant) {
+        (self.ask_at, self.pause, self.longest) = (first, pauses.first, pauses.longest);
+    }
+}
+
+fn give(waiter: oneshot::Sender<TaskResult>, result: TaskResult) {
+    if waiter.send(result).is_err() {
+        tracing::trace!("the handle was dropped while its result came");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::{QueueName, Status, TaskName, Timestamp};
+
+    fn id(text: &str) -> TaskId {
+        TaskId::new(text).unwrap()
+    }
+
+    fn result(text: &str) -> TaskResult {
+        TaskResult {
+            id: id(text),
+            name: TaskName::new("a.b").unwrap(),
+            queue: QueueName::default(),
+            batch: None,
+            status: Status::Cancelled,
+            output: None,
+            error: None,
+            reason: None,
+            attempt: 1,
+            redelivered: false,
+            worker: "w".to_owned(),
+            started_at: Timestamp::from_millis(0),
+            finished_at: Timestamp::from_millis(0),
+        }
+    }
+
+    #[test]
+    fn everybody_who_waits_for_an_id_gets_its_result_once() {
+        let mut outstanding = Outstanding::default();
+        let now = Instant::now();
+        let (_, mut first) = outstanding.expect(id("a"), 0, now);
+        let (_, mut second) = outstanding.expect(id("a"), 0, now);
+        outstanding.resolve(result("unknown"));
+        outstanding.resolve(result("a"));
+        outstanding.resolve(result("a"));
+        assert_eq!(first.try_recv(), Ok(result("a")));
+        assert_eq!(second.try_recv(), Ok(result("a")));
+        assert!(outstanding.entries.is_empty());
+    }
+
+    #[test]
+    fn a_dropped_handle_leaves_nothing_behind() {
+        let mut outstanding = Outstanding::default();
+        let (ticket, _one) = outstanding.expect(id("a"), 0, Instant::now());
+        let (other, mut two) = outstanding.expect(id("a"), 0, Instant::now());
+        outstanding.forget(&id("a"), ticket);
+        outstanding.resolve(result("a"));
+        assert!(two.try_recv().is_ok());
+        outstanding.forget(&id("a"), other);
+        assert!(outstanding.entries.is_empty());
+    }
+
+    #[test]
+    fn the_collector_is_asked_seldom_while_replies_can_come() {
+        let mut outstanding = Outstanding::default();
+        let start = Instant::now();
+        let _waiter = outstanding.expect(id("a"), 0, start);
+        let asked: Vec<u64> = (0..1000)
+            .filter(|s| !outstanding.due(9, start + Duration::from_secs(*s)).is_empty())
+            .collect();
+        assert_eq!(asked, [15, 30, 60, 120, 240, 480, 780]);
+    }
+
+    #[test]
+    fn a_lost_reply_queue_makes_everything_due_at_once_and_again() {
+        let mut outstanding = Outstanding::default();
+        let start = Instant::now();
+        let waiters: Vec<_> =
+            (0..5).map(|n| outstanding.expect(id(&n.to_string()), 0, start)).collect();
+        assert!(outstanding.due(9, start).is_empty());
+        assert_eq!(outstanding.next_epoch(start), 1);
+        assert_eq!(outstanding.due(3, start).len(), 3);
+        assert_eq!(outstanding.due(3, start).len(), 2);
+        assert!(outstanding.due(3, start).is_empty());
+        assert_eq!(outstanding.due(9, start + Duration::from_secs(2)).len(), 5);
+        drop(waiters);
+    }
+
+    #[test]
+    fn a_submission_that_raced_with_the_loss_is_due_at_once() {
+        let mut outstanding = Outstanding::default();
+        let now = Instant::now();
+        let (old, new) = (outstanding.next_epoch(now), outstanding.next_epoch(now));
+        let _late = outstanding.expect(id("late"), old, now);
+        let _fresh = outstanding.expect(id("fresh"), new, now);
+        assert_eq!(outstanding.due(9, now), [id("late")]);
+    }
+
+    #[test]
+    fn closing_tells_everybody_and_lets_nobody_wait() {
+        let mut outstanding = Outstanding::default();
+        let (_, mut before) = outstanding.expect(id("a"), 0, Instant::now());
+        outstanding.close();
+        let (_, mut after) = outstanding.expect(id("b"), 0, Instant::now());
+        assert_eq!(before.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+        assert_eq!(after.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    }
+}

@@ -1,0 +1,331 @@
+//! Connecting, submitting, closing.
+//!
+//! The order of a submission: check and encode, find the reply queue, look for the task queue, take
+//! the place for the result, publish, wait for the confirm. All of it within one `publish_timeout`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
+use garenne_common::config::Config;
+use garenne_common::topology::Topology;
+use garenne_common::wire::{self, Message, RetryNote};
+use garenne_common::{BatchId, Codec, ReplyFormat, ReplyTo, TaskId, TaskMessage};
+use tokio::sync::{OnceCell, broadcast};
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use crate::ask::Asker;
+use crate::queues::KnownQueues;
+use crate::recovery;
+use crate::replies::Replies;
+use crate::submission::Prepared;
+use crate::{Handle, Submission, SubmitError};
+
+/// What the management UI shows of a program that gave no name.
+const PROGRAM: &str = "garenne-producer";
+/// How long [`Producer::close`] waits for outstanding confirms, and then for its own tasks.
+const GRACE: Duration = Duration::from_secs(5);
+/// Retry notes that wait for a slow reader before the oldest are dropped.
+const RETRY_NOTES: usize = 1_024;
+
+/// Submits tasks, over two connections: one publishes, the other, opened when it is first needed,
+/// consumes. Clones share everything.
+#[derive(Clone)]
+pub struct Producer(Arc<Inner>);
+
+struct Inner {
+    topology: Topology,
+    codec: Codec,
+    batch_deadline: Duration,
+    window: usize,
+    names: Names,
+    publisher: Publisher,
+    consume_link: Link,
+    queues: KnownQueues,
+    /// Started by the first who wants an answer.
+    replies: OnceCell<Arc<Replies>>,
+    retries: broadcast::Sender<RetryNote>,
+    /// Nothing is sent any more, so that an error after closing leaves no doubt.
+    closed: AtomicBool,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    /// The tasks hold no `Inner`, so they end when its last user is gone, closed or not.
+    _stop_on_drop: DropGuard,
+}
+
+/// How this process signs.
+struct Names {
+    /// `garenne map host:4711`, the `app_id` of its messages.
+    app: String,
+    /// `host:4711`, a part of queue names.
+    owner: String,
+}
+
+impl Producer {
+    /// Connects now, and declares what every process declares.
+    ///
+    /// A wrong address, login or vhost and a conflicting broker object are errors at once. Later losses
+    /// are mended without a word; who submits meanwhile waits, at most `broker.publish_timeout`.
+    pub async fn connect(config: &Config) -> Result<Self, BrokerError> {
+        Self::connect_as(config, PROGRAM).await
+    }
+
+    /// [`connect`](Self::connect) under the name of the program, such as `garenne map`, which the
+    /// management UI then shows for connections and messages.
+    pub async fn connect_as(config: &Config, program: &str) -> Result<Self, BrokerError> {
+        let topology = config.broker.topology();
+        let names = Names::of_process(program);
+        let publish_link = Link::new(&config.broker, &format!("{} publish", names.app));
+        let consume_link = Link::new(&config.broker, &format!("{} consume", names.app));
+        // The publisher declares too, whenever it reconnects, but could not report a conflict.
+        let (admin, core) = (Admin::new(publish_link.clone()), topology.core());
+        let by = Instant::now() + config.broker.publish_timeout;
+        until(by, "answer to the declarations", admin.declare(&core)).await?;
+        let stop = CancellationToken::new();
+        Ok(Self(Arc::new(Inner {
+            codec: config.producer.codec,
+            batch_deadline: config.producer.batch_deadline,
+            window: config.broker.publish_window,
+            publisher: Publisher::start(publish_link, core, &config.broker),
+            queues: KnownQueues::new(consume_link.clone(), topology.clone()),
+            consume_link,
+            replies: OnceCell::new(),
+            retries: broadcast::Sender::new(RETRY_NOTES),
+            closed: AtomicBool::new(false),
+            tasks: TaskTracker::new(),
+            _stop_on_drop: stop.clone().drop_guard(),
+            stop,
+            names,
+            topology,
+        })))
+    }
+
+    /// Submits a task, typed or a [`Submission`] with options, and returns a handle that waits for it.
+    ///
+    /// `Ok` means that the broker has confirmed the task. Any error comes within
+    /// `broker.publish_timeout`.
+    ///
+    /// Cancel-safe in this sense: a submission dropped before it was sent is withdrawn; one dropped
+    /// between sending and confirm may run without anybody waiting for it. Whoever needs to know
+    /// gives the submission an id and submits it again.
+    pub async fn submit<O>(
+        &self,
+        submission: impl Into<Submission<O>>,
+    ) -> Result<Handle<O>, SubmitError> {
+        self.submit_in(submission.into(), None).await
+    }
+
+    /// Submits a task without asking for its result, which goes to the collector alone.
+    ///
+    /// Cheaper than dropping the handle: no reply is sent at all.
+    pub async fn submit_detached<O>(
+        &self,
+        submission: impl Into<Submission<O>>,
+    ) -> Result<TaskId, SubmitError> {
+        self.submit_detached_in(submission.into(), None).await
+    }
+
+    /// Submits everything that `submissions` yields; handles and errors come in the same order.
+    ///
+    /// As many submissions as the publish window holds (`broker.publish_window`) are under way at
+    /// once. Nothing happens while the returned stream is not polled, and an error does not end it.
+    pub fn submit_all<O, S>(
+        &self,
+        submissions: S,
+    ) -> impl Stream<Item = Result<Handle<O>, SubmitError>>
+    where
+        S: Stream,
+        S::Item: Into<Submission<O>>,
+    {
+        submissions.map(|submission| self.submit(submission)).buffered(self.0.window)
+    }
+
+    /// [`submit_all`](Self::submit_all) without asking for results.
+    pub fn submit_all_detached<O, S>(
+        &self,
+        submissions: S,
+    ) -> impl Stream<Item = Result<TaskId, SubmitError>>
+    where
+        S: Stream,
+        S::Item: Into<Submission<O>>,
+    {
+        submissions.map(|submission| self.submit_detached(submission)).buffered(self.0.window)
+    }
+
+    /// Closes for all clones: waits some seconds for outstanding confirms, then tells every handle
+    /// that it waits in vain, then closes both connections. Submitted tasks go on.
+    pub async fn close(self) {
+        let inner = &self.0;
+        inner.closed.store(true, Ordering::Release);
+        // 1. What was handed over gets its confirm, or its caller an error.
+        inner.publisher.clone().close(GRACE).await;
+        // 2. Only then stop reading, so that results which came meanwhile reached their handles.
+        inner.stop.cancel();
+        inner.tasks.close();
+        if tokio::time::timeout(GRACE, inner.tasks.wait()).await.is_err() {
+            tracing::warn!("the reply router did not end in time");
+        }
+        // 3. The reply queue vanishes with its connection.
+        inner.consume_link.close().await;
+    }
+
+    pub(crate) async fn submit_in<O>(
+        &self,
+        submission: Submission<O>,
+        batch: Option<&BatchId>,
+    ) -> Result<Handle<O>, SubmitError> {
+        let by = self.deadline();
+        let Prepared { mut task, delay } = submission.prepare(self.0.codec, batch)?;
+        let replies = self.replies(by).await?;
+        let queue = replies.queue(by).await?;
+        self.require_queue(&task, by).await?;
+        task.reply = Some(ReplyTo {
+            queue: queue.name.to_string(),
+            correlation_id: None,
+            format: ReplyFormat::Bundle,
+        });
+        let id = task.id.clone();
+        let waiting = replies.expect(id.clone(), &queue);
+        self.publish_task(&task, delay, by).await?;
+        Ok(Handle::new(id, waiting, self.clone()))
+    }
+
+    pub(crate) async fn submit_detached_in<O>(
+        &self,
+        submission: Submission<O>,
+        batch: Option<&BatchId>,
+    ) -> Result<TaskId, SubmitError> {
+        let by = self.deadline();
+        let Prepared { task, delay } = submission.prepare(self.0.codec, batch)?;
+        self.require_queue(&task, by).await?;
+        self.publish_task(&task, delay, by).await?;
+        Ok(task.id)
+    }
+
+    async fn require_queue(&self, task: &TaskMessage, by: Instant) -> Result<(), SubmitError> {
+        if self.0.closed.load(Ordering::Acquire) {
+            return Err(BrokerError::Closed.into());
+        }
+        until(by, "answer whether the queue exists", self.0.queues.require(&task.queue)).await
+    }
+
+    async fn publish_task(
+        &self,
+        task: &TaskMessage,
+        delay: Duration,
+        by: Instant,
+    ) -> Result<(), SubmitError> {
+        let message = wire::task::encode(task, &self.0.names.app);
+        let (exchange, message) = match self.0.topology.delay_route(delay) {
+            Some(route) => (route.exchange, wire::task::with_delay_marks(message, &route.marks)),
+            None => (self.0.topology.tasks_exchange(), message),
+        };
+        let routing_key = task.queue.to_string();
+        match self.publish(exchange, routing_key, message, by).await {
+            Ok(()) => Ok(()),
+            // These are answers: the broker, or our own encoder, did not take the message.
+            Err(refused @ (BrokerError::Rejected(_) | BrokerError::TooLong(_))) => {
+                Err(refused.into())
+            }
+            Err(source) => Err(SubmitError::Unconfirmed { id: task.id.clone(), source }),
+        }
+    }
+
+    pub(crate) async fn publish(
+        &self,
+        exchange: String,
+        routing_key: String,
+        message: Message,
+        by: Instant,
+    ) -> Result<(), BrokerError> {
+        let outgoing = Outgoing { exchange, routing_key, message };
+        self.0.publisher.publish_within(outgoing, left(by)).await
+    }
+
+    /// The replies, with everything behind them started on the first call.
+    pub(crate) async fn replies(&self, by: Instant) -> Result<Arc<Replies>, BrokerError> {
+        let started = self.0.replies.get_or_try_init(|| self.start_replies());
+        until(by, "reply queue", started).await.cloned()
+    }
+
+    async fn start_replies(&self) -> Result<Arc<Replies>, BrokerError> {
+        let inner = &self.0;
+        let link = inner.consume_link.clone();
+        let (topology, owner) = (inner.topology.clone(), inner.names.owner.clone());
+        let scope = (&inner.tasks, inner.stop.clone());
+        let replies = Replies::start(link, topology, owner, inner.retries.clone(), scope).await?;
+        let asker = self.asker_for(Arc::clone(&replies));
+        inner.tasks.spawn(recovery::run(asker, inner.stop.clone()));
+        Ok(replies)
+    }
+
+    pub(crate) fn asker_for(&self, replies: Arc<Replies>) -> Asker {
+        Asker::new(self.0.publisher.clone(), replies, self.0.topology.queries())
+    }
+
+    pub(crate) fn subscribe_retries(&self) -> broadcast::Receiver<RetryNote> {
+        self.0.retries.subscribe()
+    }
+
+    /// When whoever began now hears an error at the latest.
+    pub(crate) fn deadline(&self) -> Instant {
+        Instant::now() + self.0.publisher.deadline()
+    }
+
+    pub(crate) fn topology(&self) -> &Topology {
+        &self.0.topology
+    }
+
+    pub(crate) fn window(&self) -> usize {
+        self.0.window
+    }
+
+    pub(crate) fn batch_deadline(&self) -> Duration {
+        self.0.batch_deadline
+    }
+
+    pub(crate) fn app(&self) -> &str {
+        &self.0.names.app
+    }
+
+    pub(crate) fn owner(&self) -> &str {
+        &self.0.names.owner
+    }
+
+    pub(crate) fn consume_link(&self) -> Link {
+        self.0.consume_link.clone()
+    }
+}
+
+impl Names {
+    fn of_process(program: &str) -> Self {
+        let host = hostname::get().map(|host| host.to_string_lossy().into_owned());
+        // Both end up in AMQP short strings, so both are bounded.
+        let host: String = host.unwrap_or_else(|_| "host".to_owned()).chars().take(60).collect();
+        let program: String = program.chars().take(60).collect();
+        let owner = format!("{host}:{}", std::process::id());
+        Self { app: format!("{program} {owner}"), owner }
+    }
+}
+
+/// How long it is until `by`, in tenths of a second: errors show it to people.
+pub(crate) fn left(by: Instant) -> Duration {
+    let tenths = by.saturating_duration_since(Instant::now()).as_millis().div_ceil(100);
+    Duration::from_millis(100) * u32::try_from(tenths).unwrap_or(u32::MAX)
+}
+
+/// The result of `work`, or an error that says what did not come in time.
+pub(crate) async fn until<T, E: From<BrokerError>>(
+    by: Instant,
+    what: &str,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    match timeout_at(by, work).await {
+        Ok(result) => result,
+        Err(_) => Err(BrokerError::Lost(format!("no {what} in time")).into()),
+    }
+}
