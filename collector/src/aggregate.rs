@@ -5,6 +5,7 @@
 //! is written in the same transaction as what it tells of.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use garenne_common::outcome::Status;
@@ -152,14 +153,16 @@ impl<L: Ledger> Run<'_, L> {
     }
 
     fn batch(&mut self, id: &BatchId, at: Timestamp) -> Result<&mut Batch, L::Error> {
-        if !self.batches.contains_key(id) {
-            // The default deadline counts from our clock: a sender's may be anywhere.
-            let fresh =
-                || Batch::first_seen(id.clone(), at, self.at.plus(self.rules.batch_deadline));
-            let batch = self.ledger.load_batch(id)?.unwrap_or_else(fresh);
-            self.batches.insert(id.clone(), batch);
+        match self.batches.entry(id.clone()) {
+            Entry::Occupied(known) => Ok(known.into_mut()),
+            Entry::Vacant(place) => {
+                // The default deadline counts from our clock: a sender's may be anywhere.
+                let deadline = self.at.plus(self.rules.batch_deadline);
+                let batch = self.ledger.load_batch(id)?;
+                let fresh = || Batch::first_seen(id.clone(), at, deadline);
+                Ok(place.insert(batch.unwrap_or_else(fresh)))
+            }
         }
-        Ok(self.batches.entry(id.clone()).or_insert_with(|| unreachable!("inserted above")))
     }
 
     fn settle_batches(mut self) -> Result<Committed, L::Error> {

@@ -2,15 +2,15 @@
 //!
 //! The path of a result, from top to bottom:
 //!
-//! 1. [`pipeline`] receives deliveries of three queues (results, dead letters, unrouted messages),
+//! 1. `pipeline` receives deliveries of three queues (results, dead letters, unrouted messages),
 //! 2. [`group`] decodes them and gathers them into groups,
 //! 3. [`aggregate`] decides what a group changes (pure; a [`batch`] is a small state machine),
 //! 4. [`store`] makes it so in one transaction, notices included,
-//! 5. [`pipeline`] acknowledges the group, and
-//! 6. [`notices`] publishes what waits in the outbox.
+//! 5. `pipeline` acknowledges the group, and
+//! 6. `notices` publishes what waits in the outbox.
 //!
-//! Beside it, [`answers`] answers questions, [`deadlines`] ends batches that their producer left
-//! behind, and [`retention`] deletes what is old. [`Collector`] starts and stops all of them.
+//! Beside it, `answers` answers questions, `deadlines` ends batches that their producer left
+//! behind, and `retention` deletes what is old. [`Collector`] starts and stops all of them.
 //!
 //! The collector runs no task and retries none: it only hears how they ended.
 

@@ -11,9 +11,18 @@ use crate::config::{LogConfig, LogFormat};
 /// The filter is the one of `log.filter` (tracing's directive syntax, for instance
 /// `info,garenne_worker=debug`), which the configuration has checked.
 pub fn init(config: &LogConfig) {
+    init_to(config, std::io::stderr);
+}
+
+/// [`init`] for a process that shares stderr with something else, a progress bar for instance: every
+/// line is one write to a writer that `stderr` makes.
+pub fn init_to<W: Write + 'static>(
+    config: &LogConfig,
+    stderr: impl Fn() -> W + Send + Sync + 'static,
+) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(&config.filter))
-        .with_writer(std::io::stderr);
+        .with_writer(stderr);
     let installed = match config.format {
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).try_init(),
         LogFormat::Human => builder.with_ansi(colours_wanted()).with_target(false).try_init(),

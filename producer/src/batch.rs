@@ -63,10 +63,9 @@ impl Producer {
     pub async fn wait_batch(&self, id: &BatchId) -> Result<BatchSummary, QueryError> {
         let filter = NoticeFilter::Batch(id.clone());
         let mut notices = self.notices(filter).await?;
-        let mut asking = std::pin::pin!(self.ask_until_done(id));
         tokio::select! {
             summary = next_batch(&mut notices) => summary,
-            summary = &mut asking => summary,
+            summary = self.ask_until_done(id) => summary,
         }
     }
 

@@ -120,10 +120,7 @@ impl Ledger for SqliteLedger<'_> {
     }
 
     fn load_batch(&mut self, id: &BatchId) -> Result<Option<Batch>, StoreError> {
-        let mut select = self.transaction.prepare_cached(
-            "SELECT id, state, total, succeeded, failed, cancelled, opened_at, deadline, announced, \
-             sealed_at, last_ended_at, finished_at FROM batches WHERE id = ?1",
-        )?;
+        let mut select = self.transaction.prepare_cached(&select_batches("id = ?1"))?;
         Ok(select.query_row([id.as_str()], batch).optional()?)
     }
 
@@ -183,7 +180,15 @@ impl SqliteLedger<'_> {
     }
 }
 
-/// A row of `batches` in the order of [`SqliteLedger::load_batch`].
+/// The statement that finds batches; [`batch`] reads its rows.
+pub(super) fn select_batches(condition: &str) -> String {
+    format!(
+        "SELECT id, state, total, succeeded, failed, cancelled, opened_at, deadline, announced, \
+         sealed_at, last_ended_at, finished_at FROM batches WHERE {condition}"
+    )
+}
+
+/// A row of [`select_batches`].
 pub(super) fn batch(row: &Row<'_>) -> rusqlite::Result<Batch> {
     Ok(Batch {
         id: parsed(row, 0, BatchId::new)?,

@@ -6,7 +6,7 @@ use garenne_common::wire::{
 use garenne_common::{BatchId, DeadReason, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::ledger::{batch, from_time, parsed, reason, status, time, to_count};
+use super::ledger::{batch, from_time, parsed, reason, select_batches, status, time, to_count};
 use super::{OutboxEntry, StoreError, Totals};
 
 /// A list shows small bodies only: a thousand large ones would not fit into one answer.
@@ -18,6 +18,10 @@ const NAMED_FAILURES: u32 = 10;
 
 const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, error, reason, attempt, \
      redelivered, worker, started_at, finished_at";
+
+/// `?1` is the largest body to read.
+const LETTER_COLUMNS: &str = "id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
+     CASE WHEN LENGTH(body) <= ?1 THEN body END";
 
 pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, StoreError> {
     if let Some(result) = result(connection, id)? {
@@ -59,10 +63,7 @@ pub(super) fn batch_status(
     connection: &Connection,
     id: &BatchId,
 ) -> Result<Option<BatchStatus>, StoreError> {
-    let mut select = connection.prepare_cached(
-        "SELECT id, state, total, succeeded, failed, cancelled, opened_at, deadline, announced, \
-         sealed_at, last_ended_at, finished_at FROM batches WHERE id = ?1",
-    )?;
+    let mut select = connection.prepare_cached(&select_batches("id = ?1"))?;
     let Some(batch) = select.query_row([id.as_str()], batch).optional()? else {
         return Ok(None);
     };
@@ -79,11 +80,10 @@ pub(super) fn dead_list(
     connection: &Connection,
     limit: usize,
 ) -> Result<Vec<DeadSummary>, StoreError> {
-    let mut select = connection.prepare_cached(
-        "SELECT id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
-         CASE WHEN LENGTH(body) <= ?1 THEN body END \
-         FROM dead_letters WHERE late = 0 ORDER BY stored_at DESC, rowid DESC LIMIT ?2",
-    )?;
+    let mut select = connection.prepare_cached(&format!(
+        "SELECT {LETTER_COLUMNS} FROM dead_letters WHERE late = 0 \
+         ORDER BY stored_at DESC, rowid DESC LIMIT ?2"
+    ))?;
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let letters = select.query_map(params![LISTED_BODY_BYTES, limit], letter_row)?;
     Ok(letters.collect::<Result<_, _>>()?)
@@ -93,11 +93,9 @@ pub(super) fn dead(
     connection: &Connection,
     id: &TaskId,
 ) -> Result<Option<DeadSummary>, StoreError> {
-    let mut select = connection.prepare_cached(
-        "SELECT id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
-         CASE WHEN LENGTH(body) <= ?2 THEN body END FROM dead_letters WHERE id = ?1",
-    )?;
-    Ok(select.query_row(params![id.as_str(), SHOWN_BODY_BYTES], letter_row).optional()?)
+    let mut select = connection
+        .prepare_cached(&format!("SELECT {LETTER_COLUMNS} FROM dead_letters WHERE id = ?2"))?;
+    Ok(select.query_row(params![SHOWN_BODY_BYTES, id.as_str()], letter_row).optional()?)
 }
 
 pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
@@ -151,13 +149,12 @@ fn parked(
     connection: &Connection,
     id: &TaskId,
 ) -> Result<Option<(DeadSummary, Timestamp)>, StoreError> {
-    let mut select = connection.prepare_cached(
-        "SELECT id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
-         CASE WHEN LENGTH(body) <= ?2 THEN body END, stored_at \
-         FROM dead_letters WHERE id = ?1 AND late = 0 AND reason = ?3",
-    )?;
+    let mut select = connection.prepare_cached(&format!(
+        "SELECT {LETTER_COLUMNS}, stored_at FROM dead_letters \
+         WHERE id = ?2 AND late = 0 AND reason = ?3"
+    ))?;
     let unknown = DeadReason::UnknownTask.as_str();
-    let parked = select.query_row(params![id.as_str(), SHOWN_BODY_BYTES, unknown], |row| {
+    let parked = select.query_row(params![SHOWN_BODY_BYTES, id.as_str(), unknown], |row| {
         Ok((letter_row(row)?, time(row, 9)?))
     });
     Ok(parked.optional()?)
@@ -210,6 +207,7 @@ fn result_row(row: &Row<'_>) -> rusqlite::Result<TaskResult> {
     })
 }
 
+/// A row of [`LETTER_COLUMNS`].
 fn letter_row(row: &Row<'_>) -> rusqlite::Result<DeadSummary> {
     let body: Option<Vec<u8>> = row.get(8)?;
     Ok(DeadSummary {

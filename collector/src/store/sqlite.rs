@@ -16,7 +16,7 @@ use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
-use super::ledger::{SqliteLedger, batch, from_count, from_time};
+use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
 use super::{OutboxEntry, Store, StoreError, Totals, questions, schema};
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
@@ -160,11 +160,9 @@ fn abandon_overdue(
     limit: usize,
 ) -> Result<usize, StoreError> {
     let overdue: Vec<_> = {
-        let mut select = ledger.transaction.prepare_cached(
-            "SELECT id, state, total, succeeded, failed, cancelled, opened_at, deadline, announced, \
-             sealed_at, last_ended_at, finished_at FROM batches \
-             WHERE state = 'open' AND deadline <= ?1 ORDER BY deadline LIMIT ?2",
-        )?;
+        let mut select = ledger.transaction.prepare_cached(&select_batches(
+            "state = 'open' AND deadline <= ?1 ORDER BY deadline LIMIT ?2",
+        ))?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         select.query_map(params![from_time(now), limit], batch)?.collect::<Result<_, _>>()?
     };

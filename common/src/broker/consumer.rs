@@ -236,10 +236,11 @@ impl ConsumeTask {
     fn mark_lost(&self, lost: BrokerError) {
         self.shared.lock().1 = None;
         self.shared.queue.send_replace(None);
-        if !self.shared.link.is_closed() {
-            tracing::warn!(consumer = self.spec.tag, "not consuming: {lost}");
+        let before = self.shared.trouble.send_replace(Some(lost.clone()));
+        // Said once, not at each attempt: a night without a broker is one line, not ten thousand.
+        if !self.shared.link.is_closed() && before.as_ref() != Some(&lost) {
+            tracing::warn!(consumer = self.spec.tag, "not consuming, will try again: {lost}");
         }
-        self.shared.trouble.send_replace(Some(lost));
     }
 
     async fn establish(&self) -> Result<(u64, Channel, lapin::Consumer), BrokerError> {
@@ -259,10 +260,9 @@ impl ConsumeTask {
         let stream = channel.basic_consume(name, tag, options, FieldTable::default()).await;
         let stream =
             stream.map_err(|error| BrokerError::operating(&error, &format!("queue {queue}")))?;
-        if epoch > 1 {
+        if self.shared.trouble.send_replace(None).is_some() {
             tracing::info!(queue, consumer = self.spec.tag, epoch, "consuming again");
         }
-        self.shared.trouble.send_replace(None);
         self.shared.queue.send_replace(Some(queue));
         Ok((epoch, channel, stream))
     }

@@ -5,7 +5,7 @@ use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use super::BrokerError;
-use crate::wire::{HeaderValue, Message, Properties};
+use crate::wire::{HeaderName, HeaderValue, Message, Properties};
 
 const PERSISTENT: u8 = 2;
 
@@ -83,8 +83,23 @@ pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message 
         for (key, value) in table.inner() {
             headers.extend(from_value(value).map(|value| (key.as_str().to_owned().into(), value)));
         }
+        headers.extend(last_death(table));
     }
     Message { properties, headers, body: Bytes::from(body) }
+}
+
+/// What RabbitMQ says itself from 3.13 on in `x-last-death-*`, taken out of the newest entry of its
+/// `x-death` array for older versions. A task that was delayed has died before, of a delay level.
+fn last_death(table: &FieldTable) -> Vec<(HeaderName, HeaderValue)> {
+    let Some(AMQPValue::FieldArray(deaths)) = table.inner().get("x-death") else { return vec![] };
+    let Some(AMQPValue::FieldTable(newest)) = deaths.as_slice().first() else { return vec![] };
+    let known = [("reason", "x-last-death-reason"), ("queue", "x-last-death-queue")];
+    let known = known.into_iter().filter(|(_, name)| !table.contains_key(name));
+    known
+        .filter_map(|(field, name)| {
+            newest.inner().get(field).and_then(from_value).map(|value| (name.into(), value))
+        })
+        .collect()
 }
 
 /// `None` for tables, arrays and the like: Garenne has no use for them.

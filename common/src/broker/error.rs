@@ -145,7 +145,9 @@ fn plain(error: &lapin::Error) -> String {
     match error.kind() {
         lapin::ErrorKind::IOError(io) => io.to_string(),
         // Also what a peer causes that hangs up without a word.
-        lapin::ErrorKind::ParsingError(_) => "what answers there does not speak AMQP 0-9-1".to_owned(),
+        lapin::ErrorKind::ParsingError(_) => {
+            "what answers there does not speak AMQP 0-9-1".to_owned()
+        }
         lapin::ErrorKind::MissingHeartbeatError => "the broker fell silent (heartbeat)".to_owned(),
         _ => error.to_string(),
     }

@@ -142,7 +142,7 @@ impl Link {
     }
 }
 
-/// The pauses between attempts: from 0.1 s up to 10 s, with jitter so that a fleet does not come back
+/// The pauses between attempts: from 0.1 s up to 5 s, with jitter so that a fleet does not come back
 /// in one wave.
 pub(super) struct Pause(backon::ExponentialBackoff);
 
@@ -150,7 +150,7 @@ impl Pause {
     pub(super) fn new() -> Self {
         let pauses = backon::ExponentialBuilder::default()
             .with_min_delay(Duration::from_millis(100))
-            .with_max_delay(Duration::from_secs(10))
+            .with_max_delay(Duration::from_secs(5))
             .without_max_times()
             .with_jitter();
         Self(pauses.build())
@@ -158,7 +158,7 @@ impl Pause {
 
     /// How long to wait now.
     pub(super) fn next(&mut self) -> Duration {
-        self.0.next().unwrap_or(Duration::from_secs(10))
+        self.0.next().unwrap_or(Duration::from_secs(5))
     }
 
     /// Success: the next pause is short again.

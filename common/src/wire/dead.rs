@@ -102,10 +102,10 @@ impl DeadLetter {
         }
     }
 
-    /// The broker's account is in `x-first-death-*`: the queue's full name and why.
+    /// The broker's account is in `x-last-death-*`: the queue's full name and why.
     fn from_broker(message: &Message) -> Self {
-        let why = text(message, headers::FIRST_DEATH_REASON).ok().flatten().unwrap_or("unknown");
-        let queue = text(message, headers::FIRST_DEATH_QUEUE).ok().flatten().unwrap_or_default();
+        let why = text(message, headers::LAST_DEATH_REASON).ok().flatten().unwrap_or("unknown");
+        let queue = text(message, headers::LAST_DEATH_QUEUE).ok().flatten().unwrap_or_default();
         let short = queue.split_once(".tasks.").map_or(queue, |(_, short)| short);
         let reason = if why == "expired" { DeadReason::Expired } else { DeadReason::Broker };
         let error = format!("given up by the broker: {why} (queue {queue})");
@@ -174,8 +174,8 @@ mod tests {
     #[test]
     fn the_brokers_own_dead_letters_end_their_task_too() {
         let mut dropped = message();
-        dropped.set_header("x-first-death-reason", HeaderValue::Text("delivery_limit".to_owned()));
-        dropped.set_header("x-first-death-queue", HeaderValue::Text("g.tasks.cpu".to_owned()));
+        dropped.set_header("x-last-death-reason", HeaderValue::Text("delivery_limit".to_owned()));
+        dropped.set_header("x-last-death-queue", HeaderValue::Text("g.tasks.cpu".to_owned()));
         let letter = DeadLetter::decode(&dropped);
         assert_eq!((letter.reason, letter.queue.as_str()), (DeadReason::Broker, "cpu"));
         assert!(letter.error.contains("delivery_limit"));

@@ -23,10 +23,10 @@ pub(super) const DEAD_BY: &str = "x-garenne-dead-by";
 pub(super) const DEAD_QUEUE: &str = "x-garenne-dead-queue";
 pub(super) const DEAD_STARTED_AT: &str = "x-garenne-dead-started-at-ms";
 pub(super) const DEAD_REDELIVERED: &str = "x-garenne-dead-redelivered";
-/// Set by RabbitMQ on what it dead-lettered itself.
-pub(super) const FIRST_DEATH_REASON: &str = "x-first-death-reason";
-/// Set by RabbitMQ on what it dead-lettered itself.
-pub(super) const FIRST_DEATH_QUEUE: &str = "x-first-death-queue";
+/// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.
+pub(super) const LAST_DEATH_REASON: &str = "x-last-death-reason";
+/// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.
+pub(super) const LAST_DEATH_QUEUE: &str = "x-last-death-queue";
 
 /// Headers that a republished message must not carry: RabbitMQ's own account of dead-lettering, by
 /// which it drops what seems to go in a circle, and the marks of a delay that is over.

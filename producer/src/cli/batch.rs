@@ -10,7 +10,7 @@ use garenne_common::{BatchId, DeadReason, TaskResult};
 use super::context::{Context, goes_on};
 use super::error::{CliError, Exit};
 use super::options;
-use super::output::{Paint, cell, facts, table};
+use super::output::{Paint, cell, facts, keep_whole, table};
 use super::task::span;
 
 const EXAMPLES: &str = "\
@@ -78,7 +78,7 @@ async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
     let summary = tokio::select! {
         done = done => done,
         exit = context.stop.requested() => {
-            goes_on(output, &format!("batch {id}"), &format!("garenne batch show {id}"));
+            goes_on(output, "batch", &format!("garenne batch show {id}"));
             return Ok(exit);
         }
     };
@@ -131,13 +131,12 @@ fn counts(summary: &BatchSummary, paint: Paint) -> String {
 }
 
 fn failures(results: &[TaskResult], paint: Paint) -> String {
-    let mut table = table(["TASK", "NAME", "TRIES", "REASON", "ERROR"], paint);
+    let mut table = table(["TASK", "REASON", "ERROR"], paint);
+    keep_whole(&mut table, 1);
     for result in results {
         let reason = result.reason.map_or(result.status.as_str(), DeadReason::as_str);
         table.add_row([
             cell(&result.id, None, paint),
-            cell(&result.name, None, paint),
-            cell(result.attempt, None, paint),
             cell(reason, Some(Color::Yellow), paint),
             cell(result.error.as_deref().unwrap_or_default(), None, paint),
         ]);

@@ -1,5 +1,6 @@
 //! What every command gets: checked configuration, output, the deadline and the stop signal.
 
+use std::io::IsTerminal;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use super::Globals;
 use super::error::{CliError, Exit};
 use super::output::{Output, Paint};
+use super::screen::Screen;
 
 /// What every command gets.
 pub(crate) struct Context {
@@ -22,6 +24,8 @@ pub(crate) struct Context {
     pub(crate) config: Config,
     /// Where results go.
     pub(crate) output: Output,
+    /// Where log lines go; whoever draws a bar shares it.
+    pub(crate) screen: Screen,
     /// How long one step may take.
     pub(crate) deadline: Duration,
     /// Ctrl-C and SIGTERM.
@@ -32,9 +36,10 @@ impl Context {
     /// Loads the configuration, starts logging and listening to signals.
     pub(crate) fn new(globals: &Globals) -> Result<Self, CliError> {
         let config = load(globals)?;
-        telemetry::init(&config.log);
-        let output = Output { format: globals.output };
-        Ok(Self { config, output, deadline: globals.deadline, stop: Stop::listen()? })
+        let (screen, output) = (Screen::default(), Output { format: globals.output });
+        let lines = screen.clone();
+        telemetry::init_to(&config.log, move || lines.writer());
+        Ok(Self { config, output, screen, deadline: globals.deadline, stop: Stop::listen()? })
     }
 
     /// Connects; the management UI shows the connection as `garenne <command>`.
@@ -144,5 +149,7 @@ impl Stop {
 /// A note on standard error that work goes on elsewhere, and how to look at it.
 pub(crate) fn goes_on(output: Output, what: &str, command: &str) {
     let command = Paint::for_stderr().cyan(command);
-    output.remark(format_args!("{what} goes on without this terminal; look at it with: {command}"));
+    // To the start of the line, over the `^C` that a terminal has echoed.
+    let start = if std::io::stderr().is_terminal() { "\r" } else { "" };
+    output.remark(format_args!("{start}the {what} goes on: {command}"));
 }

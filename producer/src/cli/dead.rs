@@ -7,7 +7,7 @@ use garenne_common::wire::{Answer, DeadSummary, Question};
 
 use super::context::Context;
 use super::error::{CliError, Exit};
-use super::output::{Format, Paint, cell, facts, table};
+use super::output::{Format, Paint, cell, facts, keep_whole, table};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -63,7 +63,7 @@ async fn show(context: &Context, id: &TaskId) -> Result<Exit, CliError> {
     let Answer::Dead { letter } = answer? else { return Err(CliError::unexpected_answer()) };
     let Some(letter) = letter else {
         return Err(CliError::unusable(format!("there is no dead letter {id}"))
-            .exit(Exit::Failed)
+            .exit(Exit::NotYet)
             .help("`garenne dead list` shows those there are, `garenne task show` how the task stands"));
     };
     context.output.show(&letter, |paint| describe(&letter, paint))?;
@@ -71,13 +71,15 @@ async fn show(context: &Context, id: &TaskId) -> Result<Exit, CliError> {
 }
 
 fn as_table(letters: &[DeadSummary], paint: Paint) -> String {
-    let mut table = table(["ID", "TASK", "QUEUE", "REASON", "ERROR"], paint);
+    let mut table = table(["ID", "TASK AND REASON", "ERROR"], paint);
+    keep_whole(&mut table, 1);
     for letter in letters {
+        // One above the other: side by side they would leave no room for the error.
+        let name = letter.name.as_deref().unwrap_or("(no name)");
+        let what = format!("{name}\n{}", letter.reason.as_str());
         table.add_row([
             cell(&letter.id, None, paint),
-            cell(letter.name.as_deref().unwrap_or("-"), None, paint),
-            cell(&letter.queue, None, paint),
-            cell(letter.reason.as_str(), Some(Color::Yellow), paint),
+            cell(what, Some(Color::Yellow), paint),
             cell(first_line(&letter.error), None, paint),
         ]);
     }

@@ -257,7 +257,7 @@ async fn collector(context: &Context) -> Check {
         Ok(Answer::Totals { results, dead, batches, .. }) => {
             let took = span(started.elapsed());
             let kept = format!("{results} results, {dead} dead letters, {batches} batches");
-            Check::good("collector", format!("answers ({took}) and keeps {kept}"))
+            Check::good("collector", format!("answers ({took}): {kept}"))
         }
         Ok(_) => Check::bad("collector", CliError::unexpected_answer()),
         Err(error) => Check::bad("collector", error),

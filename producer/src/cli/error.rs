@@ -10,17 +10,18 @@ use garenne_producer::{OutputError, QueryError, SubmitError};
 use serde_json::json;
 
 use super::output::{Format, Paint};
+use super::topology::Difference;
 
 /// What the exit code says. `garenne --help` lists them for users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Exit {
     /// Done as asked.
     Success,
-    /// It was done, and the answer is no: a task failed, a check found a problem, nobody knows the id.
+    /// It was done, and the answer is no: a task failed, a check found a problem.
     Failed,
     /// It could not be done: wrong usage, bad input, no broker, no collector.
     Unusable,
-    /// The time given passed before the end.
+    /// The time given passed before the end, or the collector does not know the id (yet).
     NotYet,
     /// Ctrl-C.
     Interrupted,
@@ -133,6 +134,11 @@ impl From<ConfigError> for CliError {
 impl From<BrokerError> for CliError {
     fn from(error: BrokerError) -> Self {
         let help = help_for(&error);
+        if let BrokerError::Conflict { object, cause } = &error {
+            let difference = Difference::read(cause);
+            let message = format!("the {object} exists, but {difference}");
+            return Self { message, help, exit: Exit::Unusable };
+        }
         // The library's sentence ends with its own advice; here advice has a line of its own.
         let message = error.to_string();
         let message = message.split_once("; ").map_or(message.as_str(), |(what, _)| what);

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod batch;
+mod bench;
 mod cluster;
 mod completions;
 mod context;
@@ -17,6 +18,7 @@ mod map;
 mod notices;
 mod options;
 mod output;
+mod screen;
 mod submit;
 mod task;
 mod topology;
@@ -42,9 +44,9 @@ Examples:
 
 Exit codes:
   0  done
-  1  done, and a task failed, a check found a problem, or nobody knows the id
+  1  done, and a task failed or a check found a problem
   2  could not be done: usage, input, broker or collector
-  3  not ended, or not known, in the time given
+  3  not ended in the time given, or an id that the collector does not know (yet)
   130 Ctrl-C, 143 SIGTERM, 141 the reader of standard output went away
 
 Every option can also stand in a file (--config) or in the environment
@@ -115,6 +117,8 @@ enum Command {
     Doctor(doctor::Arguments),
     /// Show Garenne at work: nodes, a real job with nodes dying under it, the management UI
     Demo(demo::Arguments),
+    /// Measure throughput, latency and memory here and now, beside a bare client
+    Bench(bench::Arguments),
     /// Print a completion script for a shell
     Completions(completions::Arguments),
 }
@@ -137,7 +141,8 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         | Command::Notices(_)
         | Command::Dead(_)
         | Command::Topology(_)
-        | Command::Demo(_) => {}
+        | Command::Demo(_)
+        | Command::Bench(_) => {}
     }
     let context = Context::new(&cli.globals)?;
     match cli.command {
@@ -149,6 +154,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Dead(command) => context.or_interrupt(dead::run(&context, command)).await,
         Command::Topology(command) => context.or_interrupt(topology::run(&context, command)).await,
         Command::Demo(arguments) => demo::run(&context, arguments).await,
+        Command::Bench(arguments) => bench::run(&context, arguments).await,
         // Served above.
         Command::Completions(_) | Command::Doctor(_) => Ok(Exit::Success),
     }

@@ -6,7 +6,7 @@
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
 
-use comfy_table::{Attribute, Cell, Color, ContentArrangement, Table, presets};
+use comfy_table::{Attribute, Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
 use garenne_common::config::no_color;
 use serde::Serialize;
 
@@ -84,7 +84,8 @@ fn lost(error: &std::io::Error) -> CliError {
     }
 }
 
-/// A table without lines, as wide as the terminal or, into a pipe, as wide as it needs.
+/// A table without lines, as wide as the terminal or, into a pipe, as wide as it needs. The first
+/// column, which holds names or ids that people copy, is never folded.
 pub(crate) fn table<const N: usize>(header: [&str; N], paint: Paint) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
@@ -96,7 +97,15 @@ pub(crate) fn table<const N: usize>(header: [&str; N], paint: Paint) -> Table {
     for column in table.column_iter_mut() {
         column.set_padding((0, 2));
     }
+    keep_whole(&mut table, 0);
     table
+}
+
+/// Another column that is never folded: codes, states.
+pub(crate) fn keep_whole(table: &mut Table, column: usize) {
+    if let Some(column) = table.column_mut(column) {
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
 }
 
 /// A cell of a table, in a colour where colours are wanted.

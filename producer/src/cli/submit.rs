@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use garenne_common::wire::{Answer, Question, TaskState};
 use garenne_common::{Payload, Status, TaskId, TaskName, TaskResult};
 use garenne_producer::{Handle, OutputError, Producer, Submission, SubmitError};
 use serde_json::Value;
@@ -45,6 +46,9 @@ pub(crate) struct Arguments {
     id: Option<TaskId>,
 }
 
+/// After so long without a result a person wants to know what is going on.
+const SILENCE: Duration = Duration::from_secs(10);
+
 /// How long to wait for a result.
 #[derive(Debug, Clone, Copy)]
 enum Wait {
@@ -66,10 +70,11 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
     if let Some(id) = &arguments.id {
         submission = submission.id(id.clone());
     }
+    let delay = arguments.options.delay.unwrap_or_default();
     let producer = context.producer("submit").await?;
     let exit = match arguments.wait {
         None => detached(context, &producer, submission).await,
-        Some(wait) => waited(context, &producer, submission, wait).await,
+        Some(wait) => waited(context, &producer, submission, wait, delay).await,
     };
     producer.close().await;
     exit
@@ -124,17 +129,46 @@ async fn waited(
     producer: &Producer,
     submission: Submission<Value>,
     wait: Wait,
+    delay: Duration,
 ) -> Result<Exit, CliError> {
     let mut handle = producer.submit(submission).await?;
     let id = handle.id().clone();
-    let result = tokio::select! {
-        ended = ended(&mut handle, wait) => ended,
-        exit = context.stop.requested() => {
-            goes_on(context.output, &format!("task {id}"), &format!("garenne task show {id}"));
-            return Ok(exit);
+    let ended = ended(&mut handle, wait);
+    tokio::pin!(ended);
+    let mut hinted = false;
+    let result = loop {
+        tokio::select! {
+            result = &mut ended => break result?,
+            exit = context.stop.requested() => {
+                goes_on(context.output, "task", &format!("garenne task show {id}"));
+                return Ok(exit);
+            }
+            () = tokio::time::sleep(SILENCE + delay), if !hinted => {
+                hinted = true;
+                hint(context, producer, &id).await;
+            }
         }
     };
-    show(context, &result?)
+    show(context, &result)
+}
+
+/// Says what is known of a task that takes its time.
+async fn hint(context: &Context, producer: &Producer, id: &TaskId) {
+    let known = match context.ask(producer, Question::Task { id: id.clone() }).await {
+        Ok(Answer::Task { state: TaskState::Parked { letter } }) => {
+            format!("task {id} is parked: {}; it runs when a worker knows it", letter.error)
+        }
+        Ok(Answer::Task { state: TaskState::Retrying { last } }) => {
+            format!(
+                "attempt {} of task {id} failed, it is tried again: {}",
+                last.attempt, last.error
+            )
+        }
+        Ok(_) | Err(_) => format!(
+            "task {id} has no result yet; `garenne doctor` checks whether workers serve its queue"
+        ),
+    };
+    context.output.remark(known);
 }
 
 async fn ended(handle: &mut Handle<Value>, wait: Wait) -> Result<TaskResult, OutputError> {

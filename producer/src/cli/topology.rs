@@ -15,9 +15,8 @@ use serde_json::{Map, Value, json};
 
 use super::context::Context;
 use super::error::{CliError, Exit};
-use super::output::{Paint, cell, table};
-use plan::Difference;
-pub(super) use plan::{Plan, State, wanted};
+use super::output::{Paint, cell, keep_whole, table};
+pub(super) use plan::{Difference, Plan, State, wanted};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,9 +30,9 @@ Examples:
 /// What is true of all queues, and what the arguments leave open on purpose.
 const FOOTNOTE: &str = "\
 Every queue: x-queue-type=quorum x-delivery-limit=1000000
-Where something goes on: x-dead-letter-strategy=at-least-once x-overflow=reject-publish
-Any other value is a conflict. Left to policies (rabbitmqctl set_policy): max-length,
-max-length-bytes, consumer-timeout";
+Dead letters: x-dead-letter-strategy=at-least-once x-overflow=reject-publish
+The lowest delay level hands on to the tasks. Other arguments are a conflict.
+Left to policies: max-length, max-length-bytes, consumer-timeout";
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = EXAMPLES)]
@@ -80,8 +79,10 @@ fn as_json(plan: &Plan, topology: &Topology) -> Value {
 
 /// Two tables. Bindings follow from the names; JSON lists them.
 fn as_text(plan: &Plan, topology: &Topology, paint: Paint) -> String {
-    let mut exchanges = table(["EXCHANGE", "KIND", "WHAT IT CANNOT ROUTE", "STATE"], paint);
-    let mut queues = table(["QUEUE", "WHAT EXPIRES OR IS GIVEN UP", "ARGUMENTS", "STATE"], paint);
+    let mut exchanges = table(["EXCHANGE", "KIND", "UNROUTABLE TO", "STATE"], paint);
+    let mut queues = table(["QUEUE", "DEAD LETTERS TO", "ARGUMENTS", "STATE"], paint);
+    keep_whole(&mut exchanges, 3);
+    keep_whole(&mut queues, 3);
     for (declaration, state) in folded(&plan.0, topology) {
         let (word, colour) = word(state);
         let row = |cells: [String; 3]| {
@@ -93,19 +94,18 @@ fn as_text(plan: &Plan, topology: &Topology, paint: Paint) -> String {
         };
         match declaration {
             Declaration::Exchange { name, kind, alternate } => {
-                let to =
-                    alternate.map_or("is dropped".to_owned(), |name| format!("goes to {name}"));
+                let to = alternate.unwrap_or_else(|| "nowhere".to_owned());
                 exchanges.add_row(row([name, kind_word(kind).to_owned(), to]));
             }
             Declaration::Queue { name, arguments, .. } => {
                 let to = arguments.iter().find(|(key, _)| *key == "x-dead-letter-exchange");
-                let to = to.map_or(String::new(), |(_, name)| format!("goes to {}", plain(name)));
+                let to = to.map_or_else(String::new, |(_, name)| plain(name));
                 queues.add_row(row([name, to, own_arguments(&arguments)]));
             }
             Declaration::Binding { .. } => {}
         }
     }
-    format!("{}\n\n{}\n\n{FOOTNOTE}\n\n{}", exchanges.trim_fmt(), queues.trim_fmt(), totals(plan),)
+    format!("{}\n\n{}\n\n{FOOTNOTE}\n\n{}", exchanges.trim_fmt(), queues.trim_fmt(), totals(plan))
 }
 
 /// The objects to show. Delay levels that follow one another and stand alike become one, under a name
@@ -142,7 +142,7 @@ fn folded<'a>(
 
 /// Gives a folded row its name, and says of where it leads what is true of all its levels.
 fn rename(declaration: &mut Declaration, to: &str) {
-    let below = "the level below, at last the tasks";
+    let below = "the level below";
     match declaration {
         Declaration::Exchange { name, alternate, .. } => {
             to.clone_into(name);
@@ -154,7 +154,7 @@ fn rename(declaration: &mut Declaration, to: &str) {
                 match *key {
                     "x-dead-letter-exchange" => *value = HeaderValue::Text(below.to_owned()),
                     "x-message-ttl" => {
-                        *value = HeaderValue::Text("100, doubled per level".to_owned())
+                        *value = HeaderValue::Text("100, doubled per level".to_owned());
                     }
                     _ => {}
                 }

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use garenne_common::broker::{Admin, BrokerError, Link};
-use garenne_common::config::Config;
+use garenne_common::config::{BrokerUrl, Config};
 use garenne_common::topology::Declaration;
 use garenne_common::wire::Question;
 use garenne_common::{Namespace, QueueName};
@@ -111,6 +111,7 @@ impl Cluster {
     /// Starts a collector and waits until it answers.
     pub(crate) async fn start_collector(&mut self, producer: &Producer) -> Result<(), CliError> {
         let mut spawning = self.spawning("Collector");
+        spawning.argument("--name", "Collector");
         // Through the environment, because that is the same for every program.
         spawning.environment("GARENNE__COLLECTOR__STORE", self.store());
         let process = spawning.start(&self.programs.collector, false)?;
@@ -161,6 +162,11 @@ impl Cluster {
     /// A process by its name.
     pub(crate) fn process(&mut self, name: &str) -> Option<&mut Process> {
         self.processes.iter_mut().find(|process| process.name == name)
+    }
+
+    /// The id of a running process by its name.
+    pub(crate) fn process_id(&self, name: &str) -> Option<u32> {
+        self.processes.iter().find(|process| process.name == name)?.id()
     }
 
     /// SIGTERM, or SIGKILL for who does not react, to the processes whose name `chosen` accepts.
@@ -239,7 +245,7 @@ impl Cluster {
 
     fn spawning(&self, name: &str) -> Spawning {
         let mut spawning = Spawning::new(name, self.directory.path());
-        let urls: Vec<_> = self.config.broker.urls.iter().map(|url| url.expose()).collect();
+        let urls: Vec<_> = self.config.broker.urls.iter().map(BrokerUrl::expose).collect();
         // Not as an argument: those can be read by every user of the machine.
         spawning.environment("GARENNE__BROKER__URL", urls.join(","));
         spawning.argument("--namespace", self.namespace().as_str());

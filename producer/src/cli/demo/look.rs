@@ -77,13 +77,19 @@ fn guide(stage: &Stage<'_>, url: &str) -> Result<(), CliError> {
     stage.say(format_args!("Every name there begins with {}.\n", paint.green(ns.as_str())))?;
     let fact = |key: &'static str, text: &str| (key, Some(text.to_owned()));
     stage.say(facts(&[
-        fact("Queues", "tasks.default: waiting (Ready) and running (Unacked) tasks\n\
+        fact(
+            "Queues",
+            "tasks.default: waiting (Ready) and running (Unacked) tasks\n\
             delay.00 to .24: delayed tasks and retries\n\
-            results, dead, unrouted: empty while a collector runs"),
+            results, dead, unrouted: empty while a collector runs",
+        ),
         fact("Connections", "garenne-worker Node 1 [default] consume, and so on"),
         fact("Consumers", "on the page of tasks.default: one consumer tag a node"),
-        fact("Messages", "\"Get messages\" on that page: a task's `type` is its name,\n\
-            `message_id` its id, the payload its arguments"),
+        fact(
+            "Messages",
+            "\"Get messages\" on that page: a task's `type` is its name,\n\
+            `message_id` its id, the payload its arguments",
+        ),
     ]))
 }
 

@@ -3,6 +3,8 @@
 //! Everything happens in a [`Cluster`] of its own and is gone afterwards. The demo measures nothing
 //! worth quoting (`garenne bench` does) and proves no promise (the tests do).
 
+mod account;
+mod fate;
 mod files;
 mod job;
 mod look;

@@ -127,12 +127,12 @@ async fn submit(
             pump.clear();
             context.output.show(&serde_json::json!({ "batch": id }), |_| id.to_string())?;
         }
-        Ok(()) => pump.finish(id.as_str())?,
+        Ok(()) => pump.finish(id.as_str()),
         Err(halt) => {
-            pump.finish(id.as_str())?;
+            pump.abandon(id.as_str(), &halt);
             return match halt {
                 Halt::Stop(exit) => {
-                    goes_on(context.output, &format!("batch {id}"), &look);
+                    goes_on(context.output, "batch", &look);
                     Ok(exit)
                 }
                 Halt::Error(error) if error.help.is_none() => {

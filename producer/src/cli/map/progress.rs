@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use garenne_common::{Status, TaskId, TaskResult};
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
+use crate::cli::context::Context;
 use crate::cli::output::{Format, Output, Paint, note};
 
 /// How often a line is written where no bar can be.
@@ -65,11 +66,12 @@ pub(crate) struct Progress {
 
 impl Progress {
     /// For so many tasks, if that is known.
-    pub(crate) fn new(output: Output, total: Option<u64>) -> Self {
+    pub(crate) fn new(context: &Context, total: Option<u64>) -> Self {
         // Draws on standard error, and only where that is a terminal.
         let bar = ProgressBar::new(0).with_style(style(total.is_some()));
         bar.set_length(total.unwrap_or(0));
-        let now = Instant::now();
+        context.screen.share(&bar);
+        let (now, output) = (Instant::now(), context.output);
         Self { bar, output, total, started: now, last_line: now }
     }
 
@@ -110,11 +112,11 @@ impl Progress {
 }
 
 fn style(total_known: bool) -> ProgressStyle {
+    // Not as wide as the terminal: the `^C` that a terminal echoes would go to a line of its own, and
+    // the bar could not be taken away any more.
     let template = match (total_known, Paint::for_stderr().is_on()) {
-        (true, true) => {
-            "{wide_bar:.green/black.bright} {pos}/{len}{msg:.yellow}  {rate}  ETA {eta}"
-        }
-        (true, false) => "{wide_bar} {pos}/{len}{msg}  {rate}  ETA {eta}",
+        (true, true) => "{bar:30.green/black.bright} {pos}/{len}{msg:.yellow}  {rate}  ETA {eta}",
+        (true, false) => "{bar:30} {pos}/{len}{msg}  {rate}  ETA {eta}",
         (false, _) => "{spinner} {pos} done{msg}  {rate}",
     };
     // The templates are constants, and a test reads them all.
@@ -158,7 +160,7 @@ fn summary_text(batch: &str, tally: &Tally, seconds: f64, paint: Paint) -> Strin
     }
     let tasks = if tally.submitted == 1 { "task" } else { "tasks" };
     let batch = paint.dim(&format!("batch {batch}"));
-    format!("{} {tasks} in {seconds:.1} s: {}  {batch}", tally.submitted, parts.join(", "))
+    format!("{} {tasks} in {seconds:.1} s: {}\n{batch}", tally.submitted, parts.join(", "))
 }
 
 #[cfg(test)]
@@ -172,7 +174,7 @@ mod tests {
         }
         assert!(
             ProgressStyle::with_template(
-                "{wide_bar:.green/black.bright} {pos}/{len}{msg:.yellow}  {rate}  ETA {eta}"
+                "{bar:30.green/black.bright} {pos}/{len}{msg:.yellow}  {rate}  ETA {eta}"
             )
             .is_ok()
         );
@@ -182,12 +184,12 @@ mod tests {
     fn the_summary_leaves_out_what_did_not_happen() {
         let tally = Tally { submitted: 3, succeeded: 3, ..Tally::default() };
         let text = summary_text("b", &tally, 1.24, Paint::plain());
-        assert_eq!(text, "3 tasks in 1.2 s: 3 succeeded  batch b");
+        assert_eq!(text, "3 tasks in 1.2 s: 3 succeeded\nbatch b");
         let tally = Tally { submitted: 9, succeeded: 3, failed: 2, retries: 4, ..Tally::default() };
         let text = summary_text("b", &tally, 1.0, Paint::plain());
         assert_eq!(
             text,
-            "9 tasks in 1.0 s: 3 succeeded, 2 failed, 4 not ended, 4 retries  batch b"
+            "9 tasks in 1.0 s: 3 succeeded, 2 failed, 4 not ended, 4 retries\nbatch b"
         );
     }
 

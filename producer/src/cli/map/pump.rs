@@ -37,6 +37,15 @@ pub(crate) enum Halt {
     Error(CliError),
 }
 
+impl Halt {
+    fn reader_is_gone(&self) -> bool {
+        match self {
+            Self::Stop(_) => false,
+            Self::Error(error) => error.exit == Exit::BrokenPipe,
+        }
+    }
+}
+
 impl From<CliError> for Halt {
     fn from(error: CliError) -> Self {
         Self::Error(error)
@@ -110,7 +119,7 @@ impl<'a> Pump<'a> {
             order: InOrder::new(!arguments.unordered),
             begun: 0,
             tally: Tally::default(),
-            progress: Progress::new(context.output, total),
+            progress: Progress::new(context, total),
             tick,
             bad_line: None,
             hinted: false,
@@ -162,7 +171,11 @@ impl<'a> Pump<'a> {
     /// Cancel-safe: every branch is, and nothing is taken before its branch runs to its end.
     async fn step(&mut self) -> Result<(), Halt> {
         tokio::select! {
-            exit = self.context.stop.requested() => Err(Halt::Stop(exit)),
+            exit = self.context.stop.requested() => {
+                let remark = "stopping when what is on its way has arrived; again to stop at once";
+                self.progress.aside(|| self.context.output.remark(remark));
+                Err(Halt::Stop(exit))
+            }
             Some((place, ended)) = self.results.next(), if !self.results.is_empty() => {
                 let result = ended.map_err(CliError::from)?;
                 Ok(self.ended(place, result)?)
@@ -281,12 +294,22 @@ impl<'a> Pump<'a> {
         self.progress.clear();
     }
 
-    /// Writes rows that still wait for their turn, and the summary.
-    pub(crate) fn finish(&mut self, batch: &str) -> Result<(), CliError> {
+    /// Writes the summary.
+    pub(crate) fn finish(&self, batch: &str) {
         self.progress.clear();
         summary(self.context.output, batch, &self.tally, self.progress.elapsed());
+    }
+
+    /// Writes the rows that still wait for their turn, and the summary, if anybody wants to read them.
+    pub(crate) fn abandon(&mut self, batch: &str, why: &Halt) {
+        self.progress.clear();
+        if why.reader_is_gone() || self.tally.submitted == 0 {
+            return;
+        }
         let rest: Vec<_> = self.order.rest().collect();
-        rest.iter().try_for_each(|row| self.write(row))
+        if rest.iter().try_for_each(|row| self.write(row)).is_ok() {
+            self.finish(batch);
+        }
     }
 
     /// How the whole came out.

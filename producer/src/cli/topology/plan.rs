@@ -32,13 +32,46 @@ pub(crate) enum State {
     Conflict(Difference),
 }
 
-/// What differs, in the broker's terms.
+/// What differs, as far as the broker says so.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Difference {
-    /// Which argument or property, where the broker says so.
+    /// Which argument or property.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) argument: Option<String>,
-    /// What the broker says, whole.
-    pub(super) cause: String,
+    /// What is wanted and what is there, in words.
+    detail: String,
+}
+
+impl Difference {
+    /// Reads the broker's `inequivalent arg 'A' for queue 'Q' in vhost 'V': received the value 'W' of
+    /// type 'T' but current is none`; other words are kept as they are.
+    pub(crate) fn read(cause: &str) -> Self {
+        let cause = cause.trim_start_matches("PRECONDITION_FAILED - ");
+        let parts = cause
+            .strip_prefix("inequivalent arg '")
+            .and_then(|rest| rest.split_once('\''))
+            .and_then(|(argument, rest)| Some((argument, rest.split_once(": received ")?.1)))
+            .and_then(|(argument, rest)| Some((argument, rest.split_once(" but current is ")?)));
+        match parts {
+            Some((argument, (wanted, found))) => Self {
+                argument: Some(argument.to_owned()),
+                detail: format!("{argument} is {}, wanted is {}", value(found), value(wanted)),
+            },
+            None => Self { argument: None, detail: cause.to_owned() },
+        }
+    }
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.detail)
+    }
+}
+
+/// `the value 'W' of type 'T'` without the words around it.
+fn value(text: &str) -> &str {
+    let text = text.strip_prefix("the value ").unwrap_or(text);
+    text.split_once(" of type ").map_or(text, |(value, _)| value)
 }
 
 /// Declarations and how each stands. A binding cannot be asked for; it stands as its queue does.
@@ -95,38 +128,22 @@ async fn state_of(
     // Declaring what exists changes nothing, and is the only way to hear that it differs.
     match admin.declare(std::slice::from_ref(declaration)).await {
         Ok(()) => Ok(if exists { State::Exists } else { State::Created }),
-        Err(BrokerError::Conflict { cause, .. }) => Ok(State::Conflict(difference(&cause))),
+        Err(BrokerError::Conflict { cause, .. }) => Ok(State::Conflict(Difference::read(&cause))),
         Err(error) => Err(error),
     }
 }
 
-/// Reads the argument's name out of `inequivalent arg 'x-message-ttl' for queue …`.
-fn difference(cause: &str) -> Difference {
-    let argument =
-        cause.split_once("inequivalent arg '").and_then(|(_, rest)| rest.split_once('\''));
-    Difference {
-        argument: argument.map(|(name, _)| name.to_owned()),
-        cause: cause.trim_start_matches("PRECONDITION_FAILED - ").to_owned(),
-    }
-}
-
 fn conflict(declaration: &Declaration, difference: &Difference) -> CliError {
-    let what = match declaration {
-        Declaration::Exchange { .. } => "exchange",
-        Declaration::Queue { .. } => "queue",
-        Declaration::Binding { .. } => "binding of queue",
-    };
     let name = declaration.name();
-    let message = match &difference.argument {
-        Some(argument) => {
-            format!("the {what} {name} exists with another {argument}: {}", difference.cause)
+    let (what, how) = match declaration {
+        Declaration::Exchange { .. } => ("exchange", "in the management UI".to_owned()),
+        Declaration::Queue { .. } => {
+            ("queue", format!("once it is empty (rabbitmqctl delete_queue {name})"))
         }
-        None => format!("the {what} {name} exists with other properties: {}", difference.cause),
+        Declaration::Binding { .. } => ("binding of queue", "in the management UI".to_owned()),
     };
-    CliError::unusable(message).help(format!(
-        "delete it in the management UI once it is empty (rabbitmqctl delete_queue for queues), or use \
-         another --namespace than the one of {name}"
-    ))
+    CliError::unusable(format!("the {what} {name} exists, but {difference}"))
+        .help(format!("delete it {how}, or use another --namespace"))
 }
 
 #[cfg(test)]
@@ -135,15 +152,21 @@ mod tests {
     use garenne_common::Namespace;
 
     #[test]
-    fn a_conflict_names_the_argument_that_differs() {
+    fn a_conflict_says_what_is_there_and_what_is_wanted() {
         let cause = "PRECONDITION_FAILED - inequivalent arg 'x-message-ttl' for queue 'g.delay.00' \
-                     in vhost '/': received the value '100' of type 'signedint' but current is '200'";
-        let difference = difference(cause);
+                     in vhost '/': received the value '100' of type 'signedint' but current is none";
+        let difference = Difference::read(cause);
         assert_eq!(difference.argument.as_deref(), Some("x-message-ttl"));
         let queue = Declaration::exclusive_queue("g.delay.00".to_owned());
-        let error = conflict(&queue, &difference);
-        let start = "the queue g.delay.00 exists with another x-message-ttl: inequivalent";
-        assert!(error.message.starts_with(start), "{}", error.message);
+        let message = conflict(&queue, &difference).message;
+        let wanted = "the queue g.delay.00 exists, but x-message-ttl is none, wanted is '100'";
+        assert_eq!(message, wanted);
+    }
+
+    #[test]
+    fn words_that_are_not_understood_are_kept() {
+        let difference = Difference::read("PRECONDITION_FAILED - something new");
+        assert_eq!(difference, Difference { argument: None, detail: "something new".to_owned() });
     }
 
     #[test]
