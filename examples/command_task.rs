@@ -15,16 +15,18 @@ use serde_json::json;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("command_task.toml");
-    let config = Config::load(&Sources { file: Some(file), overrides: vec![] })?;
+    let sources = Sources { file: Some(file), overrides: vec![] };
+    let config = Config::load(&sources.set("worker.queues", Some("commands")))?;
     let running = Worker::builder(config.clone()).build()?.start().await?;
 
     let producer = Producer::connect(&config).await?;
-    for (task, args) in [
+    for (name, args) in [
         ("text.sort", json!(["pear", "apple", "fig"])),
         ("date.format", json!({ "when": "2026-11-23", "format": "+%A" })),
     ] {
-        let output = producer.submit(Submission::dynamic(task, args)?).await?.output().await?;
-        println!("{task}: {output}");
+        let task = Submission::dynamic(name, args)?.queue("commands")?;
+        let output = producer.submit(task).await?.output().await?;
+        println!("{name}: {output}");
     }
 
     running.drain().await;

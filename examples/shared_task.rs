@@ -1,5 +1,4 @@
-//! One task type, shared by both ends. Run it next to a RabbitMQ:
-//! `cargo run -p garenne-examples --example shared_task`
+//! One task type, shared by both ends: `cargo run -p garenne-examples --example shared_task`.
 
 use std::error::Error;
 
@@ -17,6 +16,7 @@ struct Greet {
 
 impl Task for Greet {
     const NAME: &'static str = "example.greet";
+    const QUEUE: &'static str = "example";
     type Output = String;
 }
 
@@ -26,11 +26,11 @@ async fn greet(_: Context, task: Greet) -> Result<String, TaskError> {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let config = Config::load(&Sources::default())?;
+    let config = Config::load(&Sources::default().set("worker.queues", Some(Greet::QUEUE)))?;
     let worker = Worker::builder(config.clone()).register::<Greet, _, _>(greet).build()?;
     let running = worker.start().await?;
 
-    // The producer: usually another program on another machine.
+    // The producer's end.
     let producer = Producer::connect(&config).await?;
     let handle = producer.submit(Greet { name: "Garenne".to_owned() }).await?;
     println!("{}", handle.output().await?);

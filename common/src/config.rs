@@ -100,7 +100,7 @@ pub struct CommandConfig {
     pub stdin: bool,
     /// How its standard output becomes the output.
     pub output: CommandOutput,
-    /// More environment variables. The worker's own environment is not passed on, but for `PATH`.
+    /// More environment variables. The worker's own are not passed on; `PATH` is the usual one.
     pub env: BTreeMap<String, String>,
     /// Where it runs.
     pub directory: Option<PathBuf>,

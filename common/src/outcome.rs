@@ -55,7 +55,7 @@ pub enum DeadReason {
     UnknownTask,
     /// Its queue did not exist when the broker took the message.
     Unrouted,
-    /// The broker itself gave it up (delivery limit, a TTL or length policy); the error says which.
+    /// The broker itself gave it up (its delivery limit, a length policy); the error says which.
     Broker,
 }
 

@@ -201,7 +201,12 @@ impl Topology {
         let name = self.unrouted();
         [
             exchange(name.clone(), ExchangeKind::Fanout, None),
-            Declaration::Queue { name: name.clone(), exclusive: false, arguments: quorum(vec![]) },
+            // A message that brought a TTL of its own must not vanish here either.
+            Declaration::Queue {
+                name: name.clone(),
+                exclusive: false,
+                arguments: quorum(dead_lettering(self.dead())),
+            },
             binding(name.clone(), name, String::new()),
         ]
     }

@@ -221,7 +221,7 @@ impl Producer {
     ) -> Result<(), SubmitError> {
         let message = wire::task::encode(task, &self.0.names.app);
         let (exchange, message) = match self.0.topology.delay_route(delay) {
-            Some(route) => (route.exchange, wire::task::with_delay_marks(message, &route.marks)),
+            Some(route) => (route.exchange, wire::task::with_delay_marks(&message, &route.marks)),
             None => (self.0.topology.tasks_exchange(), message),
         };
         let routing_key = task.queue.to_string();

@@ -5,6 +5,7 @@
 //! (`EX_TEMPFAIL`) asks for another attempt, anything else is final.
 
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 use garenne_common::config::{CommandConfig, CommandOutput};
 use serde_json::Value;
@@ -20,6 +21,8 @@ const MAX_STDOUT_BYTES: u64 = 8 * 1024 * 1024;
 /// What is kept of standard error for the error text.
 const MAX_STDERR_BYTES: usize = 2_000;
 const EX_TEMPFAIL: i32 = 75;
+/// How long a program that has ended may still be heard through its pipes.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Runs one configured command.
 pub(crate) struct CommandHandler(std::sync::Arc<CommandConfig>);
@@ -90,18 +93,31 @@ fn placeholder(key: &str, args: &Value) -> Result<String, String> {
 }
 
 /// The child, whose process group dies with this value: a program may have started others.
-struct Group(Child);
+struct Group {
+    child: Child,
+    /// The group's number; the child leads it.
+    id: Option<i32>,
+}
+
+impl Group {
+    fn new(child: Child) -> Self {
+        let id = child.id().and_then(|id| i32::try_from(id).ok());
+        Self { child, id }
+    }
+
+    fn kill(&mut self) {
+        let Some(id) = self.id.take() else { return };
+        let group = nix::unistd::Pid::from_raw(id);
+        if let Err(error) = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL) {
+            // The usual case: nobody is left in it.
+            tracing::trace!(%error, "no process of the command to kill");
+        }
+    }
+}
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // `id` is `None` once the child was waited for; then its number may be somebody else's.
-        let id = self.0.id().and_then(|id| i32::try_from(id).ok());
-        if let Some(id) = id {
-            let group = nix::unistd::Pid::from_raw(id);
-            if let Err(error) = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL) {
-                tracing::debug!(%error, "the command's processes could not be killed");
-            }
-        }
+        self.kill();
     }
 }
 
@@ -127,12 +143,12 @@ fn spawn(config: &CommandConfig, argv: &[String], context: &Context) -> Result<G
     }
     let failed =
         |error| Fault::Failed(TaskError::fatal(format!("cannot start {program}: {error}")));
-    command.spawn().map(Group).map_err(failed)
+    command.spawn().map(Group::new).map_err(failed)
 }
 
 /// Feeds the program, collects what it says and waits for its end.
 async fn talk(mut group: Group, input: Option<String>) -> Result<Vec<u8>, Fault> {
-    let child = &mut group.0;
+    let child = &mut group.child;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async {
         if let (Some(mut stdin), Some(input)) = (stdin, input)
@@ -142,8 +158,26 @@ async fn talk(mut group: Group, input: Option<String>) -> Result<Vec<u8>, Fault>
             tracing::debug!(%error, "the command did not read its input");
         }
     };
-    let (status, (), stdout, stderr) =
-        tokio::join!(child.wait(), feed, read_capped(stdout), read_tail(stderr));
+    let mut said = std::pin::pin!(async {
+        let ((), stdout, stderr) = tokio::join!(feed, read_capped(stdout), read_tail(stderr));
+        (stdout, stderr)
+    });
+    let (status, heard) = tokio::select! {
+        heard = &mut said => (child.wait().await, Some(heard)),
+        status = child.wait() => (status, None),
+    };
+    // A process that the program left behind may hold its pipes open; it ends with the task.
+    let (stdout, stderr) = match heard {
+        Some(heard) => heard,
+        None => {
+            if let Ok(heard) = tokio::time::timeout(LAST_WORDS, &mut said).await {
+                heard
+            } else {
+                group.kill();
+                said.await
+            }
+        }
+    };
     let failed = |error: std::io::Error| Fault::Failed(TaskError::retry(error.to_string()));
     let (status, stdout) = (status.map_err(failed)?, stdout.map_err(failed)?);
     match verdict(status, &stderr) {

@@ -29,6 +29,8 @@ pub(crate) struct Pipeline {
     pub(crate) settle: mpsc::Sender<Settlement>,
     /// The limit for tasks that bring none.
     pub(crate) task_timeout: Duration,
+    /// How long the broker waits for an acknowledgement.
+    pub(crate) consumer_timeout: Duration,
     /// No more tasks are begun.
     pub(crate) stop: CancellationToken,
     /// Running tasks are given up.
@@ -114,7 +116,12 @@ impl Pipeline {
     }
 
     fn limit(&self, options: &Options) -> Duration {
-        options.timeout.unwrap_or(self.task_timeout)
+        let limit = options.timeout.unwrap_or(self.task_timeout);
+        if limit > self.consumer_timeout {
+            let (broker, task) = (self.consumer_timeout, limit);
+            tracing::warn!(?task, ?broker, "the broker may take this task back before its limit");
+        }
+        limit
     }
 
     async fn settle(&self, settlement: Settlement) {

@@ -162,7 +162,7 @@ impl Signature {
         let (outgoing, after) = match self.topology.delay_route(after) {
             None => (self.to_tasks(&task.queue, message), Duration::ZERO),
             Some(route) => {
-                let message = wire::task::with_delay_marks(message, &route.marks);
+                let message = wire::task::with_delay_marks(&message, &route.marks);
                 let routing_key = task.queue.to_string();
                 (Outgoing { exchange: route.exchange, routing_key, message }, route.delay)
             }

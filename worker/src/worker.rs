@@ -119,6 +119,7 @@ impl Worker {
             slots: Arc::new(Semaphore::new(worker.slots)),
             settle,
             task_timeout: worker.task_timeout,
+            consumer_timeout: config.broker.consumer_timeout,
             stop: CancellationToken::new(),
             abort: CancellationToken::new(),
             attempts: TaskTracker::new(),

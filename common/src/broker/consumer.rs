@@ -5,7 +5,7 @@
 //! does nothing: the delivery comes again by itself.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use lapin::Channel;
@@ -25,6 +25,9 @@ use crate::wire::Message;
 
 /// How often a quiet consumer looks whether its channel still stands.
 const HEALTH_CHECK: Duration = Duration::from_secs(2);
+
+/// An epoch that lasted so long was a success.
+const STABLE: Duration = Duration::from_secs(2);
 
 /// What to consume.
 pub struct ConsumerSpec {
@@ -211,8 +214,13 @@ impl ConsumeTask {
         while !self.shared.stop.is_cancelled() {
             let lost = match self.establish().await {
                 Ok((epoch, channel, stream)) => {
-                    pause.reset();
+                    let begun = Instant::now();
                     let lost = self.forward(epoch, &channel, stream).await;
+                    // A message that no client library can parse ends every epoch at once; to come
+                    // back as fast as it does would be a hot loop.
+                    if begun.elapsed() >= STABLE {
+                        pause.reset();
+                    }
                     if self.shared.stop.is_cancelled() {
                         // The channel stays: what was delivered may still be settled.
                         return;
@@ -221,7 +229,7 @@ impl ConsumeTask {
                 }
                 Err(error) => error,
             };
-            self.mark_lost(lost);
+            self.mark_lost(&lost);
             if self.shared.link.is_closed() {
                 return;
             }
@@ -233,12 +241,12 @@ impl ConsumeTask {
         }
     }
 
-    fn mark_lost(&self, lost: BrokerError) {
+    fn mark_lost(&self, lost: &BrokerError) {
         self.shared.lock().1 = None;
         self.shared.queue.send_replace(None);
         let before = self.shared.trouble.send_replace(Some(lost.clone()));
         // Said once, not at each attempt: a night without a broker is one line, not ten thousand.
-        if !self.shared.link.is_closed() && before.as_ref() != Some(&lost) {
+        if !self.shared.link.is_closed() && before.as_ref() != Some(lost) {
             tracing::warn!(consumer = self.spec.tag, "not consuming, will try again: {lost}");
         }
     }

@@ -27,6 +27,9 @@ use crate::wire::Message;
 /// How often an idle publisher looks whether its channel still stands.
 const HEALTH_CHECK: Duration = Duration::from_millis(500);
 
+/// So many channels may end while one message is alone on them.
+const STRIKES: u32 = 3;
+
 /// A message and where it goes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outgoing {
@@ -68,6 +71,8 @@ impl Receipt {
 
 struct Job {
     outgoing: Outgoing,
+    /// How many channels ended while this message was alone on them.
+    strikes: u32,
     /// `None` for messages that nobody waits for and that are not sent again.
     answer: Option<oneshot::Sender<Result<(), BrokerError>>>,
 }
@@ -89,6 +94,7 @@ impl Publisher {
             window: config.publish_window,
             inbox,
             to_send: VecDeque::new(),
+            careful: 0,
         };
         shared.task.spawn(task.run());
         shared.task.close();
@@ -119,13 +125,13 @@ impl Publisher {
     /// Hands a message over and returns before it is confirmed; waits only for room in the window.
     pub async fn send(&self, outgoing: Outgoing) -> Result<Receipt, BrokerError> {
         let (tx, answer) = oneshot::channel();
-        self.hand_over(Job { outgoing, answer: Some(tx) }).await?;
+        self.hand_over(Job { outgoing, strikes: 0, answer: Some(tx) }).await?;
         Ok(Receipt { answer })
     }
 
     /// Sends a message once without caring what becomes of it; waits only for room in the window.
     pub async fn send_and_forget(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
-        self.hand_over(Job { outgoing, answer: None }).await
+        self.hand_over(Job { outgoing, strikes: 0, answer: None }).await
     }
 
     /// How long [`publish`](Self::publish) waits.
@@ -177,6 +183,8 @@ struct PublishTask {
     inbox: mpsc::Receiver<Job>,
     /// What waits for a channel, oldest first: taken over from a lost one.
     to_send: VecDeque<Job>,
+    /// So many of them go one at a time: one of them may be what ends the channels.
+    careful: usize,
 }
 
 enum End {
@@ -229,12 +237,13 @@ impl PublishTask {
             if let Some(lost) = self.fill(channel, &mut window).await {
                 return self.give_back(window, lost);
             }
-            let room = window.len() < self.window;
+            let room = window.len() < self.limit();
             tokio::select! {
                 Some((number, verdict)) = window.confirms.next() => {
                     if let Err(lost) = window.conclude(number, verdict) {
                         return self.give_back(window, lost);
                     }
+                    self.careful = self.careful.saturating_sub(1);
                 }
                 job = self.inbox.recv(), if room => match job {
                     Some(job) => self.to_send.push_back(job),
@@ -254,13 +263,14 @@ impl PublishTask {
 
     /// Puts waiting jobs on the channel while the window has room.
     async fn fill(&mut self, channel: &Channel, window: &mut Window) -> Option<BrokerError> {
-        while window.len() < self.window {
+        while window.len() < self.limit() {
             let job = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok())?;
             if job.is_withdrawn() {
                 continue;
             }
             if let Err((job, lost)) = window.publish(channel, job).await {
-                self.to_send.push_front(job);
+                // Into the window, which `give_back` empties by its rules.
+                window.keep(job);
                 return Some(lost);
             }
         }
@@ -276,12 +286,27 @@ impl PublishTask {
         }
     }
 
+    fn limit(&self) -> usize {
+        if self.careful > 0 { 1 } else { self.window }
+    }
+
     /// The channel is gone: what it left unconfirmed goes first over the next one, in its old order.
+    ///
+    /// A channel that ended before it confirmed anything may have ended over one of its messages (too
+    /// large for this broker, say). Then all go one at a time, and the one that is alone on a channel
+    /// when it ends, and once more, is given up, or it would keep all others from being published.
     fn give_back(&mut self, window: Window, lost: BrokerError) -> End {
-        for (_, job) in window.jobs.into_iter().rev() {
-            if job.answer.is_some() {
+        let (alone, barren) = (window.len() == 1, !window.confirmed_any);
+        for (_, mut job) in window.jobs.into_iter().rev() {
+            job.strikes += u32::from(alone && barren);
+            if job.strikes >= STRIKES {
+                job.answer(Err(lost.clone()));
+            } else if job.answer.is_some() {
                 self.to_send.push_front(job);
             }
+        }
+        if barren {
+            self.careful = self.to_send.len();
         }
         End::Lost(lost)
     }
@@ -308,6 +333,7 @@ type Verdict = Result<Confirmation, lapin::Error>;
 struct Window {
     next: u64,
     jobs: BTreeMap<u64, Job>,
+    confirmed_any: bool,
     confirms: FuturesUnordered<Numbered>,
 }
 
@@ -354,6 +380,12 @@ impl Window {
         }
     }
 
+    /// Counts a message that could not even be written as being under way.
+    fn keep(&mut self, job: Job) {
+        self.jobs.insert(self.next, job);
+        self.next += 1;
+    }
+
     /// Tells the caller what the broker said. An error means that the channel is gone.
     fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
         let answer = match verdict {
@@ -365,6 +397,7 @@ impl Window {
             }
             Err(error) => return Err(BrokerError::operating(&error, "an exchange")),
         };
+        self.confirmed_any = true;
         if let Some(job) = self.jobs.remove(&number) {
             let key = job.outgoing.routing_key.clone();
             job.answer(answer.map_err(|()| BrokerError::Rejected(key)));

@@ -1,8 +1,8 @@
 //! Dead letters: a message that was given up, kept whole, with the reason beside it in headers.
 
-use super::Malformed;
 use super::headers::{self, number, text};
-use super::message::{HeaderValue, Message};
+use super::message::{HeaderName, HeaderValue, Message};
+use super::{MAX_HEADER_BYTES, Malformed};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
 use crate::timestamp::Timestamp;
@@ -37,6 +37,7 @@ impl DeadLetter {
     /// A dead letter made of `message`, given up now.
     pub fn new(message: &Message, queue: &str, reason: DeadReason, error: &str, by: &str) -> Self {
         let mut message = super::task::for_republish(message);
+        drop_oversize_headers(&mut message);
         let id = message.properties.message_id.as_deref().map(TaskId::new);
         let id = id.and_then(Result::ok).unwrap_or_else(TaskId::generate);
         message.properties.message_id = Some(id.to_string());
@@ -119,7 +120,8 @@ impl DeadLetter {
         }
         let name = self.message.properties.kind.as_deref().map(TaskName::new);
         let attempt = number(&self.message, headers::ATTEMPT).ok().flatten().unwrap_or(1);
-        let attempt = if self.started_at.is_some() { attempt } else { 0 };
+        // The message asks for this attempt; it was made only if it was started.
+        let attempt = if self.started_at.is_some() { attempt } else { attempt.saturating_sub(1) };
         Some(TaskResult {
             id: self.id.clone(),
             // A message may be dead exactly because its name is none.
@@ -142,6 +144,19 @@ impl DeadLetter {
     pub fn batch(&self) -> Option<BatchId> {
         let batch: Result<Option<&str>, Malformed> = text(&self.message, headers::BATCH);
         batch.ok().flatten().and_then(|id| BatchId::new(id).ok())
+    }
+}
+
+/// A message whose headers fill a frame could not carry its reason as well; the largest go.
+fn drop_oversize_headers(message: &mut Message) {
+    while message.header_bytes() > MAX_HEADER_BYTES {
+        let size = |(name, value): &(HeaderName, HeaderValue)| match value {
+            HeaderValue::Text(text) => name.len() + text.len(),
+            HeaderValue::Int(_) | HeaderValue::Float(_) | HeaderValue::Bool(_) => name.len(),
+        };
+        let largest = message.headers.iter().enumerate().max_by_key(|(_, header)| size(header));
+        let Some((place, _)) = largest else { return };
+        message.headers.remove(place);
     }
 }
 
@@ -188,6 +203,19 @@ mod tests {
         let letter = DeadLetter::decode(&Message::default());
         assert_eq!(letter.message.properties.message_id.as_deref(), Some(letter.id.as_str()));
         assert_eq!(letter.to_result().unwrap().name.as_str(), "unknown");
+    }
+
+    #[test]
+    fn headers_that_fill_a_frame_are_dropped_and_the_reason_stays() {
+        let mut huge = message();
+        huge.set_header("big", HeaderValue::Text("x".repeat(130_000)));
+        huge.set_header("small", HeaderValue::Int(1));
+        huge.properties.expiration = Some("100".to_owned());
+        let letter = DeadLetter::new(&huge, "cpu", DeadReason::Malformed, "no", "w");
+        let message = letter.encode();
+        assert!(message.header_bytes() < MAX_HEADER_BYTES);
+        assert!(message.header("big").is_none() && message.header("small").is_some());
+        assert_eq!(message.properties.expiration, None, "a TTL would delete the dead letter");
     }
 
     #[test]

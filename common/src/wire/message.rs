@@ -56,10 +56,24 @@ pub enum HeaderValue {
     Bool(bool),
 }
 
+impl HeaderValue {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Text(text) => text.len(),
+            Self::Int(_) | Self::Float(_) | Self::Bool(_) => 8,
+        }
+    }
+}
+
 impl Message {
     /// The value of a header.
     pub fn header(&self, name: &str) -> Option<&HeaderValue> {
         self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value)
+    }
+
+    /// How much room the headers take in a frame, roughly and never too little.
+    pub fn header_bytes(&self) -> usize {
+        self.headers.iter().map(|(name, value)| name.len() + value.bytes() + 8).sum()
     }
 
     /// Sets a header, replacing an earlier value.

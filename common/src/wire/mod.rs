@@ -23,6 +23,10 @@ pub use report::{Report, RetryNote};
 /// No body larger than this is looked into: RabbitMQ 4 refuses larger ones anyway.
 pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
 
+/// No headers larger than this are taken: they share one frame of 128 KiB, and whoever passes a
+/// message on adds some.
+pub const MAX_HEADER_BYTES: usize = 64 * 1024;
+
 /// The message is not what the protocol says; the text says where.
 ///
 /// Never a worker's error: a message that decodes to this goes to the dead letters as it is.

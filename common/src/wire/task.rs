@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::codec::{Codec, Payload};
 use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
-use super::{MAX_BODY_BYTES, Malformed};
+use super::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::retry::RetryPolicy;
 use crate::task::{Options, ReplyFormat, ReplyTo, TaskMessage};
@@ -119,6 +119,9 @@ pub fn assign_id(message: &Message) -> (TaskId, Message) {
 pub fn for_republish(message: &Message) -> Message {
     let mut message = message.clone();
     message.headers.retain(|(name, _)| !headers::is_spent(name));
+    // A sender's TTL was for the queue it sent to. In a delay level it would cut the delay short, and
+    // among the dead letters it would delete the task.
+    message.properties.expiration = None;
     message
 }
 
@@ -130,8 +133,8 @@ pub fn next_attempt(message: &Message, attempt: u32) -> Message {
 }
 
 /// A message that is to arrive after a delay: the marks of its levels set, older marks gone.
-pub fn with_delay_marks(mut message: Message, marks: &[String]) -> Message {
-    message.headers.retain(|(name, _)| !headers::is_spent(name));
+pub fn with_delay_marks(message: &Message, marks: &[String]) -> Message {
+    let mut message = for_republish(message);
     let marks = marks.iter().map(|mark| (mark.clone().into(), HeaderValue::Bool(true)));
     message.headers.extend(marks);
     message
@@ -139,6 +142,10 @@ pub fn with_delay_marks(mut message: Message, marks: &[String]) -> Message {
 
 fn decode_args(message: &Message) -> Result<Payload, Malformed> {
     let properties = &message.properties;
+    let header_bytes = message.header_bytes();
+    if header_bytes > MAX_HEADER_BYTES {
+        return Err(Malformed::new(format_args!("headers of {header_bytes} bytes are too large")));
+    }
     if message.body.len() > MAX_BODY_BYTES {
         let length = message.body.len();
         return Err(Malformed::new(format_args!("a body of {length} bytes is too large")));

@@ -55,7 +55,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, Cli
 async fn show(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
     let producer = context.producer("batch show").await?;
     let answer = context.ask(&producer, Question::Batch { id: id.clone() }).await;
-    producer.close().await;
+    context.close(producer, &answer).await;
     let Answer::Batch { batch } = answer? else { return Err(CliError::unexpected_answer()) };
     let Some(status) = batch else {
         return Err(CliError::unusable(format!("the collector has not heard of a batch {id}"))
@@ -82,7 +82,8 @@ async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
             return Ok(exit);
         }
     };
-    producer.close().await;
+    let summary = summary.map_err(CliError::from);
+    context.close(producer, &summary).await;
     let summary = summary?;
     output.show(&summary, |paint| counts(&summary, paint))?;
     Ok(if all_succeeded(&summary) { Exit::Success } else { Exit::Failed })

@@ -18,6 +18,9 @@ use super::error::{CliError, Exit};
 use super::output::{Output, Paint};
 use super::screen::Screen;
 
+/// How long taking leave of the broker may take.
+const CLOSE: Duration = Duration::from_secs(5);
+
 /// What every command gets.
 pub(crate) struct Context {
     /// All settings; `--deadline` is in its broker timeouts already.
@@ -44,11 +47,30 @@ impl Context {
 
     /// Connects; the management UI shows the connection as `garenne <command>`.
     pub(crate) async fn producer(&self, command: &str) -> Result<Producer, CliError> {
+        self.producer_with(&self.config, command).await
+    }
+
+    /// [`producer`](Self::producer) with other settings than those of the user.
+    pub(crate) async fn producer_with(
+        &self,
+        config: &Config,
+        command: &str,
+    ) -> Result<Producer, CliError> {
         let name = format!("garenne {command}");
-        let connecting = Producer::connect_as(&self.config, &name);
+        let connecting = Producer::connect_as(config, &name);
         match tokio::time::timeout(self.deadline, connecting).await {
             Ok(producer) => Ok(producer?),
             Err(_) => Err(self.unreachable().into()),
+        }
+    }
+
+    /// Takes leave of the broker, unless something failed: what is unconfirmed then will hardly be
+    /// confirmed now, and a person waits.
+    pub(crate) async fn close<T>(&self, producer: Producer, done: &Result<T, CliError>) {
+        if done.is_ok() {
+            let limit = if self.stop.is_requested() { Duration::from_secs(1) } else { CLOSE };
+            // Past the limit the process ends, and with it the connection.
+            tokio::time::timeout(limit, producer.close()).await.unwrap_or_default();
         }
     }
 
@@ -137,6 +159,11 @@ impl Stop {
             }
         });
         Ok(Self { token, exit, _listener: listener })
+    }
+
+    /// Whether there is one.
+    fn is_requested(&self) -> bool {
+        self.token.is_cancelled()
     }
 
     /// Waits for the wish to stop, and says how to exit then.

@@ -46,7 +46,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, Cli
 async fn list(context: &Context, limit: u32) -> Result<Exit, CliError> {
     let producer = context.producer("dead list").await?;
     let answer = context.ask(&producer, Question::DeadList { limit }).await;
-    producer.close().await;
+    context.close(producer, &answer).await;
     let Answer::DeadList { letters } = answer? else { return Err(CliError::unexpected_answer()) };
     if letters.is_empty() && context.output.format == Format::Text {
         context.output.remark("no dead letters");
@@ -59,7 +59,7 @@ async fn list(context: &Context, limit: u32) -> Result<Exit, CliError> {
 async fn show(context: &Context, id: &TaskId) -> Result<Exit, CliError> {
     let producer = context.producer("dead show").await?;
     let answer = context.ask(&producer, Question::Dead { id: id.clone() }).await;
-    producer.close().await;
+    context.close(producer, &answer).await;
     let Answer::Dead { letter } = answer? else { return Err(CliError::unexpected_answer()) };
     let Some(letter) = letter else {
         return Err(CliError::unusable(format!("there is no dead letter {id}"))

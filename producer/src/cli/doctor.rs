@@ -250,7 +250,7 @@ async fn collector(context: &Context) -> Check {
     let asked = async {
         let producer = context.producer("doctor").await?;
         let answer = context.ask(&producer, Question::Totals).await;
-        producer.close().await;
+        context.close(producer, &answer).await;
         answer
     };
     match asked.await {

@@ -42,7 +42,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
     // Whoever starts work in another terminal must know that this one is listening.
     context.output.remark("listening for done notices; Ctrl-C ends");
     let printed = context.or_interrupt(print(&mut notices, arguments.count)).await;
-    producer.close().await;
+    context.close(producer, &printed).await;
     printed
 }
 

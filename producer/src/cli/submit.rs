@@ -73,10 +73,10 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
     let delay = arguments.options.delay.unwrap_or_default();
     let producer = context.producer("submit").await?;
     let exit = match arguments.wait {
-        None => detached(context, &producer, submission).await,
+        None => context.or_interrupt(detached(context, &producer, submission)).await,
         Some(wait) => waited(context, &producer, submission, wait, delay).await,
     };
-    producer.close().await;
+    context.close(producer, &exit).await;
     exit
 }
 
@@ -131,7 +131,10 @@ async fn waited(
     wait: Wait,
     delay: Duration,
 ) -> Result<Exit, CliError> {
-    let mut handle = producer.submit(submission).await?;
+    let mut handle = tokio::select! {
+        handle = producer.submit(submission) => handle?,
+        exit = context.stop.requested() => return Ok(exit),
+    };
     let id = handle.id().clone();
     let ended = ended(&mut handle, wait);
     tokio::pin!(ended);

@@ -31,7 +31,7 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, Cli
     let Command::Show { id } = command;
     let producer = context.producer("task show").await?;
     let answer = context.ask(&producer, Question::Task { id: id.clone() }).await;
-    producer.close().await;
+    context.close(producer, &answer).await;
     let Answer::Task { state } = answer? else { return Err(CliError::unexpected_answer()) };
     let known = state != TaskState::Unknown;
     context.output.show(&state, |paint| describe(&id, &state, paint))?;

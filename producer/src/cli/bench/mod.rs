@@ -23,13 +23,14 @@ use usage::Machine;
 
 const EXAMPLES: &str = "\
 Examples:
-  make bench                                all of it, on a RabbitMQ started for the purpose
-  garenne bench --tasks 10000 --repeats 1   a quick look on a RabbitMQ that runs already
+  make bench                               all of it, on a RabbitMQ of its own
+  garenne bench --tasks 10000 --repeats 1  a quick look, on a running RabbitMQ
   garenne bench --scenario latency,start -o json
-  garenne bench --report results/           also writes report.json and report.md there
+  garenne bench --report results           also report.json and report.md there
 
-Run it on an idle machine and with a release build. With a RabbitMQ that `scripts/rabbitmq run` has
-started, the broker's own processor time is measured too.";
+Run it on an idle machine and with a release build. With a RabbitMQ that
+`scripts/rabbitmq run` has started, the broker's own processor time is
+measured too.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -47,7 +48,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 64)]
     slots: usize,
     /// How many more tasks a worker fetches ahead
-    #[arg(long, value_name = "N", default_value_t = 436)]
+    #[arg(long, value_name = "N", default_value_t = 936)]
     lookahead: usize,
     /// Write report.json and report.md into this directory
     #[arg(long, value_name = "DIR")]

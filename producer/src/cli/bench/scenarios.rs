@@ -1,5 +1,6 @@
 //! The scenarios: each prepares, warms up, and then measures run by run, the bare client first.
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
@@ -45,6 +46,22 @@ impl Echo {
     }
 }
 
+/// Workers that are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Crew {
+    count: usize,
+    slots: usize,
+    lookahead: usize,
+}
+
+impl Crew {
+    fn spec(self, number: usize) -> WorkerSpec {
+        let Self { slots, lookahead, .. } = self;
+        let queues = vec![QueueName::default()];
+        WorkerSpec { name: format!("Worker {number}"), queues, slots, lookahead }
+    }
+}
+
 /// One run of the command: what it needs, and what it has measured so far.
 pub(super) struct Bench<'a> {
     context: &'a Context,
@@ -87,20 +104,26 @@ impl<'a> Bench<'a> {
         Report { machine, settings, figures: self.figures, processor_time: self.efforts }
     }
 
-    /// From the first submit to the batch's done notice, with one worker and with two; and the memory
-    /// of worker and collector before and after.
+    /// From the first submit to the batch's done notice, with one worker, with two and with one as it
+    /// is configured by default; and the memory of worker and collector before and after.
     pub(super) async fn tasks(&mut self) -> Result<(), CliError> {
-        for count in 1..=2 {
-            self.workers(count).await?;
+        let (tasks, tuned) = (self.arguments.tasks, self.tuned());
+        let worker = &self.cluster.config().worker;
+        let default = Crew { count: 1, slots: worker.slots, lookahead: worker.lookahead };
+        for (what, tasks, crew) in [
+            ("tasks with results, 1 worker", tasks, tuned),
+            ("tasks with results, 2 workers", tasks, Crew { count: 2, ..tuned }),
+            // A fifth, because few unacknowledged deliveries mean many small steps.
+            ("tasks, 1 worker as shipped", tasks / 5, default),
+        ] {
+            self.workers(crew).await?;
             sleep(SETTLING).await;
             let idle = self.memory();
-            let what =
-                format!("tasks with results, {count} worker{}", if count == 1 { "" } else { "s" });
-            self.compare(&what, Self::run_batch, async |raw, count| {
+            self.compare(what, tasks, Self::run_batch, async |raw, count| {
                 raw.tasks_with_results(count).await
             })
             .await?;
-            if count == 1 {
+            if crew == tuned {
                 self.report_memory(idle);
             }
         }
@@ -109,19 +132,25 @@ impl<'a> Bench<'a> {
 
     /// Confirmed submissions without anybody to take them.
     pub(super) async fn submit(&mut self) -> Result<(), CliError> {
-        self.workers(0).await?;
+        self.workers(Crew { count: 0, ..self.tuned() }).await?;
+        let consumed = RefCell::new(vec![]);
         let raw = async |raw: &Raw, count| {
             let published = raw.publish(count).await?;
-            // Emptied by consuming, which is another figure of the bare client but not compared.
-            raw.consume(count).await?;
+            let took = raw.consume(count).await?;
+            consumed.borrow_mut().push(rate(count, took));
             Ok(published)
         };
-        self.compare("submit, confirmed", Self::run_submit, raw).await
+        let tasks = self.arguments.tasks;
+        self.compare("submit, confirmed", tasks, Self::run_submit, raw).await?;
+        // Nothing of ours does only this, but it says what the broker gives at best. Not the warm-up.
+        let raw = Samples::of(consumed.into_inner().split_off(1));
+        self.figures.push(Figure::new("consume, acknowledged", Unit::PerSecond, None, raw));
+        Ok(())
     }
 
     /// One task at a time; the quantiles of each run, and their medians over the runs.
     pub(super) async fn latency(&mut self) -> Result<(), CliError> {
-        self.workers(1).await?;
+        self.workers(self.tuned()).await?;
         let mut quantiles: [Vec<f64>; 4] = Default::default();
         for run in 1..=self.arguments.repeats {
             self.remark("round trips", run);
@@ -140,12 +169,7 @@ impl<'a> Bench<'a> {
             ("idle round trip, p50", ours_p50, raw_p50),
             ("idle round trip, p99", ours_p99, raw_p99),
         ] {
-            self.figures.push(Figure {
-                what: what.to_owned(),
-                unit: Unit::Milliseconds,
-                garenne,
-                raw,
-            });
+            self.figures.push(Figure::new(what, Unit::Milliseconds, garenne, raw));
         }
         Ok(())
     }
@@ -156,17 +180,16 @@ impl<'a> Bench<'a> {
         for run in 1..=self.arguments.repeats {
             self.remark("worker starts", run);
             for _ in 0..STARTS {
-                self.workers(0).await?;
+                self.workers(Crew { count: 0, ..self.tuned() }).await?;
                 let waiting = self.producer.submit(Echo::submission(1)).await?;
                 let begin = Instant::now();
-                self.cluster.spawn_worker(&self.spec(1))?;
+                self.cluster.spawn_worker(&self.tuned().spec(1))?;
                 waiting.output().await?;
                 times.push(begin.elapsed().as_secs_f64() * 1e3);
             }
         }
-        let what = "worker start to first result".to_owned();
-        let garenne = Samples::of(times);
-        self.figures.push(Figure { what, unit: Unit::Milliseconds, garenne, raw: None });
+        let what = "worker start to first result";
+        self.figures.push(Figure::new(what, Unit::Milliseconds, Samples::of(times), None));
         Ok(())
     }
 
@@ -174,15 +197,15 @@ impl<'a> Bench<'a> {
     async fn compare(
         &mut self,
         what: &str,
+        tasks: u64,
         ours: impl AsyncFn(&Self, u64) -> Result<Duration, CliError>,
         raw: impl AsyncFn(&Raw, u64) -> Result<Duration, BrokerError>,
     ) -> Result<(), CliError> {
-        let (tasks, runs) = (self.arguments.tasks, self.arguments.repeats);
         raw(self.raw, tasks / 10).await?;
         ours(self, tasks / 10).await?;
         let mut rates = [vec![], vec![]];
         let (mut effort, mut raw_effort) = (Meter::default(), Meter::default());
-        for run in 1..=runs {
+        for run in 1..=self.arguments.repeats {
             self.remark(what, run);
             let before = self.effort();
             let took = raw(self.raw, tasks).await?;
@@ -194,7 +217,7 @@ impl<'a> Bench<'a> {
             rates[0].push(rate(tasks, took));
         }
         let [garenne, raw] = rates.map(Samples::of);
-        self.figures.push(Figure { what: what.to_owned(), unit: Unit::PerSecond, garenne, raw });
+        self.figures.push(Figure::new(what, Unit::PerSecond, garenne, raw));
         self.efforts.push(effort.average(what.to_owned()));
         self.efforts.push(raw_effort.average("  the same, raw".to_owned()));
         Ok(())
@@ -235,20 +258,16 @@ impl<'a> Bench<'a> {
         Ok(times)
     }
 
-    /// Exactly so many workers, freshly started.
-    async fn workers(&mut self, count: usize) -> Result<(), CliError> {
+    /// Exactly these workers, freshly started.
+    async fn workers(&mut self, crew: Crew) -> Result<(), CliError> {
         self.cluster.stop(|name| name.starts_with("Worker")).await;
-        let specs: Vec<_> = (1..=count).map(|number| self.spec(number)).collect();
+        let specs: Vec<_> = (1..=crew.count).map(|number| crew.spec(number)).collect();
         self.cluster.start_workers(&specs).await
     }
 
-    fn spec(&self, number: usize) -> WorkerSpec {
-        WorkerSpec {
-            name: format!("Worker {number}"),
-            queues: vec![QueueName::default()],
-            slots: self.arguments.slots,
-            lookahead: self.arguments.lookahead,
-        }
+    /// One worker with the slots and the look-ahead asked for.
+    fn tuned(&self) -> Crew {
+        Crew { count: 1, slots: self.arguments.slots, lookahead: self.arguments.lookahead }
     }
 
     fn remark(&self, what: &str, run: u32) {
@@ -272,7 +291,7 @@ impl<'a> Bench<'a> {
             for (when, value) in values {
                 let garenne = value.and_then(|value| Samples::of(vec![value]));
                 let what = format!("{name} memory, {when}");
-                self.figures.push(Figure { what, unit: Unit::Mebibytes, garenne, raw: None });
+                self.figures.push(Figure::new(&what, Unit::Mebibytes, garenne, None));
             }
         }
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use garenne_common::BatchId;
 use garenne_common::wire::BatchState;
 use garenne_producer::Producer;
-use indicatif::{HumanCount, ProgressBar, ProgressStyle};
+use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
 use tokio::time::sleep;
 
 use super::node_name;
@@ -96,9 +96,14 @@ impl Progress {
     pub(super) fn new(format: Format, total: u64, batch: BatchId) -> Self {
         let text = format == Format::Text;
         let bar = ProgressBar::new(total);
-        let style = "{bar:30.cyan} {human_pos}/{human_len} tasks  {per_sec}  {elapsed}";
+        let style = "{bar:30.cyan} {human_pos}/{human_len} tasks  {rate}  {elapsed}";
         if let Ok(style) = ProgressStyle::with_template(style) {
-            bar.set_style(style.progress_chars("━╸─"));
+            // The bar's own `per_sec` has four decimals.
+            let rate = |state: &ProgressState, to: &mut dyn std::fmt::Write| {
+                // Only this number is lost if it cannot be written.
+                write!(to, "{:.0}/s", state.per_sec()).unwrap_or_default();
+            };
+            bar.set_style(style.with_key("rate", rate).progress_chars("━╸─"));
         }
         let bar = Some(bar).filter(|bar| text && !bar.is_hidden());
         Self { batch, total, done: 0, bar, next_line: total / 4, text, met: vec![] }

@@ -26,12 +26,13 @@ use super::output::{self, Format, Paint};
 
 const EXAMPLES: &str = "\
 Examples:
-  make demo                             all of it, on a RabbitMQ started for the purpose
-  garenne demo                          the same on a RabbitMQ that runs already
-  garenne demo --broadcast              part 1 with every task on every node
-  garenne demo --only job --dir /etc    part 2 over files of one's own choice
+  make demo                           all of it, on a RabbitMQ of its own
+  garenne demo                        the same on a running RabbitMQ
+  garenne demo --broadcast            part 1 with every task on every node
+  garenne demo --only job --dir /etc  part 2 over files of one's own choice
 
-Exit codes: 1 if a task was lost, failed or computed something else than sha256sum and wc did.";
+Exit code 1 if a task was lost, failed, or computed something else than
+sha256sum and wc did.";
 
 /// What nobody waits for longer: every part of the demo takes seconds.
 const PATIENCE: Duration = Duration::from_mins(2);

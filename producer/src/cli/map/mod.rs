@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use clap::Args;
 use garenne_common::TaskName;
-use garenne_producer::Batch;
+use garenne_producer::{Batch, Producer};
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
@@ -75,31 +75,65 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
-    let shape = arguments.arg.clone().map_or(Shape::Json, Shape::Text);
-    let source = Source::new(arguments.file.clone());
     let reader = TaskTracker::new();
-    let prepared = async {
-        let total = source.check(&shape).await?;
-        let producer = context.producer("map").await?;
-        let (to, mut lines) = mpsc::channel(AHEAD);
-        reader.spawn(source.open(shape).await?.feed(to));
-        // Before the batch is opened: no tasks, no batch.
-        let first = lines.recv().await.transpose()?;
-        Ok::<_, CliError>((total, producer, first, lines))
-    };
-    let (total, producer, first, lines) = tokio::select! {
-        prepared = prepared => prepared?,
+    let (total, producer, mut lines) = tokio::select! {
+        prepared = prepare(context, &arguments, &reader) => prepared?,
         exit = context.stop.requested() => return Ok(exit),
     };
-    let exit = if let Some(first) = first {
-        let pump = Pump::new(context, &arguments, &producer, total);
-        submit(context, &arguments, pump, producer.batch().await?, first, lines).await
-    } else {
-        context.output.remark("the input has no lines, so there are no tasks");
-        Ok(Exit::Success)
+    // No tasks, no batch: so the first line comes first.
+    let opened = async {
+        let Some(first) = lines.recv().await.transpose()? else { return Ok(None) };
+        Ok(Some((first, open(context, &producer).await?)))
     };
-    producer.close().await;
+    let opened = tokio::select! {
+        opened = opened => opened,
+        exit = context.stop.requested() => return Ok(exit),
+    };
+    let exit = match opened {
+        Ok(Some((first, batch))) => {
+            let pump = Pump::new(context, &arguments, &producer, total);
+            submit(context, &arguments, pump, batch, first, lines).await
+        }
+        Ok(None) => {
+            context.output.remark("the input has no lines, so there are no tasks");
+            Ok(Exit::Success)
+        }
+        Err(error) => Err(error),
+    };
+    context.close(producer, &exit).await;
     exit
+}
+
+/// Checks the input, connects, and starts reading.
+async fn prepare(
+    context: &Context,
+    arguments: &Arguments,
+    reader: &TaskTracker,
+) -> Result<(Option<u64>, Producer, Receiver), CliError> {
+    let shape = arguments.arg.clone().map_or(Shape::Json, Shape::Text);
+    let source = Source::new(arguments.file.clone());
+    let total = source.check(&shape).await?;
+    // A long job outlives a restart of the broker: what is under way then is sent again.
+    let mut config = context.config.clone();
+    config.broker.publish_timeout = arguments.patience;
+    let producer = context.producer_with(&config, "map").await?;
+    let (to, lines) = mpsc::channel(AHEAD);
+    reader.spawn(source.open(shape).await?.feed(to));
+    Ok((total, producer, lines))
+}
+
+/// Opens the batch. At this first contact nobody wants to be patient.
+async fn open(context: &Context, producer: &Producer) -> Result<Batch, CliError> {
+    match tokio::time::timeout(context.deadline, producer.batch()).await {
+        Ok(batch) => Ok(batch?),
+        Err(_) => Err(CliError::unusable(format!(
+            "RabbitMQ did not take the first message within {:?}",
+            context.deadline
+        ))
+        .help(
+            "has it a memory or disk alarm? its management UI and log name it; `garenne doctor`",
+        )),
+    }
 }
 
 async fn submit(
@@ -114,7 +148,8 @@ async fn submit(
     let fed = pump.feed(&batch, first, lines).await;
     // Sealed as soon as its members are known, not when they have ended: should this process be
     // killed while it waits, the batch is complete all the same.
-    let sealed = seal(context, batch).await;
+    let limit = if fed.is_ok() { arguments.patience } else { context.deadline };
+    let sealed = seal(context, batch, limit).await;
     let ended = match (fed, sealed) {
         (Ok(()), Ok(())) if arguments.detach => Ok(()),
         (Ok(()), Ok(())) => pump.drain().await,
@@ -145,8 +180,8 @@ async fn submit(
     Ok(pump.verdict())
 }
 
-async fn seal(context: &Context, batch: Batch) -> Result<(), CliError> {
-    match tokio::time::timeout(context.deadline, batch.seal()).await {
+async fn seal(context: &Context, batch: Batch, limit: Duration) -> Result<(), CliError> {
+    match tokio::time::timeout(limit, batch.seal()).await {
         Ok(sealed) => Ok(sealed.map(drop)?),
         Err(_) => Err(context.unreachable().into()),
     }

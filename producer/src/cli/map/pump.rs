@@ -26,6 +26,8 @@ use crate::cli::submit::submission;
 const TICK: Duration = Duration::from_millis(100);
 /// After so long without any result a person wants to know what to check.
 const SILENCE: Duration = Duration::from_secs(15);
+/// How much later than the end of the input a signal may be noticed that caused both.
+const SIGNAL_LAG: Duration = Duration::from_millis(50);
 /// The pause before a submission that failed for the moment is tried again.
 const AGAIN: Duration = Duration::from_millis(500);
 
@@ -91,6 +93,8 @@ pub(crate) struct Pump<'a> {
     results: FuturesUnordered<Ended>,
     retries: RetryNotes,
     order: InOrder<Row>,
+    /// Whether the input can be read once only.
+    streaming: bool,
     /// Lines taken from the input.
     begun: u64,
     tally: Tally,
@@ -117,6 +121,7 @@ impl<'a> Pump<'a> {
             results: FuturesUnordered::new(),
             retries: producer.retry_notes(),
             order: InOrder::new(!arguments.unordered),
+            streaming: total.is_none(),
             begun: 0,
             tally: Tally::default(),
             progress: Progress::new(context, total),
@@ -155,7 +160,16 @@ impl<'a> Pump<'a> {
             }
         }
         self.progress.set_total(self.tally.submitted);
-        Ok(())
+        if self.streaming { self.unless_cut_short().await } else { Ok(()) }
+    }
+
+    /// Ctrl-C on a pipeline ends its first command too, and the end of the input may be noticed before
+    /// the signal. An input that was cut short must not pass for a whole one.
+    async fn unless_cut_short(&self) -> Result<(), Halt> {
+        match tokio::time::timeout(SIGNAL_LAG, self.context.stop.requested()).await {
+            Ok(exit) => Err(Halt::Stop(exit)),
+            Err(_) => Ok(()),
+        }
     }
 
     /// Waits for the results of all that was submitted.
@@ -323,17 +337,20 @@ impl<'a> Pump<'a> {
     }
 }
 
-/// Submits a line, again and again under one id while the broker is away and patience lasts.
+/// Submits a line, again and again while the broker is away or refuses, and patience lasts. An id
+/// that may have arrived is used again, so that nothing is counted twice.
 async fn submit(
     batch: &Batch,
     arguments: &Arguments,
     line: &Line,
 ) -> Result<Option<Handle<Value>>, SubmitError> {
-    let id = TaskId::generate();
     let started = Instant::now();
+    let mut id = None;
     loop {
-        let submission =
-            submission(&arguments.task, &line.args, &arguments.options)?.id(id.clone());
+        let mut submission = submission(&arguments.task, &line.args, &arguments.options)?;
+        if let Some(id) = &id {
+            submission = submission.id(TaskId::clone(id));
+        }
         let submitted = if arguments.detach {
             batch.submit_detached(submission).await.map(|_| None)
         } else {
@@ -342,6 +359,9 @@ async fn submit(
         match submitted {
             Err(error) if error.is_transient() && started.elapsed() < arguments.patience => {
                 tracing::info!(line = line.number, "submitting again: {error}");
+                if let SubmitError::Unconfirmed { id: uncertain, .. } = error {
+                    id = Some(uncertain);
+                }
                 tokio::time::sleep(AGAIN).await;
             }
             done => return done,

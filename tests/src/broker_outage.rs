@@ -1,0 +1,157 @@
+//! The broker goes away in mid-use and comes back: callers get typed errors within their deadlines
+//! (promise 1), and every connection comes back by itself (promise 7).
+
+use std::time::Duration;
+
+use garenne_common::config::Config;
+use garenne_common::wire::Question;
+use garenne_producer::{NoticeFilter, Producer, QueryError, Submission, SubmitError};
+use serde_json::{Value, json};
+
+use crate::harness::{PrivateNode, Process, Service, Soon, Warren, eventually, soon};
+
+const DEADLINE: Duration = Duration::from_secs(2);
+/// A deadline as seen from outside, on a busy machine.
+const ABOUT_THE_DEADLINE: Duration = Duration::from_secs(4);
+const COMES_BACK: Duration = Duration::from_secs(40);
+
+fn echo(args: impl serde::Serialize) -> Submission<Value> {
+    Submission::dynamic("garenne.echo", args).unwrap()
+}
+
+/// Short time limits everywhere, so that a frozen broker is noticed soon.
+fn impatient(service: Service<'_>) -> Service<'_> {
+    service.set("broker.heartbeat", "2s").set("broker.connect_timeout", "2s")
+}
+
+async fn crew(warren: &Warren) -> (Process, Process, Producer) {
+    let mut config: Config = warren.config();
+    config.broker.heartbeat = Duration::from_secs(2);
+    config.broker.connect_timeout = DEADLINE;
+    config.broker.publish_timeout = DEADLINE;
+    let (worker, collector) =
+        tokio::join!(impatient(warren.worker()).start(), impatient(warren.collector()).start());
+    let producer = Producer::connect(&config).await.unwrap();
+    works(&producer).await;
+    (worker, collector, producer)
+}
+
+/// A task goes out, its output comes back, and the collector answers.
+async fn works(producer: &Producer) {
+    let handle = eventually(COMES_BACK, "a task is taken", async || {
+        match producer.submit(echo("hello")).await {
+            Ok(handle) => Some(handle),
+            Err(error) => {
+                assert!(error.is_transient(), "{error:?}");
+                None
+            }
+        }
+    });
+    let handle = handle.await;
+    let id = handle.id().clone();
+    assert_eq!(handle.output().within(COMES_BACK, "its output comes").await.unwrap(), "hello");
+    eventually(COMES_BACK, "the collector has its result", async || {
+        producer.results(std::slice::from_ref(&id)).await.ok()?.pop()
+    })
+    .await;
+}
+
+/// Everything that a producer can ask for fails in its own type and in time.
+async fn everything_fails_in_time(producer: &Producer) {
+    let submit = async {
+        let error = producer.submit(echo(1)).await.unwrap_err();
+        let named = matches!(error, SubmitError::Unconfirmed { .. } | SubmitError::Broker(_));
+        assert!(named && error.is_transient(), "{error:?}");
+    };
+    let batch = async {
+        let error = producer.batch().await.err().expect("no broker, no batch");
+        assert!(error.is_transient(), "{error:?}");
+    };
+    let notices = async {
+        let error = producer.notices(NoticeFilter::All).await.err().expect("no broker, no notices");
+        assert!(matches!(error, QueryError::Broker(_)), "{error:?}");
+    };
+    let question = async {
+        let error = producer.ask_within(Question::Totals, DEADLINE).await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+    };
+    tokio::join!(
+        submit.within(ABOUT_THE_DEADLINE, "submitting fails"),
+        batch.within(ABOUT_THE_DEADLINE, "opening a batch fails"),
+        notices.within(ABOUT_THE_DEADLINE, "listening fails"),
+        question.within(ABOUT_THE_DEADLINE, "asking fails"),
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_broker_is_an_error_in_time_and_then_a_memory() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let (_worker, _collector, producer) = crew(&warren).await;
+    node.kill().await;
+    everything_fails_in_time(&producer).await;
+    // Whoever starts meanwhile waits.
+    let mut late = impatient(warren.worker()).spawn();
+    late.logged("cannot reach RabbitMQ").await;
+    node.start();
+    works(&producer).await;
+    late.logged(r#""message":"ready""#).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_stops_in_order_is_no_different() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let (mut worker, mut collector, producer) = crew(&warren).await;
+    let running =
+        producer.submit(Submission::dynamic("garenne.sleep", json!({ "millis": 1_000 })).unwrap());
+    let running = running.await.unwrap();
+    node.stop();
+    everything_fails_in_time(&producer).await;
+    node.start();
+    let result = running.result().within(COMES_BACK, "what ran meanwhile is told").await.unwrap();
+    assert_eq!(result.attempt, 1);
+    works(&producer).await;
+    node.stop();
+    for process in [&mut worker, &mut collector] {
+        process.logged("not consuming").await;
+        assert!(
+            process.terminate(Duration::from_secs(15)).await.success(),
+            "stops without a broker"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_broker_is_an_error_in_time_and_then_a_memory() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let (mut worker, mut collector, producer) = crew(&warren).await;
+    node.freeze();
+    everything_fails_in_time(&producer).await;
+    // Their connections look open; only the missing heartbeats tell.
+    tokio::join!(worker.logged("not consuming"), collector.logged("not consuming"));
+    node.thaw();
+    works(&producer).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn confirmed_tasks_outlive_a_killed_broker() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let producer = warren.producer().await;
+    let mut ids = vec![];
+    for n in 0..50 {
+        // Half of them wait in the delay queues.
+        let delay = Duration::from_secs(n % 2);
+        ids.push(producer.submit_detached(echo(n).delay(delay)).await.unwrap());
+    }
+    node.kill().await;
+    node.start();
+    let _crew = warren.crew().await;
+    soon("all of them ended", async || {
+        let results = producer.results(&ids).await.ok()?;
+        (results.len() == ids.len()).then_some(())
+    })
+    .await;
+}

@@ -1,0 +1,179 @@
+//! Executions can repeat, outcomes cannot (promise 4), and what the collector has acknowledged survives
+//! whatever happens to its process.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use futures_util::{TryStreamExt, stream};
+use garenne_common::wire::{Message, Notice, Properties, Report, TaskState, report};
+use garenne_common::{BatchId, Status, TaskId, Timestamp};
+use garenne_producer::{Producer, Submission};
+use serde_json::json;
+
+use crate::harness::{Soon, Warren, message, soon};
+
+async fn stored(producer: &Producer, count: u64) {
+    let what = format!("{count} results are stored");
+    soon(&what, async || (producer.totals().await.ok()?.results >= count).then_some(())).await;
+}
+
+/// A task that ran while nobody collected, and the bundle that says so.
+async fn uncollected(warren: &Warren) -> Vec<Report> {
+    let amqp = warren.amqp().await;
+    let _worker = warren.worker().start().await;
+    amqp.task(message("garenne.echo", "t-1", &json!("first"))).await;
+    amqp.results().await.reports().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_survive_a_stop_and_a_kill() {
+    let warren = Warren::new().await;
+    let (_worker, mut collector) = warren.crew().await;
+    let producer = warren.producer().await;
+    let submission = Submission::dynamic("garenne.echo", "kept").unwrap();
+    let id = producer.submit_detached(submission).await.unwrap();
+    stored(&producer, 1).await;
+    assert!(collector.terminate(Duration::from_secs(15)).await.success());
+    let second = warren.collector().start().await;
+    assert!(matches!(producer.task_state(&id).await.unwrap(), TaskState::Finished { .. }));
+    second.kill().await;
+    let _third = warren.collector().start().await;
+    assert!(matches!(producer.task_state(&id).await.unwrap(), TaskState::Finished { .. }));
+    assert_eq!(producer.totals().await.unwrap().results, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_result_of_a_task_counts_and_repeats_are_dropped() {
+    let warren = Warren::new().await;
+    let reports = uncollected(&warren).await;
+    let _collector = warren.collector().start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let batch = BatchId::new("b-1").unwrap();
+    let Report::Finished(first) = reports[0].clone() else { panic!("{reports:?}") };
+    let first = garenne_common::TaskResult { batch: Some(batch.clone()), ..first };
+    let other = garenne_common::TaskResult {
+        status: Status::Failed,
+        error: Some("a second execution".to_owned()),
+        output: None,
+        ..first.clone()
+    };
+    let (first, other) = (Report::Finished(first), Report::Finished(other));
+    // In one bundle, in another bundle, and after it was stored.
+    amqp.reports(&[first.clone(), first.clone(), other.clone()]).await;
+    amqp.reports(std::slice::from_ref(&first)).await;
+    stored(&producer, 1).await;
+    amqp.reports(&[other]).await;
+    soon("all repeats are dropped", async || {
+        (producer.totals().await.unwrap().repeats == 4).then_some(())
+    })
+    .await;
+    let status = producer.batch_status(&batch).await.unwrap().unwrap();
+    assert_eq!((status.summary.succeeded, status.summary.failed), (1, 0));
+    let results = producer.results(&[TaskId::new("t-1").unwrap()]).await.unwrap();
+    assert_eq!(results[0].status, Status::Succeeded);
+    assert_eq!(producer.totals().await.unwrap().results, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_language_reports_in_json() {
+    let warren = Warren::new().await;
+    let reports = uncollected(&warren).await;
+    let _collector = warren.collector().start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let properties = Properties {
+        content_type: Some("application/json".to_owned()),
+        kind: Some(report::BUNDLE_KIND.to_owned()),
+        ..Properties::default()
+    };
+    let body = serde_json::to_vec(&reports).unwrap().into();
+    let results = warren.config().broker.topology().results();
+    amqp.publish(&results, &results, Message { properties, headers: vec![], body }).await;
+    stored(&producer, 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nonsense_in_its_queues_does_not_stop_the_collector() {
+    let warren = Warren::new().await;
+    let _collector = warren.collector().start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let topology = warren.config().broker.topology();
+    let nonsense = |body: &'static [u8]| Message { body: body.into(), ..Message::default() };
+    for body in [
+        &b""[..],
+        b"\x01\xff\xff\xff\xff\xff",
+        b"\x09",
+        b"{",
+        b"\x01\xfd\xff\xff\xff\xff\xff\xff\xff\xff",
+    ] {
+        amqp.publish(&topology.results(), &topology.results(), nonsense(body)).await;
+        amqp.publish(&topology.dead(), "", nonsense(body)).await;
+        amqp.publish("", &topology.queries(), nonsense(body)).await;
+    }
+    let id = garenne_common::BatchId::new("b-1").unwrap();
+    let at = Timestamp::now();
+    amqp.reports(&[Report::BatchSealed { batch: id.clone(), count: 0, at }]).await;
+    let summary = producer.wait_batch(&id).soon("the collector goes on").await.unwrap();
+    assert_eq!(summary.total, Some(0));
+    let totals = producer.totals().await.unwrap();
+    assert!(totals.dead >= 5, "what it cannot read is kept as a dead letter: {totals:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_notice_is_told_although_the_collector_is_killed_again_and_again() {
+    const TASKS: usize = 600;
+    let warren = Warren::new().await;
+    let (_worker, mut collector) = warren.crew().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let mut notices = amqp.notices().await;
+    let tasks = (0..TASKS).map(|n| Submission::dynamic("garenne.echo", n).unwrap());
+    let ids: Vec<_> =
+        producer.submit_all_detached(stream::iter(tasks)).try_collect().await.unwrap();
+    let mut told = HashSet::new();
+    let mut kills = [TASKS / 6, TASKS / 3, TASKS / 2].into_iter().peekable();
+    while told.len() < TASKS {
+        let message = notices.next().await;
+        let Notice::Task(task) = Notice::decode(&message).unwrap() else { panic!() };
+        assert_eq!(message.properties.message_id, Some(format!("task.{}", task.task)));
+        told.insert(task.task);
+        if kills.next_if(|at| told.len() >= *at).is_some() {
+            collector.kill().await;
+            collector = warren.collector().start().await;
+        }
+    }
+    assert_eq!(told, ids.into_iter().collect());
+    assert_eq!(producer.totals().await.unwrap().results, TASKS as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_results_are_forgotten() {
+    let warren = Warren::new().await;
+    let (_worker, mut collector) = warren.crew().await;
+    let producer = warren.producer().await;
+    let submission = Submission::dynamic("garenne.echo", 1).unwrap();
+    let id = producer.submit_detached(submission).await.unwrap();
+    stored(&producer, 1).await;
+    assert!(collector.terminate(Duration::from_secs(15)).await.success());
+    let old = Timestamp::now().plus(Duration::from_millis(300));
+    soon("it is old", async || (Timestamp::now() > old).then_some(())).await;
+    let _collector = warren.collector().set("collector.retention", "200ms").start().await;
+    soon("it is forgotten", async || {
+        (producer.task_state(&id).await.unwrap() == TaskState::Unknown).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_collectors_share_a_store_and_the_work() {
+    let warren = Warren::new().await;
+    let (_worker, _one, _two) = tokio::join!(
+        warren.worker().start(),
+        warren.collector().start(),
+        warren.collector().start(),
+    );
+    let producer = warren.producer().await;
+    let batch = producer.batch().await.unwrap();
+    let tasks = (0..500).map(|n| Submission::dynamic("garenne.echo", n).unwrap());
+    let _ids: Vec<_> = batch.submit_all_detached(stream::iter(tasks)).try_collect().await.unwrap();
+    let summary = batch.seal().await.unwrap().wait().soon("the batch is done").await.unwrap();
+    assert_eq!((summary.total, summary.succeeded), (Some(500), 500));
+}

@@ -1,0 +1,64 @@
+//! `garenne demo` and `garenne bench`, in small: they start the shipped services as processes and find
+//! fault with themselves.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::harness::{Ended, Warren, finish};
+
+async fn garenne(arguments: &[&str]) -> Ended {
+    let warren = Warren::new().await;
+    let mut command = warren.command("garenne");
+    command.args(arguments);
+    finish(command, "", Duration::from_mins(2)).await
+}
+
+/// Pairs of node and task out of the lines `Node 2 is processing task 4`.
+fn runs(text: &str) -> BTreeSet<(u32, u32)> {
+    let pairs = text.lines().filter_map(|line| {
+        let (node, task) = line.trim().strip_prefix("Node ")?.split_once(" is processing task ")?;
+        Some((node.parse().ok()?, task.parse().ok()?))
+    });
+    pairs.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_tasks_run_on_three_nodes() {
+    let demo = garenne(&["demo", "--only", "tasks", "--no-wait"]).await.ok();
+    let tasks: Vec<_> = runs(&demo)
+        .into_iter()
+        .map(|(_, task)| task)
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
+    assert_eq!(tasks, [1, 2, 3, 4, 5], "{demo}");
+    assert_eq!(runs(&demo).len(), 5, "each once: {demo}");
+    assert!(demo.contains("All tasks are done."), "{demo}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broadcast_runs_every_task_on_every_node() {
+    let demo = garenne(&["demo", "--only", "tasks", "--broadcast", "--no-wait"]).await.ok();
+    let all = (1..=3).flat_map(|node| (1..=5).map(move |task| (node, task)));
+    assert_eq!(runs(&demo), all.collect(), "{demo}");
+    assert!(demo.contains("All tasks are done."), "{demo}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_real_job_survives_dying_workers_and_is_checked_against_coreutils() {
+    let directory = crate::harness::root().join("common");
+    let directory = directory.to_str().unwrap();
+    let job = ["demo", "--only", "job", "--no-wait", "--files", "300", "--dir", directory];
+    let demo = garenne(&job).await;
+    assert_eq!(demo.code, Some(0), "{demo:#?}");
+    assert!(format!("{}{}", demo.stdout, demo.stderr).contains("sha256sum"), "{demo:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bench_measures_and_reports() {
+    let small = ["--tasks", "500", "--repeats", "1", "--scenario", "tasks,submit"];
+    let bench = [&["bench", "--output", "json"], &small[..]].concat();
+    let bench = garenne(&bench).await;
+    assert_eq!(bench.code, Some(0), "{bench:#?}");
+    assert!(bench.json().is_object());
+}

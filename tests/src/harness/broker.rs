@@ -1,0 +1,155 @@
+//! RabbitMQ for the tests: one shared node for everybody, one private node for those who break it.
+//!
+//! The shared one is that of `AMQP_URL` (`make test` sets it) or one that the first test starts. The
+//! private one goes from test to test; whoever holds it may kill it, and the next holder finds it
+//! running again. No broker is a failure with the words of the script that starts it.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::sync::{Mutex, MutexGuard};
+
+use super::{root, soon};
+
+/// The URL of the broker that tests share and must not harm.
+pub(crate) fn shared_url() -> &'static str {
+    static SHARED: OnceLock<String> = OnceLock::new();
+    SHARED.get_or_init(|| match std::env::var("AMQP_URL") {
+        Ok(url) if !url.is_empty() => url,
+        _ => Node::start("shared").variable("AMQP_URL"),
+    })
+}
+
+/// The node that tests may kill, held by one test at a time.
+pub(crate) struct PrivateNode(MutexGuard<'static, Option<Node>>);
+
+impl PrivateNode {
+    /// Waits until no other test has it.
+    pub(crate) async fn take() -> Self {
+        static NODE: Mutex<Option<Node>> = Mutex::const_new(None);
+        let mut held = NODE.lock().await;
+        match &*held {
+            // The last holder may have left it killed or stopped.
+            Some(node) => node.run(),
+            None => *held = Some(Node::start("private")),
+        }
+        Self(held)
+    }
+
+    fn node(&self) -> &Node {
+        self.0.as_ref().expect("filled in by `take`")
+    }
+
+    /// The URL; the same after a restart.
+    pub(crate) fn url(&self) -> String {
+        self.node().variable("AMQP_URL")
+    }
+
+    /// Kills the broker as a power cut would, and waits until it is gone.
+    pub(crate) async fn kill(&self) {
+        let pid = self.signal(Signal::SIGKILL);
+        let stat = format!("/proc/{pid}/stat");
+        soon("the broker is gone", async || {
+            let stat = fs::read_to_string(&stat).unwrap_or_default();
+            // A dead process stays as a zombie until somebody has waited for it.
+            let runs = stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'));
+            (!runs).then_some(())
+        })
+        .await;
+    }
+
+    /// Stops the broker in order.
+    pub(crate) fn stop(&self) {
+        script(&["stop", &self.node().directory()]);
+    }
+
+    /// Starts it again, with the same port and data.
+    pub(crate) fn start(&self) {
+        self.node().run();
+    }
+
+    /// Freezes the broker: connections stay open and nobody answers.
+    pub(crate) fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets a frozen broker go on.
+    pub(crate) fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn signal(&self, signal: Signal) -> Pid {
+        let pid = self.node().variable("BROKER_PID").parse().expect("a process id");
+        let pid = Pid::from_raw(pid);
+        kill(pid, signal).expect("the broker runs");
+        pid
+    }
+}
+
+impl Drop for PrivateNode {
+    fn drop(&mut self) {
+        // A test that failed may have left it frozen; the next holder could not restart that.
+        if let Some(pid) = self.node().try_variable("BROKER_PID").and_then(|pid| pid.parse().ok()) {
+            kill(Pid::from_raw(pid), Signal::SIGCONT).ok();
+        }
+    }
+}
+
+/// A node below a directory of ours. It dies with this process, however that ends.
+struct Node(PathBuf);
+
+impl Node {
+    fn start(name: &str) -> Self {
+        let place = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        sweep(place);
+        let node = Self(place.join(format!("rabbitmq-{}-{name}", std::process::id())));
+        node.run();
+        node
+    }
+
+    /// Makes it run, from whatever state.
+    fn run(&self) {
+        script(&["start", &self.directory(), "--die-with", &std::process::id().to_string()]);
+    }
+
+    fn directory(&self) -> String {
+        self.0.display().to_string()
+    }
+
+    fn variable(&self, name: &str) -> String {
+        self.try_variable(name).unwrap_or_else(|| panic!("{} has no {name}", self.directory()))
+    }
+
+    fn try_variable(&self, name: &str) -> Option<String> {
+        let text = fs::read_to_string(self.0.join("env")).ok()?;
+        let pairs: HashMap<_, _> = text.lines().filter_map(|line| line.split_once('=')).collect();
+        pairs.get(name).map(|value| (*value).to_owned())
+    }
+}
+
+fn script(arguments: &[&str]) {
+    let program = root().join("scripts/rabbitmq");
+    let done = Command::new(program).args(arguments).output().expect("scripts/rabbitmq can run");
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(
+        done.status.success(),
+        "no RabbitMQ for the tests; run `make test`, or scripts/setup:\n{said}"
+    );
+}
+
+/// Removes what earlier runs left: their nodes died with them, their directories did not.
+fn sweep(place: &Path) {
+    for entry in fs::read_dir(place).expect("cargo makes it").flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix("rabbitmq-").and_then(|rest| rest.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Another run may sweep at the same time.
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Garenne against a real RabbitMQ, with real processes and real kills.
+//!
+//! One module per promise; the harness under them starts what they need. `make test` runs everything.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "in a test a panic is the way to fail, and the whole crate is tests"
+)]
+#![allow(
+    clippy::wildcard_enum_match_arm,
+    reason = "a test names what it expects, and whatever else comes is a failure"
+)]
+#![allow(clippy::large_futures, reason = "no future here is moved often enough to matter")]
+
+mod harness;
+
+mod batch_and_notices;
+mod broker_outage;
+mod cli;
+mod collector_store;
+mod command_tasks;
+mod dead_letter;
+mod demo_and_bench;
+mod errors;
+mod examples;
+mod foreign_client;
+mod kill_everything;
+mod malformed;
+mod options;
+mod redelivery;
+mod retry_and_delay;
+mod round_trip;
+mod shutdown;
+mod tidy;

@@ -1,0 +1,137 @@
+//! Stopping loses nothing (promise 8): running work ends, other work goes back, and neither costs an
+//! attempt.
+
+use std::time::Duration;
+
+use garenne_common::{QueueName, Timestamp};
+use garenne_producer::Submission;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::harness::{Process, Soon, Warren, message, soon};
+
+/// How long a process may take that has nothing to wait for.
+const PROMPT: Duration = Duration::from_secs(10);
+
+fn sleep(millis: u64) -> Submission<serde_json::Value> {
+    Submission::dynamic("garenne.sleep", json!({ "millis": millis })).unwrap()
+}
+
+/// Waits until the queue is empty because everything in it was delivered.
+async fn delivered(warren: &Warren) {
+    let amqp = warren.amqp().await;
+    soon("the worker has taken its tasks", async || (amqp.waiting().await == 0).then_some(()))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_finishes_what_runs_and_hands_back_the_rest() {
+    let warren = Warren::new().await;
+    let mut first = warren
+        .worker()
+        .set("worker.slots", 2)
+        .set("worker.lookahead", 8)
+        .arg("--name=first")
+        .start()
+        .await;
+    let producer = warren.producer().await;
+    let mut handles = vec![];
+    for _ in 0..6 {
+        handles.push(producer.submit(sleep(1_500)).await.unwrap());
+    }
+    delivered(&warren).await;
+    first.signal(Signal::SIGTERM);
+    let _second = warren.worker().set("worker.slots", 8).arg("--name=second").start().await;
+    let mut workers = vec![];
+    for handle in handles {
+        let result = handle.result().soon("a sleeper ends").await.unwrap();
+        assert_eq!(result.attempt, 1, "{result:?}");
+        if result.worker == "first" {
+            assert!(!result.redelivered, "it was finished, not run again: {result:?}");
+        }
+        workers.push(result.worker);
+    }
+    workers.sort_unstable();
+    assert_eq!(workers, ["first", "first", "second", "second", "second", "second"]);
+    assert_eq!(first.ended(PROMPT).await.code(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_handed_back_goes_at_once_and_does_not_wait_for_what_runs() {
+    let warren = Warren::new().await;
+    let mut worker =
+        warren.worker().set("worker.slots", 1).set("worker.lookahead", 8).start().await;
+    let amqp = warren.amqp().await;
+    let producer = warren.producer().await;
+    let long = producer.submit(sleep(3_000)).await.unwrap();
+    for n in 0..3 {
+        amqp.task(message("garenne.echo", &format!("t-{n}"), &json!(n))).await;
+    }
+    delivered(&warren).await;
+    worker.signal(Signal::SIGTERM);
+    soon("the waiting tasks are back", async || (amqp.waiting().await == 3).then_some(())).await;
+    let back = Timestamp::now();
+    let result = long.result().soon("the long one ends").await.unwrap();
+    assert!(result.finished_at > back, "the tasks came back while the long one ran");
+    assert!(worker.ended(PROMPT).await.success());
+}
+
+/// A worker whose one task would run for minutes, told to stop; then its task, back in the queue.
+async fn interrupt(grace: &str, stop: impl AsyncFnOnce(&mut Process)) {
+    let warren = Warren::new().await;
+    let mut worker = warren.worker().arg("--grace").arg(grace).start().await;
+    let amqp = warren.amqp().await;
+    amqp.task(message("garenne.sleep", "t-1", &json!({ "millis": 600_000 }))).await;
+    delivered(&warren).await;
+    stop(&mut worker).await;
+    assert_eq!(worker.ended(PROMPT).await.code(), Some(0));
+    let topology = warren.config().broker.topology();
+    let mut queue = amqp.tap(&topology.task_queue(&QueueName::default())).await;
+    let task = queue.next().await;
+    assert_eq!(task.properties.message_id.as_deref(), Some("t-1"));
+    assert_eq!(task.header("x-garenne-attempt"), None, "an interruption costs no attempt");
+    assert_eq!(amqp.admin.depth(&topology.dead()).await.unwrap(), Some(0));
+    assert_eq!(amqp.admin.depth(&topology.results()).await.unwrap(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_outlasts_the_grace_period_goes_back_unharmed() {
+    interrupt("300ms", async |worker| worker.signal(Signal::SIGTERM)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_does_not_wait() {
+    interrupt("10m", async |worker| {
+        worker.signal(Signal::SIGTERM);
+        worker.logged(r#""message":"draining""#).await;
+        worker.signal(Signal::SIGINT);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn idle_processes_stop_at_once() {
+    let warren = Warren::new().await;
+    let (mut worker, mut collector) = warren.crew().await;
+    for process in [&mut worker, &mut collector] {
+        assert_eq!(process.terminate(PROMPT).await.code(), Some(0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_worker_sends_the_last_results_before_it_goes() {
+    let warren = Warren::new().await;
+    let mut worker = warren.worker().set("worker.slots", 50).start().await;
+    let amqp = warren.amqp().await;
+    for n in 0..50 {
+        amqp.task(message("garenne.sleep", &format!("t-{n}"), &json!({ "millis": 700 }))).await;
+    }
+    delivered(&warren).await;
+    assert!(worker.terminate(PROMPT).await.success());
+    let mut results = amqp.results().await;
+    let mut ended = 0;
+    while ended < 50 {
+        ended += results.reports().soon("the results were sent").await.len();
+    }
+    assert_eq!(amqp.waiting().await, 0, "and their tasks are acknowledged");
+}

@@ -1,0 +1,260 @@
+//! The rules of the repository that no compiler knows. A failure says which rule and why it is one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::harness::root;
+
+/// The crates and what else is Rust here.
+const CRATES: [&str; 6] = ["common", "producer", "worker", "collector", "examples", "tests"];
+
+/// Files below a directory with this ending, relative to the root.
+fn files(directory: &str, ending: &str) -> Vec<PathBuf> {
+    let mut found = vec![];
+    let mut directories = vec![root().join(directory)];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.to_string_lossy().ends_with(ending) {
+                found.push(path.strip_prefix(root()).unwrap().to_owned());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn sources() -> Vec<PathBuf> {
+    let all: Vec<_> = CRATES.iter().flat_map(|name| files(name, ".rs")).collect();
+    assert!(all.len() > 50, "the sources were found");
+    all
+}
+
+fn read(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    fs::read_to_string(root().join(path))
+        .unwrap_or_else(|error| panic!("{} cannot be read: {error}", path.display()))
+}
+
+/// The code of a file without its comments (and without what only looks like code in them).
+fn code(path: &Path) -> String {
+    let text = read(path);
+    let lines = text.lines().map(|line| line.split("//").next().unwrap_or_default());
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Fails with the offenders, one a line, and the reason for the rule.
+#[track_caller]
+fn none(offenders: &[String], rule: &str) {
+    assert!(offenders.is_empty(), "{rule}\n  {}", offenders.join("\n  "));
+}
+
+#[test]
+fn every_file_says_what_it_is() {
+    let silent = sources().into_iter().filter(|path| !read(path).starts_with("//! "));
+    let silent: Vec<_> = silent.map(|path| path.display().to_string()).collect();
+    none(&silent, "Every .rs opens with `//!`: what it is, and what it does not do. Missing in:");
+}
+
+/// Sources outside `home` whose code names a crate.
+fn naming(name: &str, home: &str) -> Vec<String> {
+    let uses = [format!("{name}::"), format!("use {name};"), format!("extern crate {name}")];
+    let strangers = sources().into_iter().filter(|path| !path.starts_with(home));
+    // This file names them all.
+    let strangers = strangers.filter(|path| !path.ends_with("tests/src/tidy.rs"));
+    let naming = strangers.filter(|path| uses.iter().any(|usage| code(path).contains(usage)));
+    naming.map(|path| path.display().to_string()).collect()
+}
+
+/// Crates other than `common` that depend on one of these.
+fn depending(names: &[&str]) -> Vec<String> {
+    let manifests = CRATES.iter().filter(|name| **name != "common");
+    let mut found = vec![];
+    for path in manifests.map(|name| format!("{name}/Cargo.toml")) {
+        let text = read(&path);
+        let keys = text.lines().filter_map(|line| line.split(['.', '=', ' ']).next());
+        found.extend(keys.filter(|key| names.contains(key)).map(|key| format!("{path}: {key}")));
+    }
+    found
+}
+
+#[test]
+fn one_module_owns_the_client_library() {
+    let mut strangers = naming("lapin", "common/src/broker");
+    strangers.extend(depending(&["lapin"]));
+    none(
+        &strangers,
+        "Only common/src/broker names lapin: its traps are fenced in there. Also named in:",
+    );
+}
+
+#[test]
+fn one_module_owns_the_codec() {
+    let mut strangers = naming("bincode", "common/src/wire");
+    strangers.extend(depending(&["bincode"]));
+    none(&strangers, "Only common/src/wire names bincode: no size limit elsewhere. Also named in:");
+}
+
+#[test]
+fn pure_modules_stay_pure() {
+    let pure = files("common/src", ".rs").into_iter().filter(|path| {
+        let impure = ["broker", "config.rs", "config", "telemetry.rs"];
+        !impure.iter().any(|part| path.starts_with(Path::new("common/src").join(part)))
+    });
+    let impure = pure.filter(|path| {
+        ["tokio::", "std::env", "std::fs", "std::net"].iter().any(|io| code(path).contains(io))
+    });
+    let impure: Vec<_> = impure.map(|path| path.display().to_string()).collect();
+    none(&impure, "What a task is and how it travels does no IO and knows no runtime. But:");
+}
+
+#[test]
+fn roles_never_depend_on_each_other() {
+    let roles = ["producer", "worker", "collector"];
+    let mut found = vec![];
+    for role in roles {
+        let text = read(format!("{role}/Cargo.toml"));
+        let others = roles.iter().filter(|other| **other != role);
+        let named = others.filter(|other| text.contains(&format!("garenne-{other}.workspace")));
+        found.extend(named.map(|other| format!("{role} depends on {other}")));
+    }
+    none(&found, "Producer, worker and collector meet on the wire and nowhere else:");
+}
+
+#[test]
+fn versions_live_in_one_place() {
+    let mut found = vec![];
+    for path in CRATES.map(|name| format!("{name}/Cargo.toml")) {
+        let text = read(&path);
+        let pinned = text.lines().filter(|line| {
+            line.contains("version = \"")
+                || line.split_once(" = \"").is_some_and(|(_, v)| {
+                    v.starts_with(|c: char| c.is_ascii_digit() || c == '=' || c == '^')
+                })
+        });
+        found.extend(pinned.map(|line| format!("{path}: {line}")));
+    }
+    none(&found, "Versions stand in the root Cargo.toml, once. But:");
+}
+
+/// Fields of the structs `Raw…` of common's configuration, with the section each is written in.
+fn configuration_keys() -> Vec<String> {
+    let files = files("common/src", ".rs").into_iter();
+    let texts = files.filter(|path| path.to_string_lossy().contains("config")).map(read);
+    let text: String = texts.collect::<Vec<_>>().join("\n");
+    let fields = |name: &str| {
+        let (_, rest) =
+            text.split_once(&format!("struct {name} {{")).unwrap_or_else(|| panic!("{name}"));
+        let (body, _) = rest.split_once("\n}").unwrap();
+        let lines = body.lines().map(str::trim).filter(|line| !line.starts_with(['#', '/']));
+        let pairs = lines.filter_map(|line| line.trim_end_matches(',').split_once(": "));
+        let pairs =
+            pairs.map(|(key, kind)| (key.trim_start_matches("pub ").to_owned(), kind.to_owned()));
+        pairs.collect::<Vec<_>>()
+    };
+    let mut keys = vec![];
+    for (section, kind) in fields("RawConfig") {
+        keys.extend(fields(&kind).into_iter().map(|(key, _)| format!("{section}.{key}")));
+    }
+    keys.extend(fields("RawCommand").into_iter().map(|(key, _)| key));
+    assert!(keys.len() > 25, "the keys were found: {keys:?}");
+    keys
+}
+
+#[test]
+fn every_configuration_key_is_documented() {
+    let documentation = read("docs/configuration.md");
+    // A command's keys have no section; the example shows them, as `key = value`.
+    let named = |key: &String| {
+        documentation.contains(&format!("`{key}`"))
+            || documentation.contains(&format!("\n{key} = "))
+    };
+    let missing: Vec<_> = configuration_keys().into_iter().filter(|key| !named(key)).collect();
+    none(&missing, "docs/configuration.md lists every key as `section.key`. Missing:");
+}
+
+/// Paths of this repository that a text names: link targets, and words that begin with a known place.
+fn named_paths(text: &str) -> Vec<String> {
+    let places = [
+        "common/",
+        "producer/",
+        "worker/",
+        "collector/",
+        "tests/",
+        "examples/",
+        "docs/",
+        "scripts/",
+        ".ci/",
+        "deploy/",
+    ];
+    let links = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#', ' ']).next());
+    let links = links.filter(|link| !link.is_empty() && !link.contains("://"));
+    let separators = |c: char| c.is_whitespace() || "`()[]{}<>,;:|\"'#│├└─*".contains(c);
+    let words = text.split(separators).map(|word| word.trim_end_matches('.'));
+    let words = words.filter(|word| places.iter().any(|place| word.starts_with(place)));
+    // `NNNN` and `…` stand for something.
+    let all = links.chain(words).filter(|path| !path.contains("NNNN") && !path.contains('…'));
+    all.map(str::to_owned).collect()
+}
+
+/// Checks a document's length and the paths it names; links are relative to its directory.
+#[track_caller]
+fn sound(document: &str, most_lines: usize) {
+    let text = read(document);
+    let lines = text.lines().count();
+    assert!(
+        lines <= most_lines,
+        "{document} has {lines} lines, more than the {most_lines} people read"
+    );
+    let directory = root().join(document).parent().unwrap().to_owned();
+    let missing = named_paths(&text)
+        .into_iter()
+        .filter(|path| !root().join(path).exists() && !directory.join(path).exists());
+    none(&missing.collect::<Vec<_>>(), &format!("{document} names what does not exist:"));
+}
+
+#[test]
+fn the_readme_is_short_and_true() {
+    sound("README.md", 120);
+}
+
+#[test]
+fn the_map_is_short_and_true() {
+    sound("ARCHITECTURE.md", 250);
+}
+
+#[test]
+fn the_other_documents_name_what_exists() {
+    for document in files("docs", ".md") {
+        sound(&document.display().to_string(), 1_000);
+    }
+    sound("CONTRIBUTING.md", 200);
+}
+
+#[test]
+fn the_documents_name_tests_that_exist() {
+    let mut missing = vec![];
+    for document in files("docs", ".md") {
+        let text = read(&document);
+        // `module::test` in backticks, as docs/reliability.md names what holds a promise.
+        for (module, test) in text.split('`').filter_map(|word| word.split_once("::")) {
+            let source = format!("tests/src/{module}.rs");
+            if root().join(&source).exists() && !read(&source).contains(&format!("fn {test}(")) {
+                missing.push(format!("{}: {module}::{test}", document.display()));
+            }
+        }
+    }
+    none(&missing, "A promise whose test is gone is held by nothing:");
+}
+
+#[test]
+fn the_table_of_contents_of_the_tests_is_complete() {
+    let main = read("tests/src/main.rs");
+    let modules = fs::read_dir(root().join("tests/src")).unwrap().flatten();
+    let names =
+        modules.map(|entry| entry.file_name().to_string_lossy().trim_end_matches(".rs").to_owned());
+    let missing = names.filter(|name| name != "main" && !main.contains(&format!("mod {name};")));
+    none(&missing.collect::<Vec<_>>(), "A module that main.rs does not name is never run:");
+}
