@@ -15,11 +15,12 @@ demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 	$(CARGO) build --release --bins
 	scripts/rabbitmq run --management -- target/release/garenne demo $(ARGS)
 
+# Tests mostly wait for brokers and processes, so more of them than cores run at once.
 # The tests start the real binaries and the examples, so these are built first.
 test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup
 	$(CARGO) build --workspace --bins --examples
-	scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
+	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
 
 # One after the other, whatever -j says: each of them uses all cores, and the cheap ones fail first.
 ci: ## what continuous integration runs: formatting, clippy, documentation, tests

@@ -5,7 +5,7 @@
 
 use garenne_common::outcome::DeadReason;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
-use garenne_common::wire::{DeadLetter, Message, Report};
+use garenne_common::wire::{DeadLetter, Message, Report, task as task_wire};
 use garenne_common::{TaskResult, Timestamp};
 
 /// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
@@ -20,7 +20,18 @@ pub struct Group {
     pub reports: Vec<Report>,
     /// Dead letters in the order of their arrival.
     pub letters: Vec<Letter>,
+    /// Tasks that a consumer rejected by mistake: not dead, and to be sent back first of all.
+    pub rejected: Vec<Rejected>,
     bytes: usize,
+}
+
+/// A sound task that was rejected unread, in place of one that no library can parse.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rejected {
+    /// The short name of its queue.
+    pub queue: String,
+    /// The task.
+    pub message: Message,
 }
 
 /// A dead letter and what it says of its task.
@@ -46,7 +57,7 @@ pub enum Source {
 impl Group {
     /// An empty group.
     pub fn new(at: Timestamp) -> Self {
-        Self { at, reports: vec![], letters: vec![], bytes: 0 }
+        Self { at, reports: vec![], letters: vec![], rejected: vec![], bytes: 0 }
     }
 
     /// How many records it holds.
@@ -69,8 +80,18 @@ impl Group {
         self.bytes += message.body.len();
         match source {
             Source::Results => self.take_reports(routing_key, message, by),
-            Source::Dead => self.letters.push(Letter::of_task(DeadLetter::decode(message))),
+            Source::Dead => self.take_dead(message),
             Source::Unrouted => self.take_unrouted(routing_key, message, by),
+        }
+    }
+
+    fn take_dead(&mut self, message: &Message) {
+        match DeadLetter::rejected_from(message) {
+            Some(queue) => {
+                let message = task_wire::for_republish(message);
+                self.rejected.push(Rejected { queue, message });
+            }
+            None => self.letters.push(Letter::of_task(DeadLetter::decode(message))),
         }
     }
 

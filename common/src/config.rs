@@ -184,13 +184,13 @@ pub struct ConfigError {
 impl Config {
     /// Reads all layers and checks the result.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
-        RawConfig::read(sources, Environment::default())?.check()
+        RawConfig::read(sources, Surroundings::of_process())?.check()
     }
 
     /// [`load`](Self::load) with other defaults for some keys: dotted key and value. They lie below
     /// every other layer.
     pub fn load_over(defaults: &[(&str, &str)], sources: &Sources) -> Result<Self, ConfigError> {
-        RawConfig::read_over(defaults, sources, Environment::default())?.check()
+        RawConfig::read_over(defaults, sources, Surroundings::of_process())?.check()
     }
 
     /// How a process signs: its configured name, else host and process id.
@@ -372,14 +372,14 @@ impl Default for RawLog {
 }
 
 impl RawConfig {
-    fn read(sources: &Sources, environment: Environment) -> Result<Self, ConfigError> {
-        Self::read_over(&[], sources, environment)
+    fn read(sources: &Sources, around: Surroundings) -> Result<Self, ConfigError> {
+        Self::read_over(&[], sources, around)
     }
 
     fn read_over(
         defaults: &[(&str, &str)],
         sources: &Sources,
-        environment: Environment,
+        around: Surroundings,
     ) -> Result<Self, ConfigError> {
         let mut builder = config::Config::builder();
         for (key, value) in defaults {
@@ -390,12 +390,13 @@ impl RawConfig {
             builder = builder.add_source(File::from(file.as_path()).format(FileFormat::Toml));
         }
         let all = builder
-            .set_override_option("broker.url", amqp_url())
+            .set_override_option("broker.url", around.amqp_url)
             .and_then(config::ConfigBuilder::<config::builder::DefaultState>::build)
             .map_err(|error| ConfigError::one(&error))?;
         // AMQP_URL must lie between file and environment, hence the two steps.
         let mut builder = config::Config::builder().add_source(all).add_source(
-            environment
+            around
+                .environment
                 .prefix("GARENNE")
                 .prefix_separator("__")
                 .separator("__")
@@ -432,8 +433,17 @@ impl RawConfig {
     }
 }
 
-fn amqp_url() -> Option<String> {
-    std::env::var("AMQP_URL").ok().filter(|url| !url.is_empty())
+/// What the process was started with; tests bring their own.
+struct Surroundings {
+    environment: Environment,
+    amqp_url: Option<String>,
+}
+
+impl Surroundings {
+    fn of_process() -> Self {
+        let amqp_url = std::env::var("AMQP_URL").ok().filter(|url| !url.is_empty());
+        Self { environment: Environment::default(), amqp_url }
+    }
 }
 
 /// Problems found so far; each check notes its own and goes on with a stand-in value.
@@ -503,7 +513,7 @@ impl RawWorker {
         let slots = self.slots.unwrap_or_else(default_slots);
         let fine = (1..=10_000).contains(&slots);
         problems.ensure(fine, "worker.slots: must be between 1 and 10000");
-        let lookahead = self.lookahead.unwrap_or_else(|| slots.div_ceil(4).max(2));
+        let lookahead = self.lookahead.unwrap_or(slots);
         problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
         let mut commands = BTreeMap::new();
         for (name, command) in self.commands {
@@ -639,9 +649,10 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    fn environment(pairs: &[(&str, &str)]) -> Environment {
+    fn environment(pairs: &[(&str, &str)]) -> Surroundings {
         let pairs = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
-        Environment::default().source(Some(pairs.collect()))
+        let environment = Environment::default().source(Some(pairs.collect()));
+        Surroundings { environment, amqp_url: None }
     }
 
     fn file(text: &str) -> (tempfile::NamedTempFile, Sources) {

@@ -125,6 +125,13 @@ impl Topology {
         format!("{}.unrouted", self.ns)
     }
 
+    /// Exchange and queue for dead letters and reports that no client library can parse.
+    ///
+    /// Nobody consumes it: what lies there ends every connection that reads it.
+    pub fn unreadable(&self) -> String {
+        format!("{}.unreadable", self.ns)
+    }
+
     /// Topic exchange for done notices: `task.<id>`, `batch.<id>`.
     pub fn notices_exchange(&self) -> String {
         format!("{}.notices", self.ns)
@@ -170,7 +177,8 @@ impl Topology {
 
     /// What every process declares: all but the queues that particular workers serve.
     pub fn core(&self) -> Vec<Declaration> {
-        let mut all = self.unrouted_declarations().to_vec();
+        let mut all = Self::last_resort(self.unrouted(), dead_lettering(self.dead())).to_vec();
+        all.extend(Self::last_resort(self.unreadable(), vec![]));
         all.push(exchange(self.tasks_exchange(), ExchangeKind::Direct, Some(self.unrouted())));
         all.extend(self.inbox_of_collector(self.results(), ExchangeKind::Direct));
         all.extend(self.inbox_of_collector(self.dead(), ExchangeKind::Fanout));
@@ -197,15 +205,18 @@ impl Topology {
         ]
     }
 
-    fn unrouted_declarations(&self) -> [Declaration; 3] {
-        let name = self.unrouted();
+    /// A queue for what found no other. The unrouted one dead-letters, since a message that brought a
+    /// TTL of its own must not vanish there either.
+    fn last_resort(
+        name: String,
+        dead_lettering: Vec<(&'static str, HeaderValue)>,
+    ) -> [Declaration; 3] {
         [
             exchange(name.clone(), ExchangeKind::Fanout, None),
-            // A message that brought a TTL of its own must not vanish here either.
             Declaration::Queue {
                 name: name.clone(),
                 exclusive: false,
-                arguments: quorum(dead_lettering(self.dead())),
+                arguments: quorum(dead_lettering),
             },
             binding(name.clone(), name, String::new()),
         ]
@@ -214,7 +225,11 @@ impl Topology {
     fn inbox_of_collector(&self, name: String, kind: ExchangeKind) -> [Declaration; 3] {
         [
             exchange(name.clone(), kind, Some(self.unrouted())),
-            Declaration::Queue { name: name.clone(), exclusive: false, arguments: quorum(vec![]) },
+            Declaration::Queue {
+                name: name.clone(),
+                exclusive: false,
+                arguments: quorum(dead_lettering(self.unreadable())),
+            },
             // A direct exchange needs the key; a fanout ignores it.
             binding(name.clone(), name.clone(), name),
         ]

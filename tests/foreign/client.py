@@ -22,7 +22,7 @@ def properties(message, reply_queue):
     if "header_bytes" in message:
         headers = {name: bytes.fromhex(text) for name, text in message["header_bytes"].items()}
     if "many_headers" in message:
-        headers = {f"h{number}": number for number in range(message["many_headers"])}
+        headers = (headers or {}) | {f"h{number}": number for number in range(message["many_headers"])}
     if message.get("reply"):
         given["reply_to"] = reply_queue
     return pika.BasicProperties(headers=headers, **given)

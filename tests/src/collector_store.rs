@@ -8,6 +8,7 @@ use futures_util::{TryStreamExt, stream};
 use garenne_common::wire::{Message, Notice, Properties, Report, TaskState, report};
 use garenne_common::{BatchId, Status, TaskId, Timestamp};
 use garenne_producer::{Producer, Submission};
+use rusqlite::Connection;
 use serde_json::json;
 
 use crate::harness::{Soon, Warren, message, soon};
@@ -40,6 +41,30 @@ async fn results_survive_a_stop_and_a_kill() {
     let _third = warren.collector().start().await;
     assert!(matches!(producer.task_state(&id).await.unwrap(), TaskState::Finished { .. }));
     assert_eq!(producer.totals().await.unwrap().results, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_is_acknowledged_only_after_it_is_stored() {
+    let warren = Warren::new().await;
+    let collector = warren.collector().start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let store = Connection::open(warren.path("store.sqlite3")).unwrap();
+    // Nobody else can commit until this ends.
+    store.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let (batch, at) = (BatchId::new("b-1").unwrap(), Timestamp::now());
+    amqp.reports(&[Report::BatchSealed { batch: batch.clone(), count: 0, at }]).await;
+    let results = warren.config().broker.topology().results();
+    soon("the collector has taken the report", async || {
+        (amqp.admin.depth(&results).await.unwrap() == Some(0)).then_some(())
+    })
+    .await;
+    // An answer shows that it had the time to acknowledge, had it wanted to.
+    assert_eq!(producer.batch_status(&batch).await.unwrap(), None);
+    collector.kill().await;
+    store.execute_batch("ROLLBACK").unwrap();
+    let _second = warren.collector().start().await;
+    let summary = producer.wait_batch(&batch).soon("the report came again").await.unwrap();
+    assert_eq!(summary.total, Some(0));
 }
 
 #[tokio::test(flavor = "multi_thread")]

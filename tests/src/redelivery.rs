@@ -7,7 +7,7 @@ use garenne_common::RetryPolicy;
 use garenne_producer::{Producer, Submission};
 use serde_json::json;
 
-use crate::harness::{Proxy, Soon, Warren, effects, soon};
+use crate::harness::{Proxy, Soon, Warren, effects, message, soon};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
@@ -53,6 +53,37 @@ async fn many_cuts_in_a_stream_of_tasks_lose_and_repeat_nothing() {
     done.dedup();
     assert_eq!(done.len(), TASKS as usize);
     assert_eq!(effects::done(&warren).len(), done.len(), "the same worker runs nothing twice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let url = line.url(warren.url());
+    let worker = warren.worker().url(&url).set("worker.slots", 1).set("log.filter", "debug");
+    let worker = worker.start().await;
+    let amqp = warren.amqp().await;
+    // Results go nowhere from here on, while acknowledgements would still arrive.
+    line.hold_publishing();
+    for id in ["t-1", "t-2"] {
+        amqp.task(message("garenne.echo", id, &json!(id))).await;
+    }
+    // One slot: when the second has run, the first was settled as far as it can be.
+    soon("both have run", async || {
+        (worker.stderr().matches(r#""message":"succeeded""#).count() == 2).then_some(())
+    })
+    .await;
+    worker.kill().await;
+    let _second = warren.worker().start().await;
+    let mut results = amqp.results().await;
+    let mut ended = vec![];
+    while ended.len() < 2 {
+        let result = results.result().soon("both run again").await;
+        assert!(result.redelivered, "{result:?}");
+        ended.push(result.id.to_string());
+    }
+    ended.sort_unstable();
+    assert_eq!(ended, ["t-1", "t-2"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

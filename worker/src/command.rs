@@ -57,13 +57,18 @@ async fn run(config: &CommandConfig, context: &Context) -> Result<garenne_common
 
 /// Fills the placeholders of one part of the argument vector.
 ///
-/// A value that would be the whole part must not begin with `-`: it would become an option.
+/// Braces around anything but a plain name are text, so that programs of awk or Python pass. A value
+/// that would be the whole beginning of the part must not begin with `-`: it would become an option.
 fn fill(part: &str, args: &Value) -> Result<String, String> {
     let mut filled = String::new();
     let mut rest = part;
     while let Some((before, after)) = rest.split_once('{') {
-        let Some((key, behind)) = after.split_once('}') else { break };
         filled.push_str(before);
+        let Some((key, behind)) = after.split_once('}').filter(|(key, _)| is_name(key)) else {
+            filled.push('{');
+            rest = after;
+            continue;
+        };
         let value = placeholder(key, args)?;
         if filled.is_empty() && value.starts_with('-') {
             return Err(format!(
@@ -75,6 +80,11 @@ fn fill(part: &str, args: &Value) -> Result<String, String> {
     }
     filled.push_str(rest);
     Ok(filled)
+}
+
+fn is_name(key: &str) -> bool {
+    let first = key.bytes().next().is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
+    first && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 fn placeholder(key: &str, args: &Value) -> Result<String, String> {
@@ -246,7 +256,10 @@ mod tests {
         assert_eq!(fill("{src}", &args), Ok("a b.png".to_owned()));
         assert_eq!(fill("--size={n}x{n}", &args), Ok("--size=3x3".to_owned()));
         assert_eq!(fill("--name={evil}", &args), Ok("--name=--output=/etc/passwd".to_owned()));
-        assert_eq!(fill("plain {", &args), Ok("plain {".to_owned()));
+        for text in ["plain {", "{print $1}", "f'{os.getpid()}'", "{}", "}{"] {
+            assert_eq!(fill(text, &args), Ok(text.to_owned()));
+        }
+        assert_eq!(fill("{{n}}", &args), Ok("{3}".to_owned()));
         assert!(fill("{evil}", &args).unwrap_err().contains("option"));
         assert!(fill("{deep}", &args).unwrap_err().contains("must be a string"));
         assert!(fill("{none}", &args).unwrap_err().contains("missing"));

@@ -30,7 +30,7 @@ struct Arguments {
     /// How many tasks run at once [default: four per core]
     #[arg(long, value_name = "N")]
     slots: Option<usize>,
-    /// How many more tasks to fetch ahead [default: a quarter of the slots]
+    /// How many more tasks to fetch ahead [default: as many as slots]
     #[arg(long, value_name = "N")]
     lookahead: Option<usize>,
     /// How this worker signs its results [default: host:pid]

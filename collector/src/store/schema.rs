@@ -150,9 +150,12 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
 
 /// Before anything is written: the file may be somebody else's.
 fn check_ours(connection: &Connection, path: &Path) -> Result<(), StoreError> {
-    let id: i32 = connection.pragma_query_value(None, "application_id", |row| row.get(0))?;
-    let tables: u32 =
-        connection.query_row("SELECT COUNT(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    // In one statement: another collector may be making the tables at this very moment.
+    let (id, tables): (i32, u32) = connection.query_row(
+        "SELECT application_id, (SELECT COUNT(*) FROM sqlite_schema) FROM pragma_application_id",
+        [],
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )?;
     if id != APPLICATION_ID && (id != 0 || tables != 0) {
         return Err(StoreError::NotOurs { path: path.to_owned() });
     }

@@ -68,6 +68,9 @@ pub enum BrokerError {
     /// The connection or channel ended.
     #[error("the connection to RabbitMQ was lost: {0}")]
     Lost(String),
+    /// Something arrived that is not AMQP, most likely a message with a property that is not UTF-8.
+    #[error("a message on its way here cannot be parsed (a property that is not UTF-8?)")]
+    Unreadable,
     /// A name or value does not fit into AMQP.
     #[error("{0:?} does not fit into an AMQP short string (255 bytes)")]
     TooLong(String),
@@ -84,6 +87,7 @@ impl BrokerError {
             | Self::Blocked(_)
             | Self::Rejected(_)
             | Self::Unconfirmed(_)
+            | Self::Unreadable
             | Self::Lost(_) => true,
             Self::LoginRefused { .. }
             | Self::NoVhost { .. }
@@ -114,6 +118,9 @@ impl BrokerError {
 
     /// What an operation on a channel ran into; `object` is what it was about.
     pub(super) fn operating(error: &lapin::Error, object: &str) -> Self {
+        if matches!(error.kind(), lapin::ErrorKind::ParsingError(_)) {
+            return Self::Unreadable;
+        }
         let lapin::ErrorKind::ProtocolError(amqp) = error.kind() else {
             return Self::Lost(plain(error));
         };

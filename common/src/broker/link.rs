@@ -46,6 +46,11 @@ impl Link {
         }))
     }
 
+    /// Another connection with the same settings, for work that may end it.
+    pub(super) fn sibling(&self, what: &str) -> Self {
+        Self::new(&self.0.config, &format!("{} {what}", self.0.name))
+    }
+
     /// Connects now, trying each URL once; for whoever wants to know before going on.
     pub async fn open(&self) -> Result<(), BrokerError> {
         self.channel().await.map(drop)

@@ -14,6 +14,7 @@ mod convert;
 mod error;
 mod link;
 mod publisher;
+mod quarantine;
 pub mod raw;
 
 pub use admin::{Admin, QueueStatus};

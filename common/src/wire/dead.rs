@@ -103,6 +103,17 @@ impl DeadLetter {
         }
     }
 
+    /// The queue, by its short name, that a consumer rejected this message from, unread, by mistake.
+    ///
+    /// Consumers reject only what they cannot parse, so what can be parsed belongs back where it was.
+    pub fn rejected_from(message: &Message) -> Option<String> {
+        let why = text(message, headers::LAST_DEATH_REASON).ok().flatten();
+        let is_ours = message.header(headers::DEAD_REASON).is_some();
+        let queue = text(message, headers::LAST_DEATH_QUEUE).ok().flatten();
+        let queue = queue.filter(|_| why == Some("rejected") && !is_ours)?;
+        queue.split_once(".tasks.").map(|(_, short)| short.to_owned())
+    }
+
     /// The broker's account is in `x-last-death-*`: the queue's full name and why.
     fn from_broker(message: &Message) -> Self {
         let why = text(message, headers::LAST_DEATH_REASON).ok().flatten().unwrap_or("unknown");
@@ -196,6 +207,16 @@ mod tests {
         assert!(letter.error.contains("delivery_limit"));
         assert_eq!(letter.message, message());
         assert!(letter.to_result().is_some());
+    }
+
+    #[test]
+    fn what_was_rejected_by_mistake_belongs_back() {
+        let mut rejected = message();
+        rejected.set_header("x-last-death-reason", HeaderValue::Text("rejected".to_owned()));
+        rejected.set_header("x-last-death-queue", HeaderValue::Text("g.tasks.cpu".to_owned()));
+        assert_eq!(DeadLetter::rejected_from(&rejected).as_deref(), Some("cpu"));
+        let letter = DeadLetter::new(&rejected, "cpu", DeadReason::Fatal, "no", "w").encode();
+        assert_eq!(DeadLetter::rejected_from(&letter), None);
     }
 
     #[test]

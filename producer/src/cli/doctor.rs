@@ -189,6 +189,7 @@ fn way_to_the_broker(context: &Context, error: BrokerError) -> Vec<Check> {
         | BrokerError::Blocked(_)
         | BrokerError::Rejected(_)
         | BrokerError::Unconfirmed(_)
+        | BrokerError::Unreadable
         | BrokerError::Lost(_)
         | BrokerError::TooLong(_)
         | BrokerError::Closed => vec![Check::bad("broker", error.into())],
@@ -287,7 +288,18 @@ async fn backlogs(context: &Context, admin: &Admin) -> Vec<Check> {
             Err(error) => Check::bad(name, error.into()),
         });
     }
+    checks.extend(unreadable(admin, &topology.unreadable()).await);
     checks
+}
+
+/// Nobody empties this queue; what lies there, somebody should look at.
+async fn unreadable(admin: &Admin, queue: &str) -> Option<Check> {
+    let ready = admin.queue_status(queue).await.ok()??.ready;
+    (ready > 0).then(|| {
+        let detail = format!("{ready} in {queue} that no client library can parse");
+        Check::new("unreadable", Verdict::Odd, detail)
+            .advice("look at them in the management UI, mend their sender, and purge the queue")
+    })
 }
 
 #[cfg(test)]

@@ -217,7 +217,9 @@ fn help_for(error: &BrokerError) -> Option<String> {
         BrokerError::Unconfirmed(_) => {
             "trying again with the same --id is safe; more time: --deadline 30s"
         }
-        BrokerError::Lost(_) => "try again; `garenne doctor` checks the way to the broker",
+        BrokerError::Lost(_) | BrokerError::Unreadable => {
+            "try again; `garenne doctor` checks the way to the broker"
+        }
         BrokerError::TooLong(_) | BrokerError::Closed => return None,
     };
     Some(help.to_owned())

@@ -3,6 +3,8 @@
 //! For tests that say things which no Garenne client would say, and that look into queues which a
 //! collector would otherwise empty.
 
+use std::collections::VecDeque;
+
 use garenne_common::broker::{
     Admin, Consumer, ConsumerSpec, Delivery, Link, Outgoing, Publisher, QueueSource,
 };
@@ -25,6 +27,8 @@ pub(crate) struct Amqp {
 pub(crate) struct Tap {
     name: String,
     consumer: Consumer,
+    /// Results that came in one bundle with the last one given out.
+    more: VecDeque<TaskResult>,
 }
 
 impl Amqp {
@@ -98,13 +102,21 @@ impl Amqp {
         };
         let consumer = Consumer::start(self.link.clone(), spec);
         let name = consumer.ready().soon("the tap is consuming").await.expect("the queue exists");
-        Tap { name, consumer }
+        Tap { name, consumer, more: VecDeque::new() }
     }
 
     /// How many messages wait in the queue `default`.
     pub(crate) async fn waiting(&self) -> u32 {
-        let queue = self.topology.task_queue(&garenne_common::QueueName::default());
-        self.admin.depth(&queue).await.expect("the broker answers").expect("the queue exists")
+        self.depth(&self.topology.task_queue(&garenne_common::QueueName::default())).await
+    }
+
+    /// How many messages were put aside that no library can parse.
+    pub(crate) async fn unreadable(&self) -> u32 {
+        self.depth(&self.topology.unreadable()).await
+    }
+
+    async fn depth(&self, queue: &str) -> u32 {
+        self.admin.depth(queue).await.expect("the broker answers").expect("the queue exists")
     }
 }
 
@@ -135,14 +147,16 @@ impl Tap {
     /// The next final result; retry notes before it are dropped.
     pub(crate) async fn result(&mut self) -> TaskResult {
         loop {
-            for report in self.reports().await {
-                match report {
-                    Report::Finished(result) => return result,
-                    Report::Retrying(_)
-                    | Report::BatchOpened { .. }
-                    | Report::BatchSealed { .. } => {}
-                }
+            if let Some(result) = self.more.pop_front() {
+                return result;
             }
+            let reports = self.reports().await.into_iter();
+            self.more.extend(reports.filter_map(|report| match report {
+                Report::Finished(result) => Some(result),
+                Report::Retrying(_) | Report::BatchOpened { .. } | Report::BatchSealed { .. } => {
+                    None
+                }
+            }));
         }
     }
 }

@@ -15,7 +15,7 @@ use tokio::time::sleep;
 
 use super::Arguments;
 use super::report::{Effort, Figure, Report, Samples, Settings, Unit};
-use super::usage::{Machine, Memory, cpu_seconds};
+use super::usage::{Machine, Memory, cpu_seconds, machine_seconds};
 use crate::cli::cluster::{Cluster, WorkerSpec};
 use crate::cli::context::Context;
 use crate::cli::error::CliError;
@@ -111,8 +111,8 @@ impl<'a> Bench<'a> {
         let worker = &self.cluster.config().worker;
         let default = Crew { count: 1, slots: worker.slots, lookahead: worker.lookahead };
         for (what, tasks, crew) in [
-            ("tasks with results, 1 worker", tasks, tuned),
-            ("tasks with results, 2 workers", tasks, Crew { count: 2, ..tuned }),
+            ("tasks, 1 worker", tasks, tuned),
+            ("tasks, 2 workers", tasks, Crew { count: 2, ..tuned }),
             // A fifth, because few unacknowledged deliveries mean many small steps.
             ("tasks, 1 worker as shipped", tasks / 5, default),
         ] {
@@ -296,16 +296,13 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// Processor time so far, of everybody that takes part.
-    fn effort(&self) -> [Option<f64>; 4] {
+    /// Processor time so far: of this process, workers, collector, broker, and the whole machine.
+    fn effort(&self) -> [Option<f64>; 5] {
         let of = |name: &str| cpu_seconds(self.cluster.process_id(name)?);
         let workers = ["Worker 1", "Worker 2"].into_iter().filter_map(of).reduce(|a, b| a + b);
-        [
-            cpu_seconds(std::process::id()),
-            workers,
-            of("Collector"),
-            broker_pid().and_then(cpu_seconds),
-        ]
+        let broker = broker_pid().and_then(cpu_seconds);
+        let this = cpu_seconds(std::process::id());
+        [this, workers, of("Collector"), broker, machine_seconds()]
     }
 }
 
@@ -314,11 +311,11 @@ impl<'a> Bench<'a> {
 struct Meter {
     runs: f64,
     elapsed: f64,
-    spent: [Option<f64>; 4],
+    spent: [Option<f64>; 5],
 }
 
 impl Meter {
-    fn add(&mut self, before: &[Option<f64>; 4], after: &[Option<f64>; 4], took: Duration) {
+    fn add(&mut self, before: &[Option<f64>; 5], after: &[Option<f64>; 5], took: Duration) {
         self.runs += 1.0;
         self.elapsed += took.as_secs_f64();
         for ((sum, before), after) in self.spent.iter_mut().zip(before).zip(after) {
@@ -328,9 +325,13 @@ impl Meter {
     }
 
     fn average(self, what: String) -> Effort {
-        let [producer, workers, collector, broker] =
-            self.spent.map(|sum| sum.map(|sum| sum / self.runs));
-        Effort { what, elapsed: self.elapsed / self.runs, producer, workers, collector, broker }
+        let spent = self.spent.map(|sum| sum.map(|sum| sum / self.runs));
+        let [producer, workers, collector, broker, machine] = spent;
+        let ours = [producer, workers, collector, broker].into_iter().flatten().sum::<f64>();
+        // Ticks of a hundredth of a second may sum up to a little less than nothing.
+        let others = machine.map(|machine| (machine - ours).max(0.0));
+        let elapsed = self.elapsed / self.runs;
+        Effort { what, elapsed, producer, workers, collector, broker, others }
     }
 }
 
