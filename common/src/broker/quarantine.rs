@@ -19,8 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// For the rejection to leave before the connection ends over the message, and for the broker to
 /// notice an end.
 const LINGER: Duration = Duration::from_millis(300);
-/// So often the head of the queue is looked at until it looks the same twice.
-const LOOKS: u32 = 3;
+/// At most so often the queue is looked at before something is rejected.
+const LOOKS: u32 = 4;
 
 /// Looks at the first `depth` messages of a queue and rejects the first that cannot be parsed.
 ///
@@ -35,18 +35,17 @@ pub(super) async fn reject_unreadable(
     queue: &str,
     depth: u64,
 ) -> Result<bool, BrokerError> {
-    // What comes back queues up behind what came back before, so the first look changes the order,
-    // and with luck the second does not. Other consumers may; to wait for calm could take for ever.
+    // What comes back queues up behind what came back before. So the first look changes the order, and
+    // after a second one a single culprit is last and keeps its place. Several culprits go round and
+    // round; a number of looks by chance keeps them from going round in step with us.
     let mut place = None;
-    for _ in 0..LOOKS {
-        let found =
-            on_own_connection(link, async |channel| find(channel, queue, depth).await).await?;
-        let Some(found) = found else { return Ok(false) };
+    for _ in 0..fastrand::u32(2..=LOOKS) {
+        place = on_own_connection(link, async |channel| find(channel, queue, depth).await).await?;
+        if place.is_none() {
+            return Ok(false);
+        }
         // The broker needs a moment to see that the connection is gone and to take everything back.
         tokio::time::sleep(LINGER).await;
-        if place.replace(found) == Some(found) {
-            break;
-        }
     }
     let Some(place) = place else { return Ok(false) };
     on_own_connection(link, async |channel| reject(channel, queue, place).await).await
