@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::harness::{Amqp, Foreign, Soon, Warren, eventually, message};
 
 /// A message that no library can parse takes some seconds to get out of the way, twice.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// What a sender gets wrong, why it is given up, and what the error must name.
 fn cases() -> Vec<(Value, DeadReason, &'static str)> {
