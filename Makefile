@@ -24,6 +24,7 @@ test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 
 # One after the other, whatever -j says: each of them uses all cores, and the cheap ones fail first.
 ci: ## what continuous integration runs: formatting, clippy, documentation, tests
+	scripts/setup
 	$(MAKE) fmt-check
 	$(MAKE) clippy
 	$(MAKE) doc
