@@ -1,4 +1,4 @@
-//! Configuration: as written ([`RawConfig`], private), then as needed ([`Config`]).
+//! Configuration: as written (`RawConfig`, private), then as needed ([`Config`]).
 //!
 //! Layers, later ones win: defaults < file < `AMQP_URL` < `GARENNE__SECTION__KEY` < flags. Unknown keys
 //! are refused, and all problems are reported together. This is the only place that reads the
