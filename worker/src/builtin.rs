@@ -234,23 +234,9 @@ fn stop_if_cancelled(context: &Context) -> Result<(), TaskError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use garenne_common::{Codec, Options, Payload, QueueName, TaskId, TaskMessage};
-    use tokio_util::sync::CancellationToken;
 
     fn context() -> Context {
-        let task = TaskMessage {
-            id: TaskId::generate(),
-            name: TaskName::new("x").unwrap(),
-            queue: QueueName::default(),
-            args: Payload::encode(Codec::Json, &()).unwrap(),
-            attempt: 1,
-            batch: None,
-            reply: None,
-            options: Options::default(),
-            submitted_at: None,
-            traceparent: None,
-        };
-        Context::new(Arc::new(task), Arc::from("w"), false, CancellationToken::new())
+        Context::of_args("null")
     }
 
     #[test]

@@ -88,3 +88,26 @@ impl Context {
         self.cancelled.cancel();
     }
 }
+
+#[cfg(test)]
+impl Context {
+    /// A first attempt of some task with these JSON arguments.
+    pub(crate) fn of_args(args: &str) -> Self {
+        let task = TaskMessage {
+            id: TaskId::generate(),
+            name: TaskName::new("some.task").unwrap(),
+            queue: garenne_common::QueueName::default(),
+            args: garenne_common::Payload {
+                codec: garenne_common::Codec::Json,
+                bytes: args.as_bytes().to_vec().into(),
+            },
+            attempt: 1,
+            batch: None,
+            reply: None,
+            options: garenne_common::Options::default(),
+            submitted_at: None,
+            traceparent: None,
+        };
+        Self::new(Arc::new(task), Arc::from("w"), false, CancellationToken::new())
+    }
+}

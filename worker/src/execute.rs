@@ -43,7 +43,7 @@ mod tests {
     use super::*;
     use crate::handler::{AsyncHandler, BlockingHandler};
     use crate::outcome::TaskError;
-    use garenne_common::{Codec, Options, Payload, QueueName, Task, TaskId, TaskMessage, TaskName};
+    use garenne_common::{Codec, Payload, Task};
     use serde::{Deserialize, Serialize};
     use std::sync::Arc;
     use tokio::sync::Semaphore;
@@ -56,28 +56,12 @@ mod tests {
         type Output = i64;
     }
 
-    fn context(args: &str) -> Context {
-        let task = TaskMessage {
-            id: TaskId::generate(),
-            name: TaskName::new("number").unwrap(),
-            queue: QueueName::default(),
-            args: Payload { codec: Codec::Json, bytes: args.as_bytes().to_vec().into() },
-            attempt: 1,
-            batch: None,
-            reply: None,
-            options: Options::default(),
-            submitted_at: None,
-            traceparent: None,
-        };
-        Context::new(Arc::new(task), Arc::from("w"), false, CancellationToken::new())
-    }
-
     async fn run(handler: &dyn Handler, args: &str) -> Outcome {
         let slots = Arc::new(Semaphore::new(1));
         let slot = Arc::new(Arc::clone(&slots).acquire_owned().await.unwrap());
         let abort = CancellationToken::new();
         let limit = Duration::from_millis(200);
-        let outcome = execute(handler, &context(args), slot, limit, &abort).await;
+        let outcome = execute(handler, &Context::of_args(args), slot, limit, &abort).await;
         // Whatever the outcome, an async handler leaves its slot free.
         drop(slots.acquire().await.unwrap());
         outcome
@@ -119,7 +103,7 @@ mod tests {
         let abort = CancellationToken::new();
         abort.cancel();
         let slot = Arc::new(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
-        let context = context("-2");
+        let context = Context::of_args("-2");
         let outcome = execute(&handler, &context, slot, Duration::from_secs(9), &abort).await;
         assert_eq!(outcome, Outcome::Interrupted);
         assert!(context.is_cancelled());
