@@ -81,6 +81,8 @@ impl Producer {
         let names = Names::of_process(program);
         let publish_link = Link::new(&config.broker, &format!("{} publish", names.app));
         let consume_link = Link::new(&config.broker, &format!("{} consume", names.app));
+        // Has a limit of its own, `broker.connect_timeout`, and says best who did not answer.
+        publish_link.open().await?;
         // The publisher declares too, whenever it reconnects, but could not report a conflict.
         let (admin, core) = (Admin::new(publish_link.clone()), topology.core());
         let by = Instant::now() + config.broker.publish_timeout;
