@@ -41,7 +41,7 @@ pub(crate) struct Arguments {
     wait: Option<Wait>,
     #[command(flatten)]
     options: TaskOptions,
-    /// The task's id [default: a new one]. The same id twice runs twice at most and ends once
+    /// The task's id [default: a new one]. The same id submitted twice may run twice and ends once
     #[arg(long, value_name = "ID", help_heading = "Task options")]
     id: Option<TaskId>,
 }

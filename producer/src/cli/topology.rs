@@ -32,7 +32,7 @@ const FOOTNOTE: &str = "\
 Every queue: x-queue-type=quorum x-delivery-limit=1000000
 Dead letters: x-dead-letter-strategy=at-least-once x-overflow=reject-publish
 The lowest delay level hands on to the tasks. Other arguments are a conflict.
-Left to policies: max-length, max-length-bytes, consumer-timeout";
+Left to policies: consumer-timeout; never lengths or TTLs";
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = EXAMPLES)]
