@@ -47,6 +47,8 @@ pub enum DeadReason {
     TimedOut,
     /// The last attempt panicked.
     Panicked,
+    /// The process that ran it died, as often as its crash budget allows.
+    Crashed,
     /// `expires` had passed before the task could start.
     Expired,
     /// The message is not a task: a property, a header or the body breaks the protocol.
@@ -61,11 +63,12 @@ pub enum DeadReason {
 
 impl DeadReason {
     /// Every reason, in the order of the documentation.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::RetriesExhausted,
         Self::Fatal,
         Self::TimedOut,
         Self::Panicked,
+        Self::Crashed,
         Self::Expired,
         Self::Malformed,
         Self::UnknownTask,
@@ -80,6 +83,7 @@ impl DeadReason {
             Self::Fatal => "fatal",
             Self::TimedOut => "timed_out",
             Self::Panicked => "panicked",
+            Self::Crashed => "crashed",
             Self::Expired => "expired",
             Self::Malformed => "malformed",
             Self::UnknownTask => "unknown_task",

@@ -137,6 +137,16 @@ impl Topology {
         format!("{}.notices", self.ns)
     }
 
+    /// Fanout exchange for what workers say of themselves. Nobody may be listening.
+    pub fn heartbeats(&self) -> String {
+        format!("{}.heartbeats", self.ns)
+    }
+
+    /// Topic exchange for what all workers must hear. Nobody may be listening.
+    pub fn control(&self) -> String {
+        format!("{}.control", self.ns)
+    }
+
     /// The queue of questions to the collector, reached through the default exchange.
     pub fn queries(&self) -> String {
         format!("{}.queries", self.ns)
@@ -183,6 +193,8 @@ impl Topology {
         all.extend(self.inbox_of_collector(self.results(), ExchangeKind::Direct));
         all.extend(self.inbox_of_collector(self.dead(), ExchangeKind::Fanout));
         all.push(exchange(self.notices_exchange(), ExchangeKind::Topic, None));
+        all.push(exchange(self.heartbeats(), ExchangeKind::Fanout, None));
+        all.push(exchange(self.control(), ExchangeKind::Topic, None));
         all.push(Declaration::Queue {
             name: self.queries(),
             exclusive: false,

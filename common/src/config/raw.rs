@@ -1,8 +1,4 @@
-//! Configuration: as written (`RawConfig`, private), then as needed ([`Config`]).
-//!
-//! Layers, later ones win: defaults < file < `AMQP_URL` < `GARENNE__SECTION__KEY` < flags. Unknown keys
-//! are refused, and all problems are reported together. This is the only place that reads the
-//! environment. docs/configuration.md lists every key; a test holds the two together.
+//! Configuration as written: every key with its default, and the checks that make a [`Config`] of it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,230 +8,18 @@ use std::time::Duration;
 use config::{Environment, File, FileFormat};
 use serde::Deserialize;
 
+use super::{
+    BrokerConfig, BrokerUrl, CollectorConfig, CommandConfig, CommandOutput, Config, ConfigError,
+    LogConfig, LogFormat, ProducerConfig, Sources, WorkerConfig,
+};
 use crate::names::{Namespace, QueueName, TaskName};
-use crate::topology::Topology;
 use crate::wire::Codec;
-
-/// Everything a Garenne process may need to know, checked.
-#[derive(Debug, Clone)]
-pub struct Config {
-    /// How to reach RabbitMQ.
-    pub broker: BrokerConfig,
-    /// For programs that submit.
-    pub producer: ProducerConfig,
-    /// For workers.
-    pub worker: WorkerConfig,
-    /// For collectors.
-    pub collector: CollectorConfig,
-    /// For all of them.
-    pub log: LogConfig,
-}
-
-/// How to reach RabbitMQ, and how long to wait for it.
-#[derive(Debug, Clone)]
-pub struct BrokerConfig {
-    /// Tried in turn until one answers.
-    pub urls: Vec<BrokerUrl>,
-    /// What all broker objects start with.
-    pub namespace: Namespace,
-    /// AMQP heartbeat: a silent connection is given up after two of them.
-    pub heartbeat: Duration,
-    /// For one attempt to connect to one URL.
-    pub connect_timeout: Duration,
-    /// From handing a message over to the broker's confirm.
-    pub publish_timeout: Duration,
-    /// Publishes under way at once, per process.
-    pub publish_window: usize,
-    /// The broker's own limit for an unacknowledged delivery (its `consumer_timeout`).
-    pub consumer_timeout: Duration,
-}
-
-impl BrokerConfig {
-    /// The names of this namespace.
-    pub fn topology(&self) -> Topology {
-        Topology::new(self.namespace.clone())
-    }
-}
-
-/// An AMQP URL whose password never shows.
-#[derive(Clone, PartialEq, Eq)]
-pub struct BrokerUrl(url::Url);
-
-/// For programs that submit.
-#[derive(Debug, Clone)]
-pub struct ProducerConfig {
-    /// How typed tasks are encoded; dynamic ones are always JSON.
-    pub codec: Codec,
-    /// A batch that is not sealed by then ends as abandoned.
-    pub batch_deadline: Duration,
-}
-
-/// For workers.
-#[derive(Debug, Clone)]
-pub struct WorkerConfig {
-    /// How it signs its results; host and process id if not set.
-    pub name: Option<String>,
-    /// The queues it serves.
-    pub queues: Vec<QueueName>,
-    /// How many tasks run at once.
-    pub slots: usize,
-    /// How many deliveries may wait here beside the running ones.
-    pub lookahead: usize,
-    /// The limit for tasks that bring none.
-    pub task_timeout: Duration,
-    /// How long a stopping worker lets tasks finish.
-    pub grace: Duration,
-    /// Whether `garenne.*`, `text.*` and `file.*` are served.
-    pub builtins: bool,
-    /// Command tasks by name.
-    pub commands: BTreeMap<TaskName, CommandConfig>,
-}
-
-/// A task that is an external command.
-#[derive(Debug, Clone)]
-pub struct CommandConfig {
-    /// Program and arguments; `{key}` stands for the task argument of that name.
-    pub argv: Vec<String>,
-    /// Whether the arguments go to its standard input as JSON.
-    pub stdin: bool,
-    /// How its standard output becomes the output.
-    pub output: CommandOutput,
-    /// More environment variables. The worker's own are not passed on; `PATH` is the usual one.
-    pub env: BTreeMap<String, String>,
-    /// Where it runs.
-    pub directory: Option<PathBuf>,
-}
-
-/// How standard output becomes a task's output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum CommandOutput {
-    /// JSON if it parses as JSON, else a string without the last line break.
-    #[default]
-    Auto,
-    /// It must be JSON.
-    Json,
-    /// A string, as it is.
-    Text,
-}
-
-/// For collectors.
-#[derive(Debug, Clone)]
-pub struct CollectorConfig {
-    /// How it signs itself; host and process id if not set.
-    pub name: Option<String>,
-    /// The SQLite file.
-    pub store: PathBuf,
-    /// How long ended tasks and batches are kept.
-    pub retention: Duration,
-    /// Whether tasks outside a batch get a done notice each.
-    pub task_notices: bool,
-    /// The most reports in one transaction.
-    pub group_size: usize,
-    /// How long a transaction waits for more reports while some are still coming.
-    pub group_linger: Duration,
-}
-
-/// For all processes.
-#[derive(Debug, Clone)]
-pub struct LogConfig {
-    /// What lines look like.
-    pub format: LogFormat,
-    /// Which lines appear.
-    pub filter: String,
-}
-
-/// What log lines look like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Human,
-    /// One JSON object a line.
-    Json,
-}
-
-/// Where configuration comes from, besides the environment.
-#[derive(Debug, Clone, Default)]
-pub struct Sources {
-    /// A TOML file.
-    pub file: Option<PathBuf>,
-    /// From flags: dotted key and value.
-    pub overrides: Vec<(String, String)>,
-}
-
-impl Sources {
-    /// With one more override, if there is a value.
-    pub fn set(mut self, key: &str, value: Option<impl fmt::Display>) -> Self {
-        self.overrides.extend(value.map(|value| (key.to_owned(), value.to_string())));
-        self
-    }
-}
-
-/// The configuration cannot be used; every problem is listed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the configuration cannot be used: {}", problems.join("; "))]
-pub struct ConfigError {
-    /// One sentence each.
-    pub problems: Vec<String>,
-}
-
-impl Config {
-    /// Reads all layers and checks the result.
-    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
-        RawConfig::read(sources, Surroundings::of_process())?.check()
-    }
-
-    /// [`load`](Self::load) with other defaults for some keys: dotted key and value. They lie below
-    /// every other layer.
-    pub fn load_over(defaults: &[(&str, &str)], sources: &Sources) -> Result<Self, ConfigError> {
-        RawConfig::read_over(defaults, sources, Surroundings::of_process())?.check()
-    }
-
-    /// How a process signs: its configured name, else host and process id.
-    pub fn identity(&self, name: Option<&str>) -> String {
-        let host = || {
-            hostname::get()
-                .map_or_else(|_| "host".into(), |host| host.to_string_lossy().into_owned())
-        };
-        name.map_or_else(|| format!("{}:{}", host(), std::process::id()), str::to_owned)
-    }
-
-    /// The defaults with this broker URL and namespace: for tests, examples and embedding.
-    pub fn with_broker(url: &str, namespace: &str) -> Result<Self, ConfigError> {
-        let mut raw = RawConfig::default();
-        url.clone_into(&mut raw.broker.url);
-        namespace.clone_into(&mut raw.broker.namespace);
-        raw.check()
-    }
-}
-
-/// Whether the user asked for no colours (<https://no-color.org>).
-pub fn no_color() -> bool {
-    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
-}
-
-/// Where the management UI of the broker is that `scripts/rabbitmq run` has started.
-pub fn management_url() -> Option<String> {
-    std::env::var("GARENNE_MANAGEMENT_URL").ok().filter(|url| !url.is_empty())
-}
-
-/// The process id of the broker that `scripts/rabbitmq run` has started.
-pub fn broker_pid() -> Option<u32> {
-    std::env::var("BROKER_PID").ok()?.parse().ok()
-}
-
-/// The version of the broker that `scripts/rabbitmq run` has started.
-pub fn broker_version() -> Option<String> {
-    std::env::var("BROKER_VERSION").ok().filter(|version| !version.is_empty())
-}
 
 /// The value of the keys as written, with their defaults.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct RawConfig {
-    broker: RawBroker,
+pub(super) struct RawConfig {
+    pub(super) broker: RawBroker,
     producer: RawProducer,
     worker: RawWorker,
     collector: RawCollector,
@@ -244,9 +28,9 @@ struct RawConfig {
 
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct RawBroker {
-    url: String,
-    namespace: String,
+pub(super) struct RawBroker {
+    pub(super) url: String,
+    pub(super) namespace: String,
     #[serde(with = "humantime_serde")]
     heartbeat: Duration,
     #[serde(with = "humantime_serde")]
@@ -372,11 +156,11 @@ impl Default for RawLog {
 }
 
 impl RawConfig {
-    fn read(sources: &Sources, around: Surroundings) -> Result<Self, ConfigError> {
+    pub(super) fn read(sources: &Sources, around: Surroundings) -> Result<Self, ConfigError> {
         Self::read_over(&[], sources, around)
     }
 
-    fn read_over(
+    pub(super) fn read_over(
         defaults: &[(&str, &str)],
         sources: &Sources,
         around: Surroundings,
@@ -417,7 +201,7 @@ impl RawConfig {
         all.try_deserialize().map_err(|error| ConfigError::one(&error))
     }
 
-    fn check(self) -> Result<Config, ConfigError> {
+    pub(super) fn check(self) -> Result<Config, ConfigError> {
         let mut problems = Problems::default();
         let config = Config {
             broker: self.broker.check(&mut problems),
@@ -434,13 +218,13 @@ impl RawConfig {
 }
 
 /// What the process was started with; tests bring their own.
-struct Surroundings {
+pub(super) struct Surroundings {
     environment: Environment,
     amqp_url: Option<String>,
 }
 
 impl Surroundings {
-    fn of_process() -> Self {
+    pub(super) fn of_process() -> Self {
         let amqp_url = std::env::var("AMQP_URL").ok().filter(|url| !url.is_empty());
         Self { environment: Environment::default(), amqp_url }
     }
@@ -580,70 +364,6 @@ impl RawLog {
     }
 }
 
-impl ConfigError {
-    fn one(problem: &impl fmt::Display) -> Self {
-        Self { problems: vec![problem.to_string()] }
-    }
-}
-
-impl BrokerUrl {
-    /// Checks an `amqp://` or `amqps://` URL.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let url = url::Url::parse(text).map_err(|error| {
-            // The text may hold a password, so it is not repeated.
-            format!("not a URL ({error}); expected amqp://user:password@host:5672/vhost")
-        })?;
-        if !["amqp", "amqps"].contains(&url.scheme()) {
-            return Err(format!("the scheme is {:?}, expected amqp or amqps", url.scheme()));
-        }
-        if url.host_str().is_none_or(str::is_empty) {
-            return Err(
-                "the host is missing; expected amqp://user:password@host:5672/vhost".to_owned()
-            );
-        }
-        Ok(Self(url))
-    }
-
-    /// The URL with its password, for the client library alone.
-    ///
-    /// A URL without a path means the vhost `/`; lapin reads a lone slash as the vhost with an empty
-    /// name, which hardly anybody has and everybody types, so that is mended here.
-    pub fn expose(&self) -> String {
-        let mut url = self.0.clone();
-        if matches!(url.path(), "" | "/") {
-            url.set_path("/%2f");
-        }
-        url.to_string()
-    }
-
-    /// The user name, for messages.
-    pub fn user(&self) -> &str {
-        if self.0.username().is_empty() { "guest" } else { self.0.username() }
-    }
-
-    /// The vhost as written, for messages.
-    pub fn vhost(&self) -> String {
-        let path = self.0.path().trim_start_matches('/');
-        if path.is_empty() { "/".to_owned() } else { path.replace("%2f", "/").replace("%2F", "/") }
-    }
-}
-
-/// Without user name, password and query: what logs and messages show.
-impl fmt::Display for BrokerUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let port = if self.0.scheme() == "amqps" { 5671 } else { 5672 };
-        let host = self.0.host_str().unwrap_or_default();
-        write!(f, "{}://{host}:{}", self.0.scheme(), self.0.port().unwrap_or(port))?;
-        f.write_str(self.0.path())
-    }
-}
-
-impl fmt::Debug for BrokerUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -709,20 +429,5 @@ mod tests {
         let command = &config.worker.commands[&TaskName::new("image.resize").unwrap()];
         assert_eq!(command.argv, ["convert", "{src}"]);
         assert!(command.stdin);
-    }
-
-    #[test]
-    fn passwords_never_show() {
-        let url = BrokerUrl::parse("amqp://me:s3cret@host/v").unwrap();
-        assert_eq!(format!("{url} {url:?}"), "amqp://host:5672/v amqp://host:5672/v");
-        assert!(url.expose().contains("s3cret"));
-        assert!(!BrokerUrl::parse("amqp//me:s3cret@host").unwrap_err().contains("s3cret"));
-    }
-
-    #[test]
-    fn a_bare_host_means_the_default_vhost() {
-        for url in ["amqp://host", "amqp://host/"] {
-            assert!(BrokerUrl::parse(url).unwrap().expose().ends_with("/%2f"), "{url}");
-        }
     }
 }

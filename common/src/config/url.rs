@@ -1,0 +1,85 @@
+//! The URL of a broker, whose password never shows.
+
+use std::fmt;
+
+/// An AMQP URL whose password never shows.
+#[derive(Clone, PartialEq, Eq)]
+pub struct BrokerUrl(url::Url);
+
+impl BrokerUrl {
+    /// Checks an `amqp://` or `amqps://` URL.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let url = url::Url::parse(text).map_err(|error| {
+            // The text may hold a password, so it is not repeated.
+            format!("not a URL ({error}); expected amqp://user:password@host:5672/vhost")
+        })?;
+        if !["amqp", "amqps"].contains(&url.scheme()) {
+            return Err(format!("the scheme is {:?}, expected amqp or amqps", url.scheme()));
+        }
+        if url.host_str().is_none_or(str::is_empty) {
+            return Err(
+                "the host is missing; expected amqp://user:password@host:5672/vhost".to_owned()
+            );
+        }
+        Ok(Self(url))
+    }
+
+    /// The URL with its password, for the client library alone.
+    ///
+    /// A URL without a path means the vhost `/`; lapin reads a lone slash as the vhost with an empty
+    /// name, which hardly anybody has and everybody types, so that is mended here.
+    pub fn expose(&self) -> String {
+        let mut url = self.0.clone();
+        if matches!(url.path(), "" | "/") {
+            url.set_path("/%2f");
+        }
+        url.to_string()
+    }
+
+    /// The user name, for messages.
+    pub fn user(&self) -> &str {
+        if self.0.username().is_empty() { "guest" } else { self.0.username() }
+    }
+
+    /// The vhost as written, for messages.
+    pub fn vhost(&self) -> String {
+        let path = self.0.path().trim_start_matches('/');
+        if path.is_empty() { "/".to_owned() } else { path.replace("%2f", "/").replace("%2F", "/") }
+    }
+}
+
+/// Without user name, password and query: what logs and messages show.
+impl fmt::Display for BrokerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let port = if self.0.scheme() == "amqps" { 5671 } else { 5672 };
+        let host = self.0.host_str().unwrap_or_default();
+        write!(f, "{}://{host}:{}", self.0.scheme(), self.0.port().unwrap_or(port))?;
+        f.write_str(self.0.path())
+    }
+}
+
+impl fmt::Debug for BrokerUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwords_never_show() {
+        let url = BrokerUrl::parse("amqp://me:s3cret@host/v").unwrap();
+        assert_eq!(format!("{url} {url:?}"), "amqp://host:5672/v amqp://host:5672/v");
+        assert!(url.expose().contains("s3cret"));
+        assert!(!BrokerUrl::parse("amqp//me:s3cret@host").unwrap_err().contains("s3cret"));
+    }
+
+    #[test]
+    fn a_bare_host_means_the_default_vhost() {
+        for url in ["amqp://host", "amqp://host/"] {
+            assert!(BrokerUrl::parse(url).unwrap().expose().ends_with("/%2f"), "{url}");
+        }
+    }
+}
