@@ -9,7 +9,7 @@ use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use garenne_common::outcome::Status;
-use garenne_common::wire::{DeadLetter, Notice, Report, RetryNote};
+use garenne_common::wire::{DeadLetter, Message, Notice, Report, RetryNote};
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 
 use crate::batch::Batch;
@@ -44,6 +44,19 @@ pub trait Ledger {
     fn save_batch(&mut self, batch: &Batch) -> Result<(), Self::Error>;
     /// Puts a notice into the outbox.
     fn add_notice(&mut self, notice: &Notice) -> Result<(), Self::Error>;
+    /// Puts a task that goes back to the broker into the second outbox.
+    fn add_resend(&mut self, resend: &Resend) -> Result<(), Self::Error>;
+}
+
+/// A task that goes from the store back to the broker, and the way it takes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Resend {
+    /// The exchange, such as that of tasks, or of a delay.
+    pub exchange: String,
+    /// The routing key: the short name of the task's queue.
+    pub routing_key: String,
+    /// The task, ready to be published.
+    pub message: Message,
 }
 
 /// What became of a final record.

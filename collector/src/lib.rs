@@ -7,7 +7,7 @@
 //! 3. [`aggregate`] decides what a group changes (pure; a [`batch`] is a small state machine),
 //! 4. [`store`] makes it so in one transaction, notices included,
 //! 5. `pipeline` acknowledges the group, and
-//! 6. `notices` publishes what waits in the outbox.
+//! 6. `relay` publishes what waits in the outboxes: `notices`, and tasks to be sent again (`resends`).
 //!
 //! Beside it, `answers` answers questions, `deadlines` ends batches that their producer left
 //! behind, and `retention` deletes what is old. [`Collector`] starts and stops all of them.
@@ -21,6 +21,8 @@ mod deadlines;
 pub mod group;
 mod notices;
 mod pipeline;
+mod relay;
+mod resends;
 mod retention;
 mod service;
 pub mod store;

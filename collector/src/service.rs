@@ -17,10 +17,12 @@ use tokio_util::sync::CancellationToken;
 use crate::aggregate::Rules;
 use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
 use crate::deadlines::Deadlines;
-use crate::notices::Relay;
+use crate::notices::Notices;
 use crate::pipeline::{
     Committer, DEAD_PREFETCH, Intake, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
 };
+use crate::relay::Relay;
+use crate::resends::Resends;
 use crate::retention::Retention;
 use crate::store::{SqliteStore, StoreError};
 
@@ -68,8 +70,8 @@ impl Collector {
         let (sources, questions) = consume(&consuming, &topology).await?;
 
         let publishing = Link::new(&config.broker, &format!("garenne-collector {name} publish"));
-        let notices = declarations_of(&topology, &topology.notices_exchange());
-        let publisher = Publisher::start(publishing, notices, &config.broker);
+        // All of it, like a producer: tasks go from here to any queue, and through any delay.
+        let publisher = Publisher::start(publishing, topology.core(), &config.broker);
         let mut collector = Self {
             store,
             publisher,
@@ -92,7 +94,7 @@ impl Collector {
         copies: Option<mpsc::Sender<Notice>>,
     ) {
         let topology = config.broker.topology();
-        let outbox_filled = Arc::new(Notify::new());
+        let (outbox_filled, resends_filled) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let (replies, outgoing) = Replies::channel();
         // One parcel may wait: the next group gathers while one commits.
         let (to_committer, parcels) = mpsc::channel(1);
@@ -118,12 +120,20 @@ impl Collector {
         self.pipeline.spawn(intake.run());
         self.pipeline.spawn(committer.run());
 
-        let relay = Relay {
-            store: self.store.clone(),
+        let notices = Relay {
+            outbox: Notices {
+                store: self.store.clone(),
+                exchange: topology.notices_exchange(),
+                copies,
+            },
             publisher: self.publisher.clone(),
-            exchange: topology.notices_exchange(),
-            outbox_filled: Arc::clone(&outbox_filled),
-            copies,
+            filled: Arc::clone(&outbox_filled),
+            stop: self.stop_all.clone(),
+        };
+        let resends = Relay {
+            outbox: Resends { store: self.store.clone() },
+            publisher: self.publisher.clone(),
+            filled: Arc::clone(&resends_filled),
             stop: self.stop_all.clone(),
         };
         let answers = Answers {
@@ -146,7 +156,8 @@ impl Collector {
             stop: self.stop_all.clone(),
         };
         let replies = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
-        self.background.spawn(relay.run());
+        self.background.spawn(notices.run());
+        self.background.spawn(resends.run());
         self.background.spawn(answers.run());
         self.background.spawn(deadlines.run());
         self.background.spawn(retention.run());
@@ -168,7 +179,7 @@ impl Collector {
         //    too: its group stays with the broker.
         self.stop_taking.cancel();
         join_all(&mut self.pipeline).await;
-        // 2. Publish what the outbox holds, within a limit; end everything else.
+        // 2. Publish what the outboxes hold, within a limit; end everything else.
         self.stop_all.cancel();
         join_all(&mut self.background).await;
         // 3. Answers may still be under way.

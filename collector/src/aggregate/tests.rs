@@ -64,6 +64,10 @@ impl Ledger for Maps {
         self.notices.push(notice.clone());
         Ok(())
     }
+
+    fn add_resend(&mut self, _: &Resend) -> Result<(), Infallible> {
+        Ok(())
+    }
 }
 
 fn at(millis: u64) -> Timestamp {

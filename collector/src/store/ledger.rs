@@ -10,7 +10,7 @@ use rusqlite::types::Type;
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::{StoreError, seal_envelope};
-use crate::aggregate::{Inserted, Ledger};
+use crate::aggregate::{Inserted, Ledger, Resend};
 use crate::batch::Batch;
 
 /// One transaction, at one moment.
@@ -157,6 +157,17 @@ impl Ledger for SqliteLedger<'_> {
         let mut insert =
             self.transaction.prepare_cached("INSERT INTO outbox (notice) VALUES (?1)")?;
         insert.execute([json])?;
+        Ok(())
+    }
+
+    fn add_resend(&mut self, resend: &Resend) -> Result<(), StoreError> {
+        let envelope = seal_envelope(&resend.message);
+        let envelope = envelope.map_err(|error| StoreError::Other(error.to_string()))?;
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO resends (exchange, routing_key, envelope, body) VALUES (?1, ?2, ?3, ?4)",
+        )?;
+        let body = &resend.message.body[..];
+        insert.execute(params![resend.exchange, resend.routing_key, envelope, body])?;
         Ok(())
     }
 }

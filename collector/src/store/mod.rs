@@ -19,7 +19,7 @@ pub use envelope::{EnvelopeError, open_envelope, seal_envelope};
 pub use error::StoreError;
 pub use sqlite::SqliteStore;
 
-use crate::aggregate::Committed;
+use crate::aggregate::{Committed, Resend};
 use crate::group::Group;
 
 /// Where everything that must survive is kept.
@@ -35,6 +35,13 @@ pub trait Store: Clone + Send + Sync + 'static {
 
     /// Forgets notices that are confirmed.
     fn published(&self, entries: Vec<u64>) -> impl Answer<()>;
+
+    /// The oldest tasks that go back to the broker and are not confirmed yet, as far as `max_bytes`
+    /// of bodies go.
+    fn resends(&self, limit: usize, max_bytes: usize) -> impl Answer<Vec<ResendEntry>>;
+
+    /// Forgets tasks whose way back is confirmed.
+    fn resent(&self, entries: Vec<u64>) -> impl Answer<()>;
 
     /// Whether a batch waits for its seal beyond its deadline.
     fn has_overdue_batches(&self, now: Timestamp) -> impl Answer<bool>;
@@ -76,6 +83,15 @@ pub struct OutboxEntry {
     pub seq: u64,
     /// The notice.
     pub notice: Notice,
+}
+
+/// A task that waits to be published again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ResendEntry {
+    /// Its place in line.
+    pub seq: u64,
+    /// The task and its way.
+    pub resend: Resend,
 }
 
 /// How much the store holds.

@@ -7,7 +7,8 @@ use garenne_common::{BatchId, DeadReason, QueueName, TaskId, TaskName, TaskResul
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::ledger::{batch, from_time, parsed, reason, select_batches, status, time, to_count};
-use super::{OutboxEntry, StoreError, Totals};
+use super::{OutboxEntry, ResendEntry, StoreError, Totals, open_envelope};
+use crate::aggregate::Resend;
 
 /// A list shows small bodies only: a thousand large ones would not fit into one answer.
 const LISTED_BODY_BYTES: u32 = 4 * 1024;
@@ -127,6 +128,31 @@ pub(super) fn outbox(
         Ok(OutboxEntry { seq: to_count(row.get(0)?), notice })
     })?;
     Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// Stops before `max_bytes` of bodies but never before the first.
+pub(super) fn resends(
+    connection: &Connection,
+    limit: usize,
+    max_bytes: usize,
+) -> Result<Vec<ResendEntry>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT seq, exchange, routing_key, envelope, body FROM resends ORDER BY seq LIMIT ?1",
+    )?;
+    let mut rows = select.query([i64::try_from(limit).unwrap_or(i64::MAX)])?;
+    let (mut found, mut bytes) = (vec![], 0);
+    while let Some(row) = rows.next()? {
+        let body: Vec<u8> = row.get(4)?;
+        bytes += body.len();
+        if bytes > max_bytes && !found.is_empty() {
+            break;
+        }
+        let message = parsed(row, 3, |envelope| open_envelope(envelope, body.clone().into()))?;
+        let (exchange, routing_key) = (row.get(1)?, row.get(2)?);
+        let resend = Resend { exchange, routing_key, message };
+        found.push(ResendEntry { seq: to_count(row.get(0)?), resend });
+    }
+    Ok(found)
 }
 
 pub(super) fn has_overdue_batches(

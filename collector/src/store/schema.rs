@@ -20,7 +20,9 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
 /// by: the other times are their senders' word. Deletion follows rowids, which ascend with
 /// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
-const STEPS: &[&str] = &["
+const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS]];
+
+const FIRST: &str = "
 CREATE TABLE results (
     id          TEXT    NOT NULL PRIMARY KEY,
     name        TEXT    NOT NULL,
@@ -102,7 +104,18 @@ CREATE TABLE counters (
     value INTEGER NOT NULL
 ) STRICT;
 INSERT INTO counters VALUES ('results', 0), ('repeats', 0);
-"];
+";
+
+/// Tasks that go back to the broker; an outbox as that of notices is.
+const RESENDS: &str = "
+CREATE TABLE resends (
+    seq         INTEGER PRIMARY KEY AUTOINCREMENT,
+    exchange    TEXT    NOT NULL,
+    routing_key TEXT    NOT NULL,
+    envelope    TEXT    NOT NULL, -- properties and headers as versioned JSON
+    body        BLOB    NOT NULL
+) STRICT;
+";
 
 /// Opens a file for writing, makes it if it is missing, and brings it to the present version.
 pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
@@ -170,8 +183,8 @@ fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     if found > known {
         return Err(StoreError::Newer { path: path.to_owned(), found, known });
     }
-    for step in STEPS.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)) {
-        transaction.execute_batch(step)?;
+    for part in STEPS.iter().skip(usize::try_from(found).unwrap_or(usize::MAX)).copied().flatten() {
+        transaction.execute_batch(part)?;
     }
     transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
     transaction.pragma_update(None, "user_version", known)?;
@@ -193,7 +206,23 @@ mod tests {
         open(&path).unwrap();
         let again = open(&path).unwrap();
         let version: u32 = again.pragma_query_value(None, "user_version", |r| r.get(0)).unwrap();
-        assert_eq!(version, 1);
+        assert_eq!(version, 2);
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_is_brought_up_and_keeps_what_it_holds() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("old.sqlite3");
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(FIRST).unwrap();
+        old.execute_batch("UPDATE counters SET value = 7 WHERE name = 'results'").unwrap();
+        old.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
+        old.pragma_update(None, "user_version", 1).unwrap();
+        drop(old);
+        let new = open(&path).unwrap();
+        let count = |sql: &str| new.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+        assert_eq!(count("SELECT value FROM counters WHERE name = 'results'"), 7);
+        assert_eq!(count("SELECT COUNT(*) FROM resends"), 0);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
-use super::{OutboxEntry, Store, StoreError, Totals, questions, schema};
+use super::{OutboxEntry, ResendEntry, Store, StoreError, Totals, questions, schema};
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
 
@@ -102,15 +102,19 @@ impl Store for SqliteStore {
     }
 
     async fn published(&self, entries: Vec<u64>) -> Result<(), StoreError> {
-        let job = move |ledger: &mut SqliteLedger<'_>| {
-            let mut delete =
-                ledger.transaction.prepare_cached("DELETE FROM outbox WHERE seq = ?1")?;
-            for seq in entries {
-                delete.execute([from_count(seq)])?;
-            }
-            Ok(())
-        };
-        self.write(job).await
+        self.write(move |ledger| delete_entries(ledger, "outbox", entries)).await
+    }
+
+    async fn resends(
+        &self,
+        limit: usize,
+        max_bytes: usize,
+    ) -> Result<Vec<ResendEntry>, StoreError> {
+        self.read(move |connection| questions::resends(connection, limit, max_bytes)).await
+    }
+
+    async fn resent(&self, entries: Vec<u64>) -> Result<(), StoreError> {
+        self.write(move |ledger| delete_entries(ledger, "resends", entries)).await
     }
 
     async fn has_overdue_batches(&self, now: Timestamp) -> Result<bool, StoreError> {
@@ -152,6 +156,20 @@ impl Store for SqliteStore {
     async fn totals(&self) -> Result<Totals, StoreError> {
         self.read(questions::totals).await
     }
+}
+
+/// Forgets entries of one of the outboxes.
+fn delete_entries(
+    ledger: &mut SqliteLedger<'_>,
+    outbox: &str,
+    entries: Vec<u64>,
+) -> Result<(), StoreError> {
+    let delete = format!("DELETE FROM {outbox} WHERE seq = ?1");
+    let mut delete = ledger.transaction.prepare_cached(&delete)?;
+    for seq in entries {
+        delete.execute([from_count(seq)])?;
+    }
+    Ok(())
 }
 
 fn abandon_overdue(

@@ -11,6 +11,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
+use crate::aggregate::Resend;
 use crate::group::Letter;
 use crate::store::open_envelope;
 
@@ -163,6 +164,29 @@ async fn the_outbox_survives_a_crash_until_its_notices_are_confirmed() {
     fixture.store.published(vec![entries[0].seq]).await.unwrap();
     let fixture = fixture.reopen();
     assert_eq!(fixture.keys().await, ["task.t-2"]);
+}
+
+#[tokio::test]
+async fn tasks_that_go_back_survive_a_crash_until_they_are_confirmed() {
+    let fixture = Fixture::new();
+    let resend = |task: &str| {
+        let (exchange, routing_key) = ("ns.tasks".to_owned(), "default".to_owned());
+        Resend { exchange, routing_key, message: message(task) }
+    };
+    let both = [resend("t-1"), resend("t-2")];
+    let added = both.clone();
+    let add = move |ledger: &mut SqliteLedger<'_>| {
+        added.iter().try_for_each(|resend| ledger.add_resend(resend))
+    };
+    fixture.store.write(add).await.unwrap();
+    let fixture = fixture.reopen();
+    let entries = fixture.store.resends(10, 1 << 20).await.unwrap();
+    assert_eq!(entries.iter().map(|entry| &entry.resend).collect::<Vec<_>>(), [&both[0], &both[1]]);
+    // A slice is bounded, and never empty.
+    assert_eq!(fixture.store.resends(10, 1).await.unwrap(), entries[..1]);
+    fixture.store.resent(vec![entries[0].seq]).await.unwrap();
+    let fixture = fixture.reopen();
+    assert_eq!(fixture.store.resends(10, 1 << 20).await.unwrap(), entries[1..]);
 }
 
 #[tokio::test]
