@@ -18,10 +18,12 @@ pub(crate) struct Acks {
 }
 
 /// One acknowledgement to send.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Ack {
-    pub(crate) tag: DeliveryTag,
-    pub(crate) multiple: bool,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ack {
+    /// Of which delivery.
+    pub tag: DeliveryTag,
+    /// Whether also of all before it in its epoch.
+    pub multiple: bool,
 }
 
 impl Acks {

@@ -3,27 +3,25 @@
 use std::sync::Arc;
 
 use garenne_common::wire::{self, Message};
-use garenne_common::{DeadReason, QueueName, TaskMessage, Timestamp};
-
-use crate::handler::{Handler, Registry};
+use garenne_common::{DeadReason, QueueName, TaskMessage, TaskName, Timestamp};
 
 /// What a delivery turned out to be.
-pub(crate) enum Verdict {
+pub(crate) enum Verdict<H> {
     /// A task to run, and who runs it.
-    Run(Arc<TaskMessage>, Arc<dyn Handler>),
+    Run(Arc<TaskMessage>, H),
     /// Not to be run; it becomes a dead letter.
     Refuse { reason: DeadReason, error: String },
     /// A sound task without an id: published again under one, or its redelivery would be another task.
     AssignId,
 }
 
-/// Looks at a message that came through `queue`.
-pub(crate) fn inspect(
+/// Looks at a message that came through `queue`; `find` knows the handlers.
+pub(crate) fn inspect<H>(
     message: &Message,
     queue: &QueueName,
-    registry: &Registry,
+    find: impl FnOnce(&TaskName) -> Option<H>,
     now: Timestamp,
-) -> Verdict {
+) -> Verdict<H> {
     let refuse = |reason, error| Verdict::Refuse { reason, error };
     let task = match wire::task::decode(message, queue) {
         Ok(Some(task)) => task,
@@ -33,7 +31,7 @@ pub(crate) fn inspect(
     if let Some(at) = task.options.expires_at.filter(|at| *at <= now) {
         return refuse(DeadReason::Expired, format!("it expired at {at} before it could start"));
     }
-    let Some(handler) = registry.find(&task.name) else {
+    let Some(handler) = find(&task.name) else {
         let error = format!("no handler for {} on this worker of queue {queue}", task.name);
         return refuse(DeadReason::UnknownTask, error);
     };

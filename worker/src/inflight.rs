@@ -15,19 +15,20 @@ use garenne_common::broker::DeliveryTag;
 const REMEMBERED: usize = 16_384;
 
 /// An attempt of a task.
-pub(crate) type Key = (TaskId, u32);
+pub type Key = (TaskId, u32);
 
 /// A delivery of one of the worker's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct DeliveryRef {
+pub struct DeliveryRef {
     /// Which of the worker's queues, by position.
-    pub(crate) queue: usize,
-    pub(crate) tag: DeliveryTag,
+    pub queue: usize,
+    /// Which delivery of it.
+    pub tag: DeliveryTag,
 }
 
 /// What is to be done with a delivery.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Begin {
+pub enum Begin {
     /// Run it.
     Run,
     /// It runs here already and will be settled with that run.
@@ -36,10 +37,11 @@ pub(crate) enum Begin {
     Settled,
 }
 
-#[derive(Default)]
-pub(crate) struct Inflight(Mutex<State>);
+/// The attempts of one worker; shared by intake and settling.
+#[derive(Debug, Default)]
+pub struct Inflight(Mutex<State>);
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct State {
     running: HashMap<Key, Vec<DeliveryRef>>,
     settled: HashSet<Key>,
@@ -47,7 +49,8 @@ struct State {
 }
 
 impl Inflight {
-    pub(crate) fn begin(&self, key: &Key, delivery: DeliveryRef) -> Begin {
+    /// A delivery asks for this attempt.
+    pub fn begin(&self, key: &Key, delivery: DeliveryRef) -> Begin {
         let mut state = self.lock();
         if let Some(deliveries) = state.running.get_mut(key) {
             deliveries.push(delivery);
@@ -61,7 +64,7 @@ impl Inflight {
     }
 
     /// The attempt is over and its message has a confirmed successor: all deliveries to acknowledge.
-    pub(crate) fn settled(&self, key: &Key) -> Vec<DeliveryRef> {
+    pub fn settled(&self, key: &Key) -> Vec<DeliveryRef> {
         let mut state = self.lock();
         if state.settled.insert(key.clone()) {
             state.settled_order.push_back(key.clone());
@@ -75,10 +78,11 @@ impl Inflight {
     }
 
     /// The attempt is over but may rightly come again: all its deliveries.
-    pub(crate) fn forgotten(&self, key: &Key) -> Vec<DeliveryRef> {
+    pub fn forgotten(&self, key: &Key) -> Vec<DeliveryRef> {
         self.lock().running.remove(key).unwrap_or_default()
     }
 
+    /// How many attempts run.
     pub(crate) fn len(&self) -> usize {
         self.lock().running.len()
     }

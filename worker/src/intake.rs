@@ -10,14 +10,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
+use crate::admit::{Admission, admit};
 use crate::context::Context;
 use crate::decide::decide;
 use crate::execute::execute;
-use crate::guard::{self, Verdict};
 use crate::handler::{Handler, Registry, Slot};
-use crate::inflight::{Begin, DeliveryRef, Inflight};
+use crate::inflight::{DeliveryRef, Inflight};
 use crate::outcome::{Disposition, Outcome};
-use crate::settle::{Ended, Lane, Settlement, Signature, Subject, Successor};
+use crate::settle::{Arrival, Ended, Lane, Settlement, Signature, Subject, Successor};
 
 /// What all attempts of a worker share.
 pub(crate) struct Pipeline {
@@ -76,42 +76,37 @@ impl Pipeline {
     async fn attempt(&self, at: DeliveryRef, delivery: Delivery, slot: Slot) {
         let Delivery { message, redelivered, .. } = delivery;
         let queue = &self.lanes[at.queue].queue;
-        let (task, handler) =
-            match guard::inspect(&message, queue, &self.registry, Timestamp::now()) {
-                Verdict::Run(task, handler) => (task, handler),
-                Verdict::AssignId => {
-                    return self.settle(self.signature.identification(at, &message, queue)).await;
-                }
-                Verdict::Refuse { reason, error } => {
-                    tracing::warn!(%queue, reason = reason.as_str(), error, "dead letter");
-                    let refusal = self.signature.refusal(at, &message, queue, reason, &error);
-                    return self.settle(refusal).await;
-                }
-            };
-        match self.inflight.begin(&(task.id.clone(), task.attempt), at) {
-            Begin::Run => {}
-            Begin::Adopted => return tracing::info!(id = %task.id, "adopted a redelivery"),
-            Begin::Settled => {
-                let again = Settlement::bare(Subject::Delivery(at), Successor::Confirmed);
-                return self.settle(again).await;
-            }
-        }
-        let ended = Ended { task, message, redelivered, started_at: Timestamp::now() };
-        let disposition = self.run(&ended, &*handler, slot).await;
+        let arrival = Arrival { delivery: at, message: &message, queue, at: Timestamp::now() };
+        let find = |name: &_| self.registry.find(name);
+        let (task, handler) = match admit(arrival, find, &self.inflight, &self.signature) {
+            Admission::Run(task, handler) => (task, handler),
+            Admission::Adopted => return,
+            Admission::Settle(settlement) => return self.settle(*settlement).await,
+        };
+        let started_at = Timestamp::now();
+        let disposition = self.run(&task, redelivered, started_at, &*handler, slot).await;
+        let finished_at = Timestamp::now();
+        let ended = Ended { task, message, redelivered, started_at, finished_at };
         self.settle(self.signature.settlement(&ended, disposition)).await;
     }
 
-    async fn run(&self, ended: &Ended, handler: &dyn Handler, slot: Slot) -> Disposition {
-        let task = &ended.task;
+    async fn run(
+        &self,
+        task: &Arc<TaskMessage>,
+        redelivered: bool,
+        started_at: Timestamp,
+        handler: &dyn Handler,
+        slot: Slot,
+    ) -> Disposition {
         let span =
             tracing::info_span!("task", id = %task.id, name = %task.name, attempt = task.attempt);
         let worker = Arc::clone(&self.signature.worker);
         let cancelled = CancellationToken::new();
-        let context = Context::new(Arc::clone(task), worker, ended.redelivered, cancelled);
+        let context = Context::new(Arc::clone(task), worker, redelivered, cancelled);
         let limit = self.limit(&task.options);
         let attempt = execute(handler, &context, slot, limit, &self.abort);
         let outcome = attempt.instrument(span.clone()).await;
-        span.in_scope(|| log(task, &outcome, ended.started_at));
+        span.in_scope(|| log(task, &outcome, started_at));
         decide(outcome, task.attempt, &task.options.retry, fastrand::f64())
     }
 

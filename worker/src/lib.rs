@@ -39,6 +39,7 @@
 //! ```
 
 mod acks;
+mod admit;
 mod builtin;
 mod command;
 mod context;
@@ -56,3 +57,17 @@ pub use context::Context;
 pub use decide::decide;
 pub use outcome::{Disposition, Outcome, Retryable, TaskError};
 pub use worker::{Builder, Running, Worker, WorkerError};
+
+/// What a worker decides, without its IO: what the pipeline above is made of.
+///
+/// Public for simulations and tests, which run it against a broker of their own making. No part of
+/// the stable interface: it changes with the worker.
+pub mod protocol {
+    pub use crate::acks::Ack;
+    pub use crate::admit::{Admission, admit};
+    pub use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
+    pub use crate::settle::{
+        Action, Answer, Arrival, Ended, Lane, SettleCore, Settlement, Signature, Subject,
+        Successor, Ticket,
+    };
+}

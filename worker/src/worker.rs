@@ -17,7 +17,7 @@ use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
 use crate::intake::{Pipeline, intake};
 use crate::outcome::TaskError;
-use crate::settle::{Lane, SettleTask, Signature};
+use crate::settle::{Lane, SettleCore, SettleTask, Signature};
 
 /// How long the last confirms may take after all tasks have ended.
 const FLUSH_GRACE: Duration = Duration::from_secs(10);
@@ -91,8 +91,7 @@ impl Worker {
         for consumer in &consumers {
             consumer.ready().await?;
         }
-        let lanes = worker.queues.iter().zip(&consumers);
-        let lanes = lanes.map(|(queue, consumer)| Lane::new(queue.clone(), consumer.settler()));
+        let lanes = worker.queues.iter().cloned().map(Lane::new);
         let lanes = Arc::new(lanes.collect::<Vec<_>>());
         let (settle, inbox) = mpsc::channel(1024);
         let (inflight, signature) = (
@@ -104,10 +103,9 @@ impl Worker {
         tasks.spawn(
             SettleTask {
                 inbox,
+                core: SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature),
                 publisher: publisher.clone(),
-                signature: Arc::clone(&signature),
-                lanes: Arc::clone(&lanes),
-                inflight: Arc::clone(&inflight),
+                settlers: consumers.iter().map(Consumer::settler).collect(),
             }
             .run(),
         );

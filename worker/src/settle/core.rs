@@ -1,0 +1,259 @@
+//! What may happen when, without doing it: settlements and the broker's answers in, actions out.
+//!
+//! Results travel in bundles: while one bundle waits for its confirm the next one fills, so an idle
+//! worker sends at once and a busy one sends many results per message without any timer.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use garenne_common::broker::Outgoing;
+use garenne_common::topology::Topology;
+use garenne_common::wire::{self, Message, Report};
+use garenne_common::{ReplyFormat, ReplyTo};
+
+use super::bundle::{Bundle, parts};
+use super::lane::Lane;
+use super::order::{Settlement, Subject, Successor};
+use super::signature::Signature;
+use crate::acks::Ack;
+use crate::inflight::{DeliveryRef, Inflight};
+
+/// Bundles of results that wait for their confirm at once. Two keep the broker busy while one fills.
+const BUNDLES_UNDER_WAY: usize = 2;
+/// Settlements taken in and not yet acknowledged. Beyond it finished attempts keep their slots, so a
+/// broker that takes no results stops the worker instead of filling its memory.
+const MAX_UNDER_WAY: usize = 8_192;
+
+/// One thing to do. The order of actions is part of what they mean.
+#[derive(Debug)]
+pub enum Action {
+    /// Publish a successor, and pass the broker's answer on to [`SettleCore::answered`].
+    Publish {
+        /// What the answer is about.
+        ticket: Ticket,
+        /// The successor.
+        outgoing: Outgoing,
+    },
+    /// Publish, and wait for nothing.
+    Reply(Outgoing),
+    /// Acknowledge.
+    Acknowledge {
+        /// Deliveries of which queue, by position.
+        lane: usize,
+        /// Which.
+        ack: Ack,
+    },
+    /// Give a delivery back to its queue.
+    HandBack(DeliveryRef),
+}
+
+/// Names a published successor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ticket(u64);
+
+/// What became of a published successor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// The broker has it.
+    Confirmed,
+    /// The broker will never take it.
+    Impossible,
+    /// Nobody will ever know: the publisher has stopped.
+    Unknown,
+}
+
+/// Deliveries that a confirm settles.
+#[derive(Debug)]
+pub(super) struct Claim {
+    subject: Subject,
+    may_return: bool,
+}
+
+#[derive(Debug)]
+struct Published {
+    claims: Vec<Claim>,
+    is_bundle: bool,
+}
+
+/// Settling, as a state machine.
+#[derive(Debug)]
+pub struct SettleCore {
+    lanes: Arc<Vec<Lane>>,
+    inflight: Arc<Inflight>,
+    worker: Arc<str>,
+    /// Exchange and routing key of bundles.
+    results: String,
+    bundle: Bundle,
+    /// Successors without an answer.
+    published: HashMap<Ticket, Published>,
+    last_ticket: u64,
+    bundles_under_way: usize,
+    claims_under_way: usize,
+}
+
+impl SettleCore {
+    /// Nothing to settle yet.
+    pub fn new(lanes: Arc<Vec<Lane>>, inflight: Arc<Inflight>, signature: &Signature) -> Self {
+        Self {
+            lanes,
+            inflight,
+            worker: Arc::clone(&signature.worker),
+            results: Topology::results(&signature.topology),
+            bundle: Bundle::default(),
+            published: HashMap::new(),
+            last_ticket: 0,
+            bundles_under_way: 0,
+            claims_under_way: 0,
+        }
+    }
+
+    /// Whether more settlements may be taken in.
+    pub fn has_room(&self) -> bool {
+        self.claims_under_way + self.bundle.claims.len() < MAX_UNDER_WAY && !self.bundle.is_full()
+    }
+
+    /// Whether everything taken in is answered.
+    pub fn is_idle(&self) -> bool {
+        self.published.is_empty() && self.bundle.is_empty()
+    }
+
+    /// Takes a settlement in. [`flush`](Self::flush) must follow, after this one or after several.
+    pub fn settle(&mut self, settlement: Settlement, actions: &mut Vec<Action>) {
+        let Settlement { subject, successor, may_return, note, reply } = settlement;
+        let claim = Claim { subject, may_return };
+        if let Some((to, report)) = reply {
+            self.reply(to, report, actions);
+        }
+        if let Some(note) = note {
+            self.bundle.add(note);
+        }
+        match successor {
+            Successor::Result(result) => {
+                self.bundle.add(Report::Finished(result));
+                self.bundle.claims.push(claim);
+            }
+            Successor::Message(outgoing) => self.publish(outgoing, vec![claim], false, actions),
+            Successor::Confirmed => self.acknowledge([claim], actions),
+            Successor::HandBack => self.hand_back(&claim.subject, actions),
+        }
+    }
+
+    /// Sends the bundle on its way, and the replies that belong to it, unless enough are under way.
+    pub fn flush(&mut self, actions: &mut Vec<Action>) {
+        if self.bundles_under_way >= BUNDLES_UNDER_WAY || self.bundle.is_empty() {
+            return;
+        }
+        let Bundle { claims, reports, replies, .. } = std::mem::take(&mut self.bundle);
+        for (queue, reports) in replies {
+            for part in parts(&reports) {
+                match wire::report::encode(part, &self.worker) {
+                    Ok(message) => actions.push(reply_to(queue.clone(), message)),
+                    Err(error) => tracing::error!(%error, "replies could not be encoded"),
+                }
+            }
+        }
+        if reports.is_empty() {
+            return;
+        }
+        match wire::report::encode(&reports, &self.worker) {
+            Ok(message) => {
+                let (exchange, routing_key) = (self.results.clone(), self.results.clone());
+                self.publish(Outgoing { exchange, routing_key, message }, claims, true, actions);
+            }
+            // Plain data always encodes; if it ever does not, the tasks come again elsewhere.
+            Err(error) => {
+                tracing::error!(%error, "results could not be encoded");
+                for claim in &claims {
+                    self.hand_back(&claim.subject, actions);
+                }
+            }
+        }
+    }
+
+    /// The broker's word on a successor. [`flush`](Self::flush) must follow.
+    pub fn answered(&mut self, ticket: Ticket, answer: Answer, actions: &mut Vec<Action>) {
+        let Some(Published { claims, is_bundle }) = self.published.remove(&ticket) else { return };
+        self.claims_under_way -= claims.len();
+        self.bundles_under_way -= usize::from(is_bundle);
+        match answer {
+            Answer::Confirmed => self.acknowledge(claims, actions),
+            // No successor, no acknowledgement: the broker delivers the tasks again.
+            Answer::Unknown => {}
+            Answer::Impossible => {
+                for claim in &claims {
+                    self.hand_back(&claim.subject, actions);
+                }
+            }
+        }
+    }
+
+    /// A plain reply goes out alone; replies for our own producers travel with the bundle.
+    fn reply(&mut self, to: ReplyTo, report: Report, actions: &mut Vec<Action>) {
+        match (to.format, report) {
+            (ReplyFormat::Bundle, report) => {
+                self.bundle.replies.entry(to.queue).or_default().push(report);
+            }
+            (ReplyFormat::Plain, Report::Finished(result)) => {
+                let correlation_id = to.correlation_id.as_deref();
+                let message = wire::report::encode_reply(&result, correlation_id, &self.worker);
+                actions.push(reply_to(to.queue, message));
+            }
+            (
+                ReplyFormat::Plain,
+                Report::Retrying(_) | Report::BatchOpened { .. } | Report::BatchSealed { .. },
+            ) => {}
+        }
+    }
+
+    /// Publishes a successor; its confirm settles the claims.
+    fn publish(
+        &mut self,
+        outgoing: Outgoing,
+        claims: Vec<Claim>,
+        is_bundle: bool,
+        actions: &mut Vec<Action>,
+    ) {
+        self.last_ticket += 1;
+        let ticket = Ticket(self.last_ticket);
+        self.claims_under_way += claims.len();
+        self.bundles_under_way += usize::from(is_bundle);
+        self.published.insert(ticket, Published { claims, is_bundle });
+        actions.push(Action::Publish { ticket, outgoing });
+    }
+
+    fn acknowledge(&self, claims: impl IntoIterator<Item = Claim>, actions: &mut Vec<Action>) {
+        for Claim { subject, may_return } in claims {
+            let deliveries = match &subject {
+                Subject::Attempt(key) if may_return => self.inflight.forgotten(key),
+                Subject::Attempt(key) => self.inflight.settled(key),
+                Subject::Delivery(delivery) => vec![*delivery],
+            };
+            for delivery in deliveries {
+                self.lanes[delivery.queue].done(delivery.tag);
+            }
+        }
+        for (lane, open) in self.lanes.iter().enumerate() {
+            let acks = open.take().into_iter();
+            actions.extend(acks.map(|ack| Action::Acknowledge { lane, ack }));
+        }
+    }
+
+    fn hand_back(&self, subject: &Subject, actions: &mut Vec<Action>) {
+        let deliveries = match subject {
+            Subject::Attempt(key) => self.inflight.forgotten(key),
+            Subject::Delivery(delivery) => vec![*delivery],
+        };
+        for delivery in deliveries {
+            self.lanes[delivery.queue].handed_back(delivery.tag);
+            actions.push(Action::HandBack(delivery));
+        }
+    }
+}
+
+/// Through the default exchange, which routes by the queue's name.
+fn reply_to(queue: String, message: Message) -> Action {
+    Action::Reply(Outgoing { exchange: String::new(), routing_key: queue, message })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,192 @@
+//! What settling may do and when, action by action.
+
+use garenne_common::broker::DeliveryTag;
+use garenne_common::{
+    Codec, Namespace, Payload, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp,
+};
+
+use super::*;
+use crate::inflight::Begin;
+
+/// A core with one queue, and what it wants done.
+struct Desk {
+    core: SettleCore,
+    inflight: Arc<Inflight>,
+    lanes: Arc<Vec<Lane>>,
+    delivered: u64,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let topology = Topology::new(Namespace::new("g").unwrap());
+        let signature = Signature { topology, worker: Arc::from("w") };
+        let lanes = Arc::new(vec![Lane::new(QueueName::default())]);
+        let inflight = Arc::<Inflight>::default();
+        let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);
+        Self { core, inflight, lanes, delivered: 0 }
+    }
+
+    /// A delivery of a task arrives and its attempt begins.
+    fn begin(&mut self, id: &str) -> Begin {
+        self.delivered += 1;
+        let tag = DeliveryTag { epoch: 1, number: self.delivered };
+        self.lanes[0].delivered(tag);
+        self.inflight.begin(&key(id), DeliveryRef { queue: 0, tag })
+    }
+
+    fn settle(&mut self, id: &str, successor: Successor) -> Vec<Action> {
+        self.settle_all([Settlement::bare(Subject::Attempt(key(id)), successor)])
+    }
+
+    fn settle_all(&mut self, settlements: impl IntoIterator<Item = Settlement>) -> Vec<Action> {
+        let mut actions = vec![];
+        for settlement in settlements {
+            self.core.settle(settlement, &mut actions);
+        }
+        self.core.flush(&mut actions);
+        actions
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Answer) -> Vec<Action> {
+        let mut actions = vec![];
+        self.core.answered(ticket, answer, &mut actions);
+        self.core.flush(&mut actions);
+        actions
+    }
+}
+
+fn key(id: &str) -> (TaskId, u32) {
+    (TaskId::new(id).unwrap(), 1)
+}
+
+fn result(id: &str) -> Successor {
+    let at = Timestamp::from_millis(1);
+    Successor::Result(TaskResult {
+        id: TaskId::new(id).unwrap(),
+        name: TaskName::new("a.b").unwrap(),
+        queue: QueueName::default(),
+        batch: None,
+        status: Status::Succeeded,
+        output: Some(Payload::encode(Codec::Json, &1).unwrap()),
+        error: None,
+        reason: None,
+        attempt: 1,
+        redelivered: false,
+        worker: "w".to_owned(),
+        started_at: at,
+        finished_at: at,
+    })
+}
+
+fn message() -> Successor {
+    let (exchange, routing_key) = ("g.delay.00".to_owned(), "default".to_owned());
+    Successor::Message(Outgoing { exchange, routing_key, message: Message::default() })
+}
+
+/// The ticket of the only action, which publishes to this exchange.
+#[track_caller]
+fn published(actions: &[Action], to: &str) -> Ticket {
+    match actions {
+        [Action::Publish { ticket, outgoing }] if outgoing.exchange == to => *ticket,
+        other => panic!("not one publish to {to}: {other:?}"),
+    }
+}
+
+/// Deliveries that are acknowledged, with `multiple`.
+fn acked(actions: &[Action]) -> Vec<(u64, bool)> {
+    let ack = |action: &Action| match action {
+        Action::Acknowledge { ack, .. } => Some((ack.tag.number, ack.multiple)),
+        Action::Publish { .. } | Action::Reply(_) | Action::HandBack(_) => None,
+    };
+    actions.iter().filter_map(ack).collect()
+}
+
+#[test]
+fn a_result_leaves_at_once_and_is_acknowledged_when_it_is_confirmed() {
+    let mut desk = Desk::new();
+    desk.begin("a");
+    let ticket = published(&desk.settle("a", result("a")), "g.results");
+    assert!(!desk.core.is_idle());
+    assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(1, false)]);
+    assert!(desk.core.is_idle());
+    assert!(desk.answer(ticket, Answer::Confirmed).is_empty(), "an answer counts once");
+}
+
+#[test]
+fn a_third_bundle_fills_until_one_of_two_is_confirmed() {
+    let mut desk = Desk::new();
+    for id in ["a", "b", "c", "d"] {
+        desk.begin(id);
+    }
+    let first = published(&desk.settle("a", result("a")), "g.results");
+    published(&desk.settle("b", result("b")), "g.results");
+    assert!(desk.settle("c", result("c")).is_empty());
+    assert!(desk.settle("d", result("d")).is_empty());
+    let actions = desk.answer(first, Answer::Confirmed);
+    assert_eq!(acked(&actions), [(1, false)]);
+    let both = published(&actions[1..], "g.results");
+    assert_eq!(acked(&desk.answer(both, Answer::Confirmed)), [(3, false), (4, false)]);
+}
+
+#[test]
+fn what_is_no_result_does_not_wait_for_a_bundle() {
+    let mut desk = Desk::new();
+    for id in ["a", "b", "c"] {
+        desk.begin(id);
+    }
+    desk.settle("a", result("a"));
+    desk.settle("b", result("b"));
+    let ticket = published(&desk.settle("c", message()), "g.delay.00");
+    assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(3, false)]);
+}
+
+#[test]
+fn an_adopted_delivery_is_settled_with_its_attempt_and_a_late_one_at_once() {
+    let mut desk = Desk::new();
+    assert_eq!((desk.begin("a"), desk.begin("a")), (Begin::Run, Begin::Adopted));
+    let ticket = published(&desk.settle("a", result("a")), "g.results");
+    assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(2, true)]);
+
+    assert_eq!(desk.begin("a"), Begin::Settled);
+    let at = DeliveryRef { queue: 0, tag: DeliveryTag { epoch: 1, number: 3 } };
+    let again = Settlement::bare(Subject::Delivery(at), Successor::Confirmed);
+    assert_eq!(acked(&desk.settle_all([again])), [(3, false)]);
+}
+
+#[test]
+fn without_a_successor_nothing_is_acknowledged() {
+    let mut desk = Desk::new();
+    for id in ["a", "b"] {
+        desk.begin(id);
+    }
+    let never = published(&desk.settle("a", message()), "g.delay.00");
+    let unknown = published(&desk.settle("b", result("b")), "g.results");
+    assert!(desk.answer(unknown, Answer::Unknown).is_empty());
+    let actions = desk.answer(never, Answer::Impossible);
+    assert!(matches!(actions[..], [Action::HandBack(DeliveryRef { queue: 0, .. })]), "{actions:?}");
+    assert_eq!(desk.begin("a"), Begin::Run, "what went back may run again");
+}
+
+#[test]
+fn what_may_return_is_not_remembered_as_settled() {
+    let mut desk = Desk::new();
+    desk.begin("a");
+    let parked = Settlement::bare(Subject::Attempt(key("a")), message());
+    let actions = desk.settle_all([Settlement { may_return: true, ..parked }]);
+    let ticket = published(&actions, "g.delay.00");
+    assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(1, false)]);
+    assert_eq!(desk.begin("a"), Begin::Run);
+}
+
+#[test]
+fn a_broker_that_answers_nothing_stops_the_intake_of_settlements() {
+    let mut desk = Desk::new();
+    let mut taken = 0;
+    while desk.core.has_room() {
+        let id = format!("t-{taken}");
+        desk.begin(&id);
+        desk.settle(&id, message());
+        taken += 1;
+    }
+    assert_eq!(taken, MAX_UNDER_WAY);
+}

@@ -1,0 +1,47 @@
+//! One queue of the worker, as far as settling goes.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use garenne_common::QueueName;
+use garenne_common::broker::DeliveryTag;
+
+use crate::acks::{Ack, Acks};
+
+/// A queue, and which of its deliveries are unsettled.
+#[derive(Debug)]
+pub struct Lane {
+    /// Its short name.
+    pub queue: QueueName,
+    acks: Mutex<Acks>,
+}
+
+impl Lane {
+    /// A queue that has delivered nothing yet.
+    pub fn new(queue: QueueName) -> Self {
+        Self { queue, acks: Mutex::default() }
+    }
+
+    /// A delivery arrived; must be called before anything can settle it.
+    pub fn delivered(&self, tag: DeliveryTag) {
+        self.acks().delivered(tag);
+    }
+
+    /// A delivery may be acknowledged.
+    pub(super) fn done(&self, tag: DeliveryTag) {
+        self.acks().done(tag);
+    }
+
+    /// A delivery goes back.
+    pub(super) fn handed_back(&self, tag: DeliveryTag) {
+        self.acks().handed_back(tag);
+    }
+
+    /// The acknowledgements of what is done, as few as are right.
+    pub(super) fn take(&self) -> Vec<Ack> {
+        self.acks().take()
+    }
+
+    fn acks(&self) -> MutexGuard<'_, Acks> {
+        self.acks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

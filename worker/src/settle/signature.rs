@@ -1,0 +1,176 @@
+//! From a disposition to an order: which message is the successor, and who else hears of it.
+//!
+//! Pure; nothing is published here, and the time is given.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use garenne_common::broker::Outgoing;
+use garenne_common::topology::Topology;
+use garenne_common::wire::{self, DeadLetter, Message, Report, RetryNote};
+use garenne_common::{
+    DeadReason, Payload, QueueName, ReplyFormat, Status, TaskMessage, TaskResult, Timestamp,
+};
+
+use super::order::{Settlement, Subject, Successor};
+use crate::inflight::DeliveryRef;
+use crate::outcome::Disposition;
+
+/// An attempt that ended, as settling needs to know it.
+pub struct Ended {
+    /// What was run.
+    pub task: Arc<TaskMessage>,
+    /// As it arrived: a retry and a dead letter keep what its sender wrote.
+    pub message: Message,
+    /// Whether the broker had delivered it before.
+    pub redelivered: bool,
+    /// When the attempt began.
+    pub started_at: Timestamp,
+    /// When it ended.
+    pub finished_at: Timestamp,
+}
+
+/// A delivery on its way to become an attempt.
+#[derive(Clone, Copy)]
+pub struct Arrival<'a> {
+    /// What to settle it by.
+    pub delivery: DeliveryRef,
+    /// What came.
+    pub message: &'a Message,
+    /// Through which queue.
+    pub queue: &'a QueueName,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// Who signs.
+pub struct Signature {
+    /// Where successors go.
+    pub topology: Topology,
+    /// The worker's name.
+    pub worker: Arc<str>,
+}
+
+impl Signature {
+    /// Turns a disposition into the order that carries it out; does nothing yet.
+    pub fn settlement(&self, ended: &Ended, disposition: Disposition) -> Settlement {
+        let task = &ended.task;
+        let subject = Subject::Attempt((task.id.clone(), task.attempt));
+        match disposition {
+            Disposition::Complete(output) => {
+                let result = self.result(ended, output);
+                Settlement {
+                    reply: task.reply.clone().map(|to| (to, Report::Finished(result.clone()))),
+                    ..Settlement::bare(subject, Successor::Result(result))
+                }
+            }
+            Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
+            Disposition::DeadLetter { reason, error } => {
+                let (message, at) = (&ended.message, ended.finished_at);
+                let mut letter = self.letter(message, &task.queue, reason, &error, at);
+                letter.started_at = Some(ended.started_at);
+                letter.redelivered = ended.redelivered;
+                self.dead(subject, &letter)
+            }
+            Disposition::Requeue => Settlement::bare(subject, Successor::HandBack),
+        }
+    }
+
+    /// The order for a message that never became an attempt.
+    pub(crate) fn refusal(
+        &self,
+        arrival: Arrival<'_>,
+        reason: DeadReason,
+        error: &str,
+    ) -> Settlement {
+        let Arrival { delivery, message, queue, at } = arrival;
+        let letter = self.letter(message, queue, reason, error, at);
+        self.dead(Subject::Delivery(delivery), &letter)
+    }
+
+    /// The order that gives a message an id.
+    pub(crate) fn identification(&self, arrival: Arrival<'_>) -> Settlement {
+        let (id, message) = wire::task::assign_id(arrival.message);
+        tracing::debug!(%id, "a task without an id got one");
+        let successor = Successor::Message(self.to_tasks(arrival.queue, message));
+        Settlement::bare(Subject::Delivery(arrival.delivery), successor)
+    }
+
+    fn result(&self, ended: &Ended, output: Payload) -> TaskResult {
+        let task = &ended.task;
+        TaskResult {
+            id: task.id.clone(),
+            name: task.name.clone(),
+            queue: task.queue.clone(),
+            batch: task.batch.clone(),
+            status: Status::Succeeded,
+            output: Some(output),
+            error: None,
+            reason: None,
+            attempt: task.attempt,
+            redelivered: ended.redelivered,
+            worker: self.worker.to_string(),
+            started_at: ended.started_at,
+            finished_at: ended.finished_at,
+        }
+    }
+
+    fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: String) -> Settlement {
+        let (task, at) = (&ended.task, ended.finished_at);
+        let message = wire::task::next_attempt(&ended.message, task.attempt.saturating_add(1));
+        let (outgoing, after) = match self.topology.delay_route(after) {
+            None => (self.to_tasks(&task.queue, message), Duration::ZERO),
+            Some(route) => {
+                let message = wire::task::with_delay_marks(&message, &route.marks);
+                let routing_key = task.queue.to_string();
+                (Outgoing { exchange: route.exchange, routing_key, message }, route.delay)
+            }
+        };
+        let note = Report::Retrying(RetryNote {
+            id: task.id.clone(),
+            name: task.name.clone(),
+            batch: task.batch.clone(),
+            attempt: task.attempt,
+            error,
+            next_at: at.plus(after),
+            worker: self.worker.to_string(),
+            at,
+        });
+        // A plain reply has no form for "not yet".
+        let reply = task.reply.clone().filter(|to| to.format == ReplyFormat::Bundle);
+        Settlement {
+            reply: reply.map(|to| (to, note.clone())),
+            note: Some(note),
+            ..Settlement::bare(subject, Successor::Message(outgoing))
+        }
+    }
+
+    fn dead(&self, subject: Subject, letter: &DeadLetter) -> Settlement {
+        let dead = self.topology.dead();
+        let message = letter.encode();
+        let outgoing = Outgoing { exchange: dead.clone(), routing_key: dead, message };
+        let reply = wire::task::reply_of(&letter.message).zip(letter.to_result());
+        Settlement {
+            may_return: !letter.reason.is_final(),
+            reply: reply.map(|(to, result)| (to, Report::Finished(result))),
+            ..Settlement::bare(subject, Successor::Message(outgoing))
+        }
+    }
+
+    fn letter(
+        &self,
+        message: &Message,
+        queue: &QueueName,
+        reason: DeadReason,
+        error: &str,
+        at: Timestamp,
+    ) -> DeadLetter {
+        let letter = DeadLetter::new(message, queue.as_str(), reason, error, &self.worker);
+        DeadLetter { at, ..letter }
+    }
+
+    fn to_tasks(&self, queue: &QueueName, message: Message) -> Outgoing {
+        let exchange = self.topology.tasks_exchange();
+        Outgoing { exchange, routing_key: queue.to_string(), message }
+    }
+}
