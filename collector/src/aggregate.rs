@@ -9,11 +9,15 @@ use std::collections::btree_map::Entry;
 use std::time::Duration;
 
 use garenne_common::outcome::Status;
-use garenne_common::wire::{DeadLetter, Message, Notice, Report, RetryNote};
+use garenne_common::wire::lease::execution_of;
+use garenne_common::wire::{
+    DeadLetter, Fence, Lease, LeaseNote, Message, Notice, Report, RetryNote,
+};
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 
 use crate::batch::Batch;
 use crate::group::{Group, Letter};
+use crate::lease::{LeaseStanding, LeaseState};
 
 /// What an operator may choose.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +50,14 @@ pub trait Ledger {
     fn add_notice(&mut self, notice: &Notice) -> Result<(), Self::Error>;
     /// Puts a task that goes back to the broker into the second outbox.
     fn add_resend(&mut self, resend: &Resend) -> Result<(), Self::Error>;
+    /// How a task's lease stands, if it ever had one.
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, Self::Error>;
+    /// Keeps a lease that begins, in place of an earlier one of that task.
+    fn begin_lease(&mut self, lease: &Lease) -> Result<(), Self::Error>;
+    /// Notes that a lease was heard of now, and how it stands.
+    fn mark_lease(&mut self, id: &TaskId, state: LeaseState) -> Result<(), Self::Error>;
+    /// Forgets the lease of a task that has ended.
+    fn drop_lease(&mut self, id: &TaskId) -> Result<(), Self::Error>;
 }
 
 /// A task that goes from the store back to the broker, and the way it takes.
@@ -77,6 +89,8 @@ pub struct Committed {
     pub repeats: u64,
     /// Notices that now wait in the outbox.
     pub notices: u64,
+    /// Words of executions whose lease had lapsed or passed on; nothing came of them.
+    pub outdated: u64,
     /// Tasks that ended by a dead letter of this group.
     pub given_up: Vec<TaskId>,
 }
@@ -89,6 +103,9 @@ pub fn apply<L: Ledger>(
 ) -> Result<Committed, L::Error> {
     let done = Committed::default();
     let mut run = Run { ledger, rules, at: group.at, batches: BTreeMap::new(), done };
+    for lease in &group.leases {
+        run.lease(lease)?;
+    }
     // Reports first: where a group holds both, a success beats the stray dead letter of a retry fork.
     for report in &group.reports {
         run.report(report)?;
@@ -128,11 +145,56 @@ impl<L: Ledger> Run<'_, L> {
             Report::BatchSealed { batch, count, at } => {
                 self.batch(batch, *at)?.sealed(*count, *at);
             }
+            Report::Lease(note) => self.lease_note(note)?,
+            Report::FinishedUnderLease { fence, result } => {
+                if self.admits(&result.id, Some(fence))? {
+                    if self.finished(result)? == Inserted::Fresh {
+                        self.ledger.hide_letter(&result.id)?;
+                    }
+                    self.ledger.drop_lease(&result.id)?;
+                }
+            }
         }
         Ok(())
     }
 
+    fn lease(&mut self, lease: &Lease) -> Result<(), L::Error> {
+        if self.ledger.final_status(&lease.id)?.is_some() {
+            return Ok(());
+        }
+        let standing = self.ledger.lease(&lease.id)?;
+        if standing.is_none_or(|standing| standing.yields_to(&lease.fence)) {
+            self.ledger.begin_lease(lease)?;
+        }
+        Ok(())
+    }
+
+    fn lease_note(&mut self, note: &LeaseNote) -> Result<(), L::Error> {
+        let standing = self.ledger.lease(&note.id)?;
+        match standing.and_then(|standing| standing.after(&note.fence, note.change)) {
+            Some(state) => self.ledger.mark_lease(&note.id, state),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether an execution may say how its task ends. Without a lease anybody may.
+    fn admits(&mut self, id: &TaskId, fence: Option<&Fence>) -> Result<bool, L::Error> {
+        let Some(fence) = fence else { return Ok(true) };
+        let standing = self.ledger.lease(id)?;
+        let admitted = standing.is_none_or(|standing| standing.admits(fence));
+        self.done.outdated += u64::from(!admitted);
+        Ok(admitted)
+    }
+
     fn letter(&mut self, Letter { letter, result }: &Letter) -> Result<(), L::Error> {
+        let fence = execution_of(&letter.message);
+        if !self.admits(&letter.id, fence.as_ref())? {
+            // Nothing is lost: the task itself is on its way again.
+            return Ok(());
+        }
+        if fence.is_some() {
+            self.ledger.drop_lease(&letter.id)?;
+        }
         let ended_as = match result {
             Some(result) => match self.finished(result)? {
                 Inserted::Fresh => {

@@ -1,14 +1,16 @@
-//! Ends batches that nobody sealed: their producer is gone, and whoever waits must hear of it.
+//! Deadlines: ends batches that nobody sealed, and publishes tasks again whose lease nobody renews.
 //!
-//! A seal may lie unread in the results queue, after an outage even past its batch's deadline. So a
-//! batch is given up only when the queue was seen drained twice in a row, and only if its deadline
-//! had passed before the first look: by then a seal that was sent in time has been read.
+//! A seal or a renewal may lie unread in the results queue, after an outage even past its deadline. So
+//! a batch is given up only when the queue was seen drained twice in a row, and only if its deadline
+//! had passed before the first look: by then a seal that was sent in time has been read. The term of
+//! a lease is counted from its last renewal, but not from before an unbroken row of such looks.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::Timestamp;
 use garenne_common::broker::Admin;
+use garenne_common::topology::Topology;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -17,61 +19,88 @@ use crate::store::{Store, StoreError};
 
 /// How often deadlines are looked at, and so how far the two looks are apart.
 const LOOK: Duration = Duration::from_secs(1);
-/// Batches ended in one transaction.
+/// Batches ended, or tasks published again, in one transaction.
 const SLICE: usize = 500;
 
 pub(crate) struct Deadlines<S> {
     pub(crate) store: S,
     pub(crate) admin: Admin,
-    pub(crate) results_queue: String,
+    pub(crate) topology: Topology,
     /// Which queue the consumer of results reads; changes when it was lost.
     pub(crate) consuming: watch::Receiver<Option<String>>,
     pub(crate) outbox_filled: Arc<Notify>,
+    pub(crate) resends_filled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
+}
+
+/// Looks in a row that found the queue drained, with nothing between them that could hide a report.
+#[derive(Clone, Copy)]
+struct Drained {
+    first: Timestamp,
+    last: Timestamp,
 }
 
 impl<S: Store> Deadlines<S> {
     pub(crate) async fn run(mut self) {
-        let mut drained_at = None;
+        let mut drained = None;
         let stop = self.stop.clone();
         loop {
             let look = async {
                 tokio::time::sleep(LOOK).await;
-                self.look(drained_at).await
+                self.look(drained).await
             };
             let looked = tokio::select! {
                 () = stop.cancelled() => return,
                 looked = look => looked,
             };
-            drained_at = looked.unwrap_or_else(|error| {
-                tracing::warn!("deadlines of batches were not looked at: {error}");
+            drained = looked.unwrap_or_else(|error| {
+                tracing::warn!("deadlines were not looked at: {error}");
                 None
             });
         }
     }
 
-    /// One look; when the queue was seen drained, if it was.
-    async fn look(
-        &mut self,
-        drained_at: Option<Timestamp>,
-    ) -> Result<Option<Timestamp>, StoreError> {
+    /// One look; the row of looks that it belongs to, if the queue was drained.
+    async fn look(&mut self, before: Option<Drained>) -> Result<Option<Drained>, StoreError> {
         let now = Timestamp::now();
-        // Asked first: mostly no batch is overdue, and then the broker is left in peace.
-        if !self.store.has_overdue_batches(now).await? {
+        // Asked first: mostly nothing is due, and then the broker is left in peace.
+        let (batches, leases) =
+            (self.store.has_overdue_batches(now).await?, self.store.has_leases().await?);
+        if !batches && !leases {
             return Ok(None);
         }
         let interrupted = self.consuming.has_changed().unwrap_or(true);
         if !self.is_drained().await {
             return Ok(None);
         }
-        if let Some(earlier) = drained_at.filter(|_| !interrupted) {
-            let ended = self.store.abandon_overdue(earlier, SLICE).await?;
-            if ended > 0 {
-                tracing::warn!(batches = ended, "abandoned: not sealed by their deadline");
-                self.outbox_filled.notify_one();
-            }
+        let Some(before) = before.filter(|_| !interrupted) else {
+            return Ok(Some(Drained { first: now, last: now }));
+        };
+        if batches {
+            self.abandon(before.last).await?;
         }
-        Ok(Some(now))
+        if leases {
+            self.lapse(before.first).await?;
+        }
+        Ok(Some(Drained { last: now, ..before }))
+    }
+
+    async fn abandon(&self, overdue_at: Timestamp) -> Result<(), StoreError> {
+        let ended = self.store.abandon_overdue(overdue_at, SLICE).await?;
+        if ended > 0 {
+            tracing::warn!(batches = ended, "abandoned: not sealed by their deadline");
+            self.outbox_filled.notify_one();
+        }
+        Ok(())
+    }
+
+    async fn lapse(&self, listening_since: Timestamp) -> Result<(), StoreError> {
+        let topology = self.topology.clone();
+        let lapsed = self.store.lapse_leases(topology, listening_since, SLICE).await?;
+        if lapsed > 0 {
+            self.resends_filled.notify_one();
+        }
+        Ok(())
     }
 
     /// Whether we consume and are not behind. What we hold unacknowledged is committed by the next
@@ -80,7 +109,7 @@ impl<S: Store> Deadlines<S> {
         if self.consuming.borrow_and_update().is_none() {
             return false;
         }
-        let depth = self.admin.depth(&self.results_queue).await;
+        let depth = self.admin.depth(&self.topology.results()).await;
         depth.is_ok_and(|depth| depth.is_some_and(|depth| depth <= u32::from(RESULTS_PREFETCH)))
     }
 }

@@ -5,7 +5,7 @@
 
 use garenne_common::outcome::DeadReason;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
-use garenne_common::wire::{DeadLetter, Message, Report, task as task_wire};
+use garenne_common::wire::{DeadLetter, Lease, Message, Report, task as task_wire};
 use garenne_common::{TaskResult, Timestamp};
 
 /// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
@@ -18,6 +18,8 @@ pub struct Group {
     pub at: Timestamp,
     /// Reports in the order of their arrival.
     pub reports: Vec<Report>,
+    /// Leases that began. They come before the reports: a note without its lease says nothing.
+    pub leases: Vec<Lease>,
     /// Dead letters in the order of their arrival.
     pub letters: Vec<Letter>,
     /// Tasks that a consumer rejected by mistake: not dead, and to be sent back first of all.
@@ -57,12 +59,12 @@ pub enum Source {
 impl Group {
     /// An empty group.
     pub fn new(at: Timestamp) -> Self {
-        Self { at, reports: vec![], letters: vec![], rejected: vec![], bytes: 0 }
+        Self { at, reports: vec![], leases: vec![], letters: vec![], rejected: vec![], bytes: 0 }
     }
 
     /// How many records it holds.
     pub fn len(&self) -> usize {
-        self.reports.len() + self.letters.len()
+        self.reports.len() + self.leases.len() + self.letters.len()
     }
 
     /// Whether it holds none.
@@ -96,8 +98,13 @@ impl Group {
     }
 
     fn take_reports(&mut self, routing_key: &str, message: &Message, by: &str) {
-        match report::decode(message) {
-            Ok(reports) => self.reports.extend(reports),
+        let taken = if Lease::is_one(message) {
+            Lease::decode(message).map(|lease| self.leases.push(lease))
+        } else {
+            report::decode(message).map(|reports| self.reports.extend(reports))
+        };
+        match taken {
+            Ok(()) => {}
             Err(error) => {
                 let error = format!("not a bundle of reports: {error}");
                 tracing::warn!(
@@ -113,10 +120,11 @@ impl Group {
 
     /// Tasks, results and dead letters all share this last resort.
     fn take_unrouted(&mut self, routing_key: &str, message: &Message, by: &str) {
-        if message.properties.kind.as_deref() == Some(BUNDLE_KIND) {
-            self.take_reports(routing_key, message, by);
-        } else if DeadLetter::is_one(message) {
+        if DeadLetter::is_one(message) {
             self.letters.push(Letter::of_task(DeadLetter::decode(message)));
+        } else if message.properties.kind.as_deref() == Some(BUNDLE_KIND) || Lease::is_one(message)
+        {
+            self.take_reports(routing_key, message, by);
         } else {
             let error = format!("no queue {routing_key:?} existed when the broker took the task");
             let reason = DeadReason::Unrouted;

@@ -19,6 +19,7 @@ mod answers;
 pub mod batch;
 mod deadlines;
 pub mod group;
+pub mod lease;
 mod notices;
 mod pipeline;
 mod relay;

@@ -145,9 +145,10 @@ impl Collector {
         let deadlines = Deadlines {
             store: self.store.clone(),
             admin: Admin::new(self.consuming.clone()),
-            results_queue: topology.results(),
+            topology,
             consuming: reading,
             outbox_filled,
+            resends_filled,
             stop: self.stop_all.clone(),
         };
         let retention = Retention {

@@ -181,7 +181,11 @@ fn results_in(message: &Message) -> Result<Vec<TaskResult>, QueryError> {
     }
     let results = report::decode(message)?.into_iter().filter_map(|report| match report {
         Report::Finished(result) => Some(result),
-        Report::Retrying(_) | Report::BatchOpened { .. } | Report::BatchSealed { .. } => None,
+        Report::Retrying(_)
+        | Report::BatchOpened { .. }
+        | Report::BatchSealed { .. }
+        | Report::Lease(_)
+        | Report::FinishedUnderLease { .. } => None,
     });
     Ok(results.collect())
 }

@@ -173,7 +173,10 @@ impl Replies {
                 Report::Finished(result) => outstanding.resolve(result),
                 Report::Retrying(note) => drop(self.retries.send(note)),
                 // Addressed to collectors; nothing here waits for them.
-                Report::BatchOpened { .. } | Report::BatchSealed { .. } => {}
+                Report::BatchOpened { .. }
+                | Report::BatchSealed { .. }
+                | Report::Lease(_)
+                | Report::FinishedUnderLease { .. } => {}
             }
         }
     }

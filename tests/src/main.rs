@@ -25,6 +25,7 @@ mod errors;
 mod examples;
 mod foreign_client;
 mod kill_everything;
+mod long_tasks;
 mod malformed;
 mod options;
 mod redelivery;

@@ -153,7 +153,7 @@ async fn a_blocking_handler_fails_panics_and_overruns_like_an_async_one() {
         ("work", None),
     ] {
         let submission = Submission::new(Grind(how.to_owned())).retries(0);
-        let submission = submission.timeout(Duration::from_millis(500));
+        let submission = submission.timeout(Duration::from_secs(2));
         let result =
             producer.submit(submission).await.unwrap().result().soon("it ends").await.unwrap();
         assert_eq!(result.reason, reason, "{how}: {result:?}");

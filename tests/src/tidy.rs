@@ -150,8 +150,8 @@ fn configuration_keys() -> Vec<String> {
         let (body, _) = rest.split_once("\n}").unwrap();
         let lines = body.lines().map(str::trim).filter(|line| !line.starts_with(['#', '/']));
         let pairs = lines.filter_map(|line| line.trim_end_matches(',').split_once(": "));
-        let pairs =
-            pairs.map(|(key, kind)| (key.trim_start_matches("pub ").to_owned(), kind.to_owned()));
+        let pairs = pairs
+            .map(|(key, kind)| (key.trim_start_matches("pub(super) ").to_owned(), kind.to_owned()));
         pairs.collect::<Vec<_>>()
     };
     let mut keys = vec![];

@@ -142,6 +142,7 @@ fn spawn(config: &CommandConfig, argv: &[String], context: &Context) -> Result<G
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         .env("GARENNE_TASK_ID", context.id().as_str())
         .env("GARENNE_ATTEMPT", context.attempt().to_string())
+        .envs(context.fence().map(|fence| ("GARENNE_FENCE", fence.to_string())))
         .envs(&config.env)
         .stdin(if config.stdin { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())

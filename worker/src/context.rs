@@ -11,6 +11,7 @@ pub struct Context {
     task: Arc<TaskMessage>,
     worker: Arc<str>,
     redelivered: bool,
+    fence: Option<u64>,
     cancelled: CancellationToken,
 }
 
@@ -19,9 +20,10 @@ impl Context {
         task: Arc<TaskMessage>,
         worker: Arc<str>,
         redelivered: bool,
+        fence: Option<u64>,
         cancelled: CancellationToken,
     ) -> Self {
-        Self { task, worker, redelivered, cancelled }
+        Self { task, worker, redelivered, fence, cancelled }
     }
 
     /// The task's id; the same over all attempts.
@@ -60,6 +62,18 @@ impl Context {
     /// Whether the broker had delivered this very message before, to anybody.
     pub fn redelivered(&self) -> bool {
         self.redelivered
+    }
+
+    /// The number of this execution, if the task runs under a lease: higher than that of every earlier
+    /// execution.
+    ///
+    /// A task runs under a lease when its time limit comes near the broker's consumer timeout. If its
+    /// worker falls silent, the task is given to another one, and the silent one may still wake up.
+    /// A store that keeps the highest number it has seen, and refuses a lower one, keeps such a late
+    /// writer out. Tasks without a lease have no such number: use
+    /// [`idempotency_key`](Self::idempotency_key) there.
+    pub fn fence(&self) -> Option<u64> {
+        self.fence
     }
 
     /// The name under which this worker signs its results.
@@ -108,6 +122,6 @@ impl Context {
             submitted_at: None,
             traceparent: None,
         };
-        Self::new(Arc::new(task), Arc::from("w"), false, CancellationToken::new())
+        Self::new(Arc::new(task), Arc::from("w"), false, None, CancellationToken::new())
     }
 }

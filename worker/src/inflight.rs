@@ -43,23 +43,35 @@ pub struct Inflight(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    running: HashMap<Key, Vec<DeliveryRef>>,
+    running: HashMap<Key, Run>,
     settled: HashSet<Key>,
     settled_order: VecDeque<Key>,
+}
+
+/// A running attempt.
+#[derive(Debug, Default)]
+struct Run {
+    deliveries: Vec<DeliveryRef>,
+    /// The collector has the task; what the broker delivers of it is a left-over.
+    handed_over: bool,
 }
 
 impl Inflight {
     /// A delivery asks for this attempt.
     pub fn begin(&self, key: &Key, delivery: DeliveryRef) -> Begin {
         let mut state = self.lock();
-        if let Some(deliveries) = state.running.get_mut(key) {
-            deliveries.push(delivery);
+        if let Some(run) = state.running.get_mut(key) {
+            if run.handed_over {
+                return Begin::Settled;
+            }
+            run.deliveries.push(delivery);
             return Begin::Adopted;
         }
         if state.settled.contains(key) {
             return Begin::Settled;
         }
-        state.running.insert(key.clone(), vec![delivery]);
+        let run = Run { deliveries: vec![delivery], handed_over: false };
+        state.running.insert(key.clone(), run);
         Begin::Run
     }
 
@@ -74,12 +86,20 @@ impl Inflight {
         {
             state.settled.remove(&oldest);
         }
-        state.running.remove(key).unwrap_or_default()
+        state.running.remove(key).unwrap_or_default().deliveries
+    }
+
+    /// The attempt goes on and its message has a confirmed successor: its deliveries to acknowledge.
+    pub(crate) fn handed_over(&self, key: &Key) -> Vec<DeliveryRef> {
+        let mut state = self.lock();
+        let Some(run) = state.running.get_mut(key) else { return vec![] };
+        run.handed_over = true;
+        std::mem::take(&mut run.deliveries)
     }
 
     /// The attempt is over but may rightly come again: all its deliveries.
     pub fn forgotten(&self, key: &Key) -> Vec<DeliveryRef> {
-        self.lock().running.remove(key).unwrap_or_default()
+        self.lock().running.remove(key).unwrap_or_default().deliveries
     }
 
     /// How many attempts run.
@@ -116,6 +136,16 @@ mod tests {
         let id = TaskId::generate();
         inflight.settled(&(id.clone(), 1));
         assert_eq!(inflight.begin(&(id, 2), delivery(1)), Begin::Run);
+    }
+
+    #[test]
+    fn what_the_collector_has_is_acknowledged_while_it_runs_on() {
+        let inflight = Inflight::default();
+        let key = (TaskId::generate(), 1);
+        inflight.begin(&key, delivery(1));
+        assert_eq!(inflight.handed_over(&key), [delivery(1)]);
+        assert_eq!(inflight.begin(&key, delivery(2)), Begin::Settled);
+        assert_eq!(inflight.settled(&key), []);
     }
 
     #[test]

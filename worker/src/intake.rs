@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{Consumer, Delivery};
+use garenne_common::wire::Fence;
 use garenne_common::{Options, TaskMessage, Timestamp};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use crate::decide::decide;
 use crate::execute::execute;
 use crate::handler::{Handler, Registry, Slot};
 use crate::inflight::{DeliveryRef, Inflight};
+use crate::lease::LeaseTerms;
 use crate::outcome::{Disposition, Outcome};
 use crate::settle::{Arrival, Ended, Lane, Settlement, Signature, Subject, Successor};
 
@@ -29,8 +31,7 @@ pub(crate) struct Pipeline {
     pub(crate) settle: mpsc::Sender<Settlement>,
     /// The limit for tasks that bring none.
     pub(crate) task_timeout: Duration,
-    /// How long the broker waits for an acknowledgement.
-    pub(crate) consumer_timeout: Duration,
+    pub(crate) lease: LeaseTerms,
     /// No more tasks are begun.
     pub(crate) stop: CancellationToken,
     /// Running tasks are given up.
@@ -84,39 +85,56 @@ impl Pipeline {
             Admission::Settle(settlement) => return self.settle(*settlement).await,
         };
         let started_at = Timestamp::now();
-        let disposition = self.run(&task, redelivered, started_at, &*handler, slot).await;
+        let lease = self.lease.fence(self.limit(&task.options), &message);
+        if let Some(fence) = &lease {
+            let lease = self.signature.lease(&task, &message, fence, self.lease.term);
+            self.settle(lease).await;
+        }
+        let context = self.context(&task, redelivered, lease.as_ref());
+        let disposition = self.run(context, started_at, &*handler, slot, lease.as_ref()).await;
         let finished_at = Timestamp::now();
-        let ended = Ended { task, message, redelivered, started_at, finished_at };
+        let ended = Ended { task, message, redelivered, started_at, finished_at, lease };
         self.settle(self.signature.settlement(&ended, disposition)).await;
     }
 
     async fn run(
         &self,
-        task: &Arc<TaskMessage>,
-        redelivered: bool,
+        context: Context,
         started_at: Timestamp,
         handler: &dyn Handler,
         slot: Slot,
+        lease: Option<&Fence>,
     ) -> Disposition {
+        let task = context.task();
         let span =
             tracing::info_span!("task", id = %task.id, name = %task.name, attempt = task.attempt);
-        let worker = Arc::clone(&self.signature.worker);
-        let cancelled = CancellationToken::new();
-        let context = Context::new(Arc::clone(task), worker, redelivered, cancelled);
         let limit = self.limit(&task.options);
         let attempt = execute(handler, &context, slot, limit, &self.abort);
-        let outcome = attempt.instrument(span.clone()).await;
+        let attempt = attempt.instrument(span.clone());
+        let outcome = match lease {
+            None => attempt.await,
+            Some(fence) => {
+                let renewal = || Signature::renewal(task, fence, Timestamp::now());
+                self.lease.renewing(attempt, &self.settle, renewal).await
+            }
+        };
         span.in_scope(|| log(task, &outcome, started_at));
         decide(outcome, task.attempt, &task.options.retry, fastrand::f64())
     }
 
+    fn context(
+        &self,
+        task: &Arc<TaskMessage>,
+        redelivered: bool,
+        lease: Option<&Fence>,
+    ) -> Context {
+        let worker = Arc::clone(&self.signature.worker);
+        let fence = lease.map(|fence| fence.number);
+        Context::new(Arc::clone(task), worker, redelivered, fence, CancellationToken::new())
+    }
+
     fn limit(&self, options: &Options) -> Duration {
-        let limit = options.timeout.unwrap_or(self.task_timeout);
-        if limit > self.consumer_timeout {
-            let (broker, task) = (self.consumer_timeout, limit);
-            tracing::warn!(?task, ?broker, "the broker may take this task back before its limit");
-        }
-        limit
+        options.timeout.unwrap_or(self.task_timeout)
     }
 
     async fn settle(&self, settlement: Settlement) {

@@ -49,6 +49,7 @@ mod guard;
 mod handler;
 mod inflight;
 mod intake;
+mod lease;
 mod outcome;
 mod settle;
 mod worker;
@@ -68,6 +69,6 @@ pub mod protocol {
     pub use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
     pub use crate::settle::{
         Action, Answer, Arrival, Ended, Lane, SettleCore, Settlement, Signature, Subject,
-        Successor, Ticket,
+        Successor, Then, Ticket,
     };
 }

@@ -16,6 +16,7 @@ use crate::context::Context;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
 use crate::intake::{Pipeline, intake};
+use crate::lease::LeaseTerms;
 use crate::outcome::TaskError;
 use crate::settle::{Lane, SettleCore, SettleTask, Signature};
 
@@ -117,7 +118,7 @@ impl Worker {
             slots: Arc::new(Semaphore::new(worker.slots)),
             settle,
             task_timeout: worker.task_timeout,
-            consumer_timeout: config.broker.consumer_timeout,
+            lease: LeaseTerms { term: worker.lease_term, patience: config.broker.consumer_timeout },
             stop: CancellationToken::new(),
             abort: CancellationToken::new(),
             attempts: TaskTracker::new(),

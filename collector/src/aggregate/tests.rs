@@ -18,6 +18,7 @@ struct Maps {
     letters: HashMap<TaskId, bool>,
     batches: HashMap<BatchId, Batch>,
     notices: Vec<Notice>,
+    leases: HashMap<TaskId, LeaseStanding>,
 }
 
 impl Ledger for Maps {
@@ -66,6 +67,28 @@ impl Ledger for Maps {
     }
 
     fn add_resend(&mut self, _: &Resend) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, Infallible> {
+        Ok(self.leases.get(id).cloned())
+    }
+
+    fn begin_lease(&mut self, lease: &Lease) -> Result<(), Infallible> {
+        let standing = LeaseStanding { fence: lease.fence.clone(), state: LeaseState::Held };
+        self.leases.insert(lease.id.clone(), standing);
+        Ok(())
+    }
+
+    fn mark_lease(&mut self, id: &TaskId, state: LeaseState) -> Result<(), Infallible> {
+        if let Some(lease) = self.leases.get_mut(id) {
+            lease.state = state;
+        }
+        Ok(())
+    }
+
+    fn drop_lease(&mut self, id: &TaskId) -> Result<(), Infallible> {
+        self.leases.remove(id);
         Ok(())
     }
 }
@@ -151,6 +174,42 @@ fn task_notices_can_be_switched_off() {
     let success = Report::Finished(result("t", None, Status::Succeeded, 5));
     let Ok(done) = apply(&mut Maps::default(), &group(&[success], &[]), rules);
     assert_eq!((done.fresh, done.notices), (1, 0));
+}
+
+fn lease(number: u64, execution: &str) -> Lease {
+    Lease {
+        id: TaskId::new("t").unwrap(),
+        message: Message::default(),
+        queue: QueueName::default(),
+        fence: fence(number, execution),
+        worker: "w".to_owned(),
+        term: Duration::from_mins(1),
+    }
+}
+
+fn fence(number: u64, execution: &str) -> Fence {
+    Fence { number, execution: execution.to_owned() }
+}
+
+fn ended_under(number: u64, execution: &str) -> Report {
+    let result = result("t", None, Status::Succeeded, 5);
+    Report::FinishedUnderLease { fence: fence(number, execution), result }
+}
+
+#[test]
+fn an_execution_whose_lease_lapsed_ends_nothing() {
+    let mut maps = Maps::default();
+    let mut begun = group(&[], &[]);
+    begun.leases.push(lease(1, "a"));
+    run(&mut maps, &begun);
+    maps.leases.values_mut().for_each(|lease| lease.state = LeaseState::Lapsed);
+    let late = run(&mut maps, &group(&[ended_under(1, "a")], &[]));
+    assert_eq!((late.fresh, late.outdated), (0, 1));
+    let next = run(&mut maps, &group(&[ended_under(2, "b")], &[]));
+    assert_eq!((next.fresh, maps.leases.len()), (1, 0));
+    // Its lease comes again with a redelivered group: the task has ended.
+    run(&mut maps, &begun);
+    assert!(maps.leases.is_empty());
 }
 
 /// A batch of `members`, its opening and its seal, each report up to three times, in any order and

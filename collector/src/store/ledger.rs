@@ -4,14 +4,15 @@
 //! (docs/decisions/0003).
 
 use garenne_common::outcome::Status;
-use garenne_common::wire::{BatchState, Codec, DeadLetter, Notice, RetryNote};
+use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote};
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
 use rusqlite::types::Type;
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{StoreError, seal_envelope};
+use super::{StoreError, leases, seal_envelope};
 use crate::aggregate::{Inserted, Ledger, Resend};
 use crate::batch::Batch;
+use crate::lease::{LeaseStanding, LeaseState};
 
 /// One transaction, at one moment.
 pub(super) struct SqliteLedger<'a> {
@@ -169,6 +170,22 @@ impl Ledger for SqliteLedger<'_> {
         let body = &resend.message.body[..];
         insert.execute(params![resend.exchange, resend.routing_key, envelope, body])?;
         Ok(())
+    }
+
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, StoreError> {
+        leases::standing(self, id)
+    }
+
+    fn begin_lease(&mut self, lease: &Lease) -> Result<(), StoreError> {
+        leases::begin(self, lease)
+    }
+
+    fn mark_lease(&mut self, id: &TaskId, state: LeaseState) -> Result<(), StoreError> {
+        leases::mark(self, id, state)
+    }
+
+    fn drop_lease(&mut self, id: &TaskId) -> Result<(), StoreError> {
+        leases::remove(self, id)
     }
 }
 

@@ -5,6 +5,7 @@
 
 mod envelope;
 mod error;
+mod leases;
 mod ledger;
 mod questions;
 mod schema;
@@ -12,6 +13,7 @@ mod sqlite;
 
 use std::sync::Arc;
 
+use garenne_common::topology::Topology;
 use garenne_common::wire::{BatchStatus, DeadSummary, Notice, TaskState};
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 
@@ -49,6 +51,18 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// Ends as abandoned what [`has_overdue_batches`](Self::has_overdue_batches) found, at most
     /// `limit` of them; how many there were.
     fn abandon_overdue(&self, now: Timestamp, limit: usize) -> impl Answer<usize>;
+
+    /// Whether any task runs under a lease.
+    fn has_leases(&self) -> impl Answer<bool>;
+
+    /// Publishes again what nobody has renewed for its term, at most `limit` tasks; how many there
+    /// were. No term is counted from before `listening_since`.
+    fn lapse_leases(
+        &self,
+        topology: Topology,
+        listening_since: Timestamp,
+        limit: usize,
+    ) -> impl Answer<usize>;
 
     /// Deletes at most `limit` records of each kind that were stored before `before`; how many.
     fn forget(&self, before: Timestamp, limit: usize) -> impl Answer<usize>;

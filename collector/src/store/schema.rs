@@ -20,7 +20,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
 /// by: the other times are their senders' word. Deletion follows rowids, which ascend with
 /// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
-const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS]];
+const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES]];
 
 const FIRST: &str = "
 CREATE TABLE results (
@@ -115,6 +115,23 @@ CREATE TABLE resends (
     envelope    TEXT    NOT NULL, -- properties and headers as versioned JSON
     body        BLOB    NOT NULL
 ) STRICT;
+";
+
+/// Tasks that run under a lease: of the held ones the message, of the others only how they stand.
+const LEASES: &str = "
+CREATE TABLE leases (
+    id        TEXT    NOT NULL PRIMARY KEY,
+    fence     INTEGER NOT NULL,
+    execution TEXT    NOT NULL,
+    state     TEXT    NOT NULL,
+    worker    TEXT    NOT NULL,
+    queue     TEXT    NOT NULL,
+    term      INTEGER NOT NULL, -- milliseconds
+    envelope  TEXT    NOT NULL,
+    body      BLOB    NOT NULL,
+    stored_at INTEGER NOT NULL  -- when it was last heard of, by the collector's clock
+) STRICT;
+CREATE INDEX leases_held ON leases (stored_at) WHERE state = 'held';
 ";
 
 /// Opens a file for writing, makes it if it is missing, and brings it to the present version.

@@ -11,13 +11,14 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use garenne_common::topology::Topology;
 use garenne_common::wire::{BatchStatus, DeadSummary, TaskState};
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
-use super::{OutboxEntry, ResendEntry, Store, StoreError, Totals, questions, schema};
+use super::{OutboxEntry, ResendEntry, Store, StoreError, Totals, leases, questions, schema};
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
 
@@ -125,6 +126,19 @@ impl Store for SqliteStore {
         self.write(move |ledger| abandon_overdue(ledger, now, limit)).await
     }
 
+    async fn has_leases(&self) -> Result<bool, StoreError> {
+        self.read(leases::any_held).await
+    }
+
+    async fn lapse_leases(
+        &self,
+        topology: Topology,
+        listening_since: Timestamp,
+        limit: usize,
+    ) -> Result<usize, StoreError> {
+        self.write(move |ledger| leases::lapse(ledger, &topology, listening_since, limit)).await
+    }
+
     async fn forget(&self, before: Timestamp, limit: usize) -> Result<usize, StoreError> {
         self.write(move |ledger| forget(ledger, before, limit)).await
     }
@@ -221,8 +235,14 @@ fn forget(
         "DELETE FROM batches WHERE rowid IN (SELECT rowid FROM batches \
          WHERE state IN ('done', 'abandoned') AND stored_at < ?1 ORDER BY stored_at LIMIT ?2)",
     )?;
+    // Of tasks that never ended, or whose end was told by another path.
+    let leases = delete(
+        transaction,
+        "DELETE FROM leases WHERE id IN (SELECT id FROM leases \
+         WHERE state <> 'held' AND stored_at < ?1 ORDER BY stored_at LIMIT ?2)",
+    )?;
     ledger.count("results", -i64::try_from(results).unwrap_or(0))?;
-    Ok(results + attempts + letters + batches)
+    Ok(results + attempts + letters + batches + leases)
 }
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;

@@ -85,6 +85,8 @@ pub struct WorkerConfig {
     pub lookahead: usize,
     /// The limit for tasks that bring none.
     pub task_timeout: Duration,
+    /// How long it may be silent before a task that it runs under a lease is given to another one.
+    pub lease_term: Duration,
     /// How long a stopping worker lets tasks finish.
     pub grace: Duration,
     /// Whether `garenne.*`, `text.*` and `file.*` are served.

@@ -80,6 +80,8 @@ struct RawWorker {
     #[serde(with = "humantime_serde")]
     task_timeout: Duration,
     #[serde(with = "humantime_serde")]
+    lease_term: Duration,
+    #[serde(with = "humantime_serde")]
     grace: Duration,
     builtins: bool,
     commands: BTreeMap<String, RawCommand>,
@@ -93,6 +95,7 @@ impl Default for RawWorker {
             slots: None,
             lookahead: None,
             task_timeout: Duration::from_mins(20),
+            lease_term: Duration::from_mins(1),
             grace: Duration::from_secs(30),
             builtins: true,
             commands: BTreeMap::new(),
@@ -299,6 +302,8 @@ impl RawWorker {
         problems.ensure(fine, "worker.slots: must be between 1 and 10000");
         let lookahead = self.lookahead.unwrap_or(slots);
         problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
+        let fine = self.lease_term >= Duration::from_secs(3);
+        problems.ensure(fine, "worker.lease_term: must be at least 3s");
         let mut commands = BTreeMap::new();
         for (name, command) in self.commands {
             let key = format!("worker.commands.{name:?}");
@@ -314,6 +319,7 @@ impl RawWorker {
             slots,
             lookahead,
             task_timeout: self.task_timeout,
+            lease_term: self.lease_term,
             grace: self.grace,
             builtins: self.builtins,
             commands,

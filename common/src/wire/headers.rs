@@ -23,6 +23,16 @@ pub(super) const DEAD_BY: &str = "x-garenne-dead-by";
 pub(super) const DEAD_QUEUE: &str = "x-garenne-dead-queue";
 pub(super) const DEAD_STARTED_AT: &str = "x-garenne-dead-started-at-ms";
 pub(super) const DEAD_REDELIVERED: &str = "x-garenne-dead-redelivered";
+pub(super) const FENCE: &str = "x-garenne-fence";
+pub(super) const LAPSED: &str = "x-garenne-lapsed";
+pub(super) const LEASE_EXECUTION: &str = "x-garenne-lease-execution";
+pub(super) const LEASE_WORKER: &str = "x-garenne-lease-worker";
+pub(super) const LEASE_QUEUE: &str = "x-garenne-lease-queue";
+pub(super) const LEASE_TERM: &str = "x-garenne-lease-term-ms";
+/// How often RabbitMQ took the message back; from 4.3 on only what it holds against it.
+pub(super) const DELIVERY_COUNT: &str = "x-delivery-count";
+/// From 4.3 on: how often RabbitMQ has handed the message out before.
+pub(super) const ACQUIRED_COUNT: &str = "x-acquired-count";
 /// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.
 pub(super) const LAST_DEATH_REASON: &str = "x-last-death-reason";
 /// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.
@@ -32,8 +42,8 @@ pub(super) const LAST_DEATH_QUEUE: &str = "x-last-death-queue";
 /// which it drops what seems to go in a circle, and the marks of a delay that is over.
 pub(super) fn is_spent(name: &str) -> bool {
     name == "x-death"
-        || name == "x-delivery-count"
-        || name == "x-acquired-count"
+        || name == DELIVERY_COUNT
+        || name == ACQUIRED_COUNT
         || name.starts_with("x-first-death-")
         || name.starts_with("x-last-death-")
         || crate::topology::is_delay_mark(name)

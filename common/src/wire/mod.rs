@@ -7,6 +7,7 @@
 pub mod codec;
 pub mod dead;
 mod headers;
+pub mod lease;
 pub mod message;
 pub mod notice;
 pub mod query;
@@ -15,6 +16,7 @@ pub mod task;
 
 pub use codec::{Codec, CodecError, Payload};
 pub use dead::DeadLetter;
+pub use lease::{Fence, Lease, LeaseChange, LeaseNote};
 pub use message::{HeaderName, HeaderValue, Message, Properties};
 pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
 pub use query::{Answer, BatchStatus, DeadSummary, Question, TaskState};

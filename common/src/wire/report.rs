@@ -10,6 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, Payload, from_bincode, to_bincode};
+use super::lease::{Fence, LeaseChange, LeaseNote};
 use super::message::{Message, Properties};
 use super::{MAX_BODY_BYTES, Malformed};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
@@ -48,6 +49,15 @@ pub enum Report {
         count: u64,
         /// When.
         at: Timestamp,
+    },
+    /// What a worker says of a lease it holds.
+    Lease(LeaseNote),
+    /// A task ended that ran under a lease.
+    FinishedUnderLease {
+        /// Which execution.
+        fence: Fence,
+        /// How it ended.
+        result: TaskResult,
     },
 }
 
@@ -126,12 +136,12 @@ pub fn encode_reply(result: &TaskResult, correlation_id: Option<&str>, app_id: &
 /// How many bytes a report adds to a bundle, roughly and never too few by much.
 pub fn weight(report: &Report) -> usize {
     match report {
-        Report::Finished(result) => {
+        Report::Finished(result) | Report::FinishedUnderLease { result, .. } => {
             let output = result.output.as_ref().map_or(0, |output| output.bytes.len());
             300 + output + result.error.as_ref().map_or(0, String::len)
         }
         Report::Retrying(note) => 300 + note.error.len(),
-        Report::BatchOpened { .. } | Report::BatchSealed { .. } => 200,
+        Report::BatchOpened { .. } | Report::BatchSealed { .. } | Report::Lease(_) => 200,
     }
 }
 
@@ -142,6 +152,8 @@ enum ReportV1<'a> {
     Retrying(RetryV1<&'a str>),
     BatchOpened { batch: &'a str, at: u64, deadline: u64 },
     BatchSealed { batch: &'a str, count: u64, at: u64 },
+    Lease(LeaseV1<&'a str>),
+    FinishedUnderLease(FenceV1<&'a str>, ResultV1<&'a str, &'a [u8]>),
 }
 
 #[derive(Deserialize)]
@@ -150,6 +162,8 @@ enum ReportV1Owned {
     Retrying(RetryV1<String>),
     BatchOpened { batch: String, at: u64, deadline: u64 },
     BatchSealed { batch: String, count: u64, at: u64 },
+    Lease(LeaseV1<String>),
+    FinishedUnderLease(FenceV1<String>, ResultV1<String, Vec<u8>>),
 }
 
 #[derive(Serialize, Deserialize)]
@@ -181,24 +195,56 @@ struct RetryV1<S> {
     at: u64,
 }
 
+#[derive(Serialize, Deserialize)]
+struct FenceV1<S> {
+    number: u64,
+    execution: S,
+}
+
+#[derive(Serialize, Deserialize)]
+struct LeaseV1<S> {
+    id: S,
+    fence: FenceV1<S>,
+    change: LeaseChange,
+    at: u64,
+}
+
+impl<'a> From<&'a TaskResult> for ResultV1<&'a str, &'a [u8]> {
+    fn from(result: &'a TaskResult) -> Self {
+        Self {
+            id: result.id.as_str(),
+            name: result.name.as_str(),
+            queue: result.queue.as_str(),
+            batch: result.batch.as_ref().map(BatchId::as_str),
+            status: result.status,
+            output: result.output.as_ref().map(|out| (out.codec, out.bytes.as_ref())),
+            error: result.error.as_deref(),
+            reason: result.reason.map(DeadReason::as_str),
+            attempt: result.attempt,
+            redelivered: result.redelivered,
+            worker: &result.worker,
+            started_at: result.started_at.as_millis(),
+            finished_at: result.finished_at.as_millis(),
+        }
+    }
+}
+
+impl<'a> From<&'a Fence> for FenceV1<&'a str> {
+    fn from(fence: &'a Fence) -> Self {
+        Self { number: fence.number, execution: &fence.execution }
+    }
+}
+
+impl From<FenceV1<String>> for Fence {
+    fn from(fence: FenceV1<String>) -> Self {
+        Self { number: fence.number, execution: fence.execution }
+    }
+}
+
 impl<'a> From<&'a Report> for ReportV1<'a> {
     fn from(report: &'a Report) -> Self {
         match report {
-            Report::Finished(result) => Self::Finished(ResultV1 {
-                id: result.id.as_str(),
-                name: result.name.as_str(),
-                queue: result.queue.as_str(),
-                batch: result.batch.as_ref().map(BatchId::as_str),
-                status: result.status,
-                output: result.output.as_ref().map(|out| (out.codec, out.bytes.as_ref())),
-                error: result.error.as_deref(),
-                reason: result.reason.map(DeadReason::as_str),
-                attempt: result.attempt,
-                redelivered: result.redelivered,
-                worker: &result.worker,
-                started_at: result.started_at.as_millis(),
-                finished_at: result.finished_at.as_millis(),
-            }),
+            Report::Finished(result) => Self::Finished(result.into()),
             Report::Retrying(note) => Self::Retrying(RetryV1 {
                 id: note.id.as_str(),
                 name: note.name.as_str(),
@@ -216,6 +262,15 @@ impl<'a> From<&'a Report> for ReportV1<'a> {
             },
             Report::BatchSealed { batch, count, at } => {
                 Self::BatchSealed { batch: batch.as_str(), count: *count, at: at.as_millis() }
+            }
+            Report::Lease(note) => Self::Lease(LeaseV1 {
+                id: note.id.as_str(),
+                fence: (&note.fence).into(),
+                change: note.change,
+                at: note.at.as_millis(),
+            }),
+            Report::FinishedUnderLease { fence, result } => {
+                Self::FinishedUnderLease(fence.into(), result.into())
             }
         }
     }
@@ -247,6 +302,15 @@ impl TryFrom<ReportV1Owned> for Report {
                 count,
                 at: Timestamp::from_millis(at),
             },
+            ReportV1Owned::Lease(note) => Self::Lease(LeaseNote {
+                id: TaskId::new(&note.id)?,
+                fence: note.fence.into(),
+                change: note.change,
+                at: Timestamp::from_millis(note.at),
+            }),
+            ReportV1Owned::FinishedUnderLease(fence, result) => {
+                Self::FinishedUnderLease { fence: fence.into(), result: result.try_into()? }
+            }
         })
     }
 }
@@ -312,6 +376,7 @@ mod tests {
     fn all_kinds() -> Vec<Report> {
         let batch = BatchId::new("b-1").unwrap();
         let at = Timestamp::from_millis(5);
+        let fence = Fence { number: 2, execution: "e".to_owned() };
         vec![
             Report::Finished(result(Status::Succeeded, None, Some(vec![1, 2]))),
             Report::Retrying(RetryNote {
@@ -326,6 +391,13 @@ mod tests {
             }),
             Report::BatchOpened { batch: batch.clone(), at, deadline: at },
             Report::BatchSealed { batch, count: 3, at },
+            Report::Lease(LeaseNote {
+                id: TaskId::new("t-3").unwrap(),
+                fence: fence.clone(),
+                change: LeaseChange::Renewed,
+                at,
+            }),
+            Report::FinishedUnderLease { fence, result: result(Status::Cancelled, None, None) },
         ]
     }
 

@@ -152,10 +152,13 @@ impl Tap {
             }
             let reports = self.reports().await.into_iter();
             self.more.extend(reports.filter_map(|report| match report {
-                Report::Finished(result) => Some(result),
-                Report::Retrying(_) | Report::BatchOpened { .. } | Report::BatchSealed { .. } => {
-                    None
+                Report::Finished(result) | Report::FinishedUnderLease { result, .. } => {
+                    Some(result)
                 }
+                Report::Retrying(_)
+                | Report::BatchOpened { .. }
+                | Report::BatchSealed { .. }
+                | Report::Lease(_) => None,
             }));
         }
     }

@@ -13,7 +13,7 @@ use garenne_common::{ReplyFormat, ReplyTo};
 
 use super::bundle::{Bundle, parts};
 use super::lane::Lane;
-use super::order::{Settlement, Subject, Successor};
+use super::order::{Settlement, Subject, Successor, Then};
 use super::signature::Signature;
 use crate::acks::Ack;
 use crate::inflight::{DeliveryRef, Inflight};
@@ -66,7 +66,7 @@ pub enum Answer {
 #[derive(Debug)]
 pub(super) struct Claim {
     subject: Subject,
-    may_return: bool,
+    then: Then,
 }
 
 #[derive(Debug)]
@@ -119,17 +119,17 @@ impl SettleCore {
 
     /// Takes a settlement in. [`flush`](Self::flush) must follow, after this one or after several.
     pub fn settle(&mut self, settlement: Settlement, actions: &mut Vec<Action>) {
-        let Settlement { subject, successor, may_return, note, reply } = settlement;
-        let claim = Claim { subject, may_return };
+        let Settlement { subject, successor, then, notes, reply } = settlement;
+        let claim = Claim { subject, then };
         if let Some((to, report)) = reply {
             self.reply(to, report, actions);
         }
-        if let Some(note) = note {
+        for note in notes {
             self.bundle.add(note);
         }
         match successor {
-            Successor::Result(result) => {
-                self.bundle.add(Report::Finished(result));
+            Successor::Result(report) => {
+                self.bundle.add(report);
                 self.bundle.claims.push(claim);
             }
             Successor::Message(outgoing) => self.publish(outgoing, vec![claim], false, actions),
@@ -200,7 +200,11 @@ impl SettleCore {
             }
             (
                 ReplyFormat::Plain,
-                Report::Retrying(_) | Report::BatchOpened { .. } | Report::BatchSealed { .. },
+                Report::Retrying(_)
+                | Report::BatchOpened { .. }
+                | Report::BatchSealed { .. }
+                | Report::Lease(_)
+                | Report::FinishedUnderLease { .. },
             ) => {}
         }
     }
@@ -222,11 +226,13 @@ impl SettleCore {
     }
 
     fn acknowledge(&self, claims: impl IntoIterator<Item = Claim>, actions: &mut Vec<Action>) {
-        for Claim { subject, may_return } in claims {
-            let deliveries = match &subject {
-                Subject::Attempt(key) if may_return => self.inflight.forgotten(key),
-                Subject::Attempt(key) => self.inflight.settled(key),
-                Subject::Delivery(delivery) => vec![*delivery],
+        for Claim { subject, then } in claims {
+            let deliveries = match (&subject, then) {
+                (Subject::Attempt(key), Then::Over) => self.inflight.settled(key),
+                (Subject::Attempt(key), Then::MayReturn) => self.inflight.forgotten(key),
+                (Subject::Attempt(key), Then::RunsOn) => self.inflight.handed_over(key),
+                (Subject::Delivery(delivery), _) => vec![*delivery],
+                (Subject::Nothing, _) => vec![],
             };
             for delivery in deliveries {
                 self.lanes[delivery.queue].done(delivery.tag);
@@ -242,6 +248,7 @@ impl SettleCore {
         let deliveries = match subject {
             Subject::Attempt(key) => self.inflight.forgotten(key),
             Subject::Delivery(delivery) => vec![*delivery],
+            Subject::Nothing => vec![],
         };
         for delivery in deliveries {
             self.lanes[delivery.queue].handed_back(delivery.tag);

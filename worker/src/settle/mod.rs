@@ -17,5 +17,5 @@ mod signature;
 pub use self::core::{Action, Answer, SettleCore, Ticket};
 pub(crate) use driver::SettleTask;
 pub use lane::Lane;
-pub use order::{Settlement, Subject, Successor};
+pub use order::{Settlement, Subject, Successor, Then};
 pub use signature::{Arrival, Ended, Signature};

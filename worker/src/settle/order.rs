@@ -1,8 +1,8 @@
 //! Orders to settle: whose deliveries, and what must be confirmed before they are acknowledged.
 
+use garenne_common::ReplyTo;
 use garenne_common::broker::Outgoing;
 use garenne_common::wire::Report;
-use garenne_common::{ReplyTo, TaskResult};
 
 use crate::inflight::{DeliveryRef, Key};
 
@@ -13,19 +13,32 @@ pub enum Subject {
     Attempt(Key),
     /// One delivery that never became an attempt.
     Delivery(DeliveryRef),
+    /// No delivery: the settlement only carries notes.
+    Nothing,
 }
 
 /// What must be confirmed before the deliveries are acknowledged.
 #[derive(Debug)]
 pub enum Successor {
-    /// A result for the collector, bundled with others.
-    Result(TaskResult),
+    /// How the task ended, for the collector, bundled with others.
+    Result(Report),
     /// A message of its own.
     Message(Outgoing),
     /// Nothing: a successor was confirmed before.
     Confirmed,
     /// None: the deliveries go back to their queue.
     HandBack,
+}
+
+/// What the acknowledgement means for the attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    /// It is over; the same task and attempt need not run again.
+    Over,
+    /// It is over, but the same task and attempt may rightly arrive again and must then run.
+    MayReturn,
+    /// It goes on under a lease; the same message, if it arrives, need not run.
+    RunsOn,
 }
 
 /// An order to settle.
@@ -35,10 +48,10 @@ pub struct Settlement {
     pub subject: Subject,
     /// What must be confirmed first.
     pub successor: Successor,
-    /// Whether the same task and attempt may rightly arrive again and must then run.
-    pub may_return: bool,
+    /// What that means for the attempt.
+    pub then: Then,
     /// For the collector, not waited for.
-    pub note: Option<Report>,
+    pub notes: Vec<Report>,
     /// For whoever asked for the result itself; best effort and never part of settling.
     pub reply: Option<(ReplyTo, Report)>,
 }
@@ -46,6 +59,6 @@ pub struct Settlement {
 impl Settlement {
     /// A settlement that only says what becomes of the deliveries.
     pub fn bare(subject: Subject, successor: Successor) -> Self {
-        Self { subject, successor, may_return: false, note: None, reply: None }
+        Self { subject, successor, then: Then::Over, notes: vec![], reply: None }
     }
 }

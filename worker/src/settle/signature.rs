@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use garenne_common::broker::Outgoing;
 use garenne_common::topology::Topology;
-use garenne_common::wire::{self, DeadLetter, Message, Report, RetryNote};
+use garenne_common::wire::{
+    self, DeadLetter, Fence, Lease, LeaseChange, LeaseNote, Message, Report, RetryNote,
+};
 use garenne_common::{
     DeadReason, Payload, QueueName, ReplyFormat, Status, TaskMessage, TaskResult, Timestamp,
 };
 
-use super::order::{Settlement, Subject, Successor};
+use super::order::{Settlement, Subject, Successor, Then};
 use crate::inflight::DeliveryRef;
 use crate::outcome::Disposition;
 
@@ -28,6 +30,8 @@ pub struct Ended {
     pub started_at: Timestamp,
     /// When it ended.
     pub finished_at: Timestamp,
+    /// Which execution it is, if the collector holds its task under a lease.
+    pub lease: Option<Fence>,
 }
 
 /// A delivery on its way to become an attempt.
@@ -59,10 +63,12 @@ impl Signature {
         match disposition {
             Disposition::Complete(output) => {
                 let result = self.result(ended, output);
-                Settlement {
-                    reply: task.reply.clone().map(|to| (to, Report::Finished(result.clone()))),
-                    ..Settlement::bare(subject, Successor::Result(result))
-                }
+                let reply = task.reply.clone().map(|to| (to, Report::Finished(result.clone())));
+                let report = match &ended.lease {
+                    None => Report::Finished(result),
+                    Some(fence) => Report::FinishedUnderLease { fence: fence.clone(), result },
+                };
+                Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
             }
             Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
             Disposition::DeadLetter { reason, error } => {
@@ -70,9 +76,57 @@ impl Signature {
                 let mut letter = self.letter(message, &task.queue, reason, &error, at);
                 letter.started_at = Some(ended.started_at);
                 letter.redelivered = ended.redelivered;
+                if let Some(fence) = &ended.lease {
+                    wire::lease::set_execution(&mut letter.message, fence);
+                }
                 self.dead(subject, &letter)
             }
-            Disposition::Requeue => Settlement::bare(subject, Successor::HandBack),
+            Disposition::Requeue => match &ended.lease {
+                None => Settlement::bare(subject, Successor::HandBack),
+                Some(fence) => self.hand_back_leased(ended, subject, fence),
+            },
+        }
+    }
+
+    /// The order that hands a running attempt over to the collector.
+    pub fn lease(
+        &self,
+        task: &TaskMessage,
+        message: &Message,
+        fence: &Fence,
+        term: Duration,
+    ) -> Settlement {
+        let lease = Lease {
+            id: task.id.clone(),
+            message: message.clone(),
+            queue: task.queue.clone(),
+            fence: fence.clone(),
+            worker: self.worker.to_string(),
+            term,
+        };
+        let (results, message) = (self.topology.results(), lease.encode());
+        let outgoing = Outgoing { exchange: results.clone(), routing_key: results, message };
+        let subject = Subject::Attempt((task.id.clone(), task.attempt));
+        let successor = Successor::Message(outgoing);
+        Settlement { then: Then::RunsOn, ..Settlement::bare(subject, successor) }
+    }
+
+    /// The order that tells the collector that a leased attempt goes on.
+    pub fn renewal(task: &TaskMessage, fence: &Fence, at: Timestamp) -> Settlement {
+        let note = lease_note(task, fence, LeaseChange::Renewed, at);
+        Settlement { notes: vec![note], ..Settlement::bare(Subject::Nothing, Successor::Confirmed) }
+    }
+
+    /// Its delivery was acknowledged long ago, so it goes back as a message of its own.
+    fn hand_back_leased(&self, ended: &Ended, subject: Subject, fence: &Fence) -> Settlement {
+        let (task, at) = (&ended.task, ended.finished_at);
+        let mut message = wire::task::for_republish(&ended.message);
+        wire::lease::set_fence(&mut message, fence.number);
+        let successor = Successor::Message(self.to_tasks(&task.queue, message));
+        Settlement {
+            then: Then::MayReturn,
+            notes: vec![lease_note(task, fence, LeaseChange::Released, at)],
+            ..Settlement::bare(subject, successor)
         }
     }
 
@@ -117,7 +171,10 @@ impl Signature {
 
     fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: String) -> Settlement {
         let (task, at) = (&ended.task, ended.finished_at);
-        let message = wire::task::next_attempt(&ended.message, task.attempt.saturating_add(1));
+        let mut message = wire::task::next_attempt(&ended.message, task.attempt.saturating_add(1));
+        if let Some(fence) = &ended.lease {
+            wire::lease::set_fence(&mut message, fence.number);
+        }
         let (outgoing, after) = match self.topology.delay_route(after) {
             None => (self.to_tasks(&task.queue, message), Duration::ZERO),
             Some(route) => {
@@ -126,6 +183,8 @@ impl Signature {
                 (Outgoing { exchange: route.exchange, routing_key, message }, route.delay)
             }
         };
+        let release =
+            ended.lease.as_ref().map(|fence| lease_note(task, fence, LeaseChange::Released, at));
         let note = Report::Retrying(RetryNote {
             id: task.id.clone(),
             name: task.name.clone(),
@@ -140,7 +199,7 @@ impl Signature {
         let reply = task.reply.clone().filter(|to| to.format == ReplyFormat::Bundle);
         Settlement {
             reply: reply.map(|to| (to, note.clone())),
-            note: Some(note),
+            notes: std::iter::once(note).chain(release).collect(),
             ..Settlement::bare(subject, Successor::Message(outgoing))
         }
     }
@@ -151,7 +210,7 @@ impl Signature {
         let outgoing = Outgoing { exchange: dead.clone(), routing_key: dead, message };
         let reply = wire::task::reply_of(&letter.message).zip(letter.to_result());
         Settlement {
-            may_return: !letter.reason.is_final(),
+            then: if letter.reason.is_final() { Then::Over } else { Then::MayReturn },
             reply: reply.map(|(to, result)| (to, Report::Finished(result))),
             ..Settlement::bare(subject, Successor::Message(outgoing))
         }
@@ -173,4 +232,8 @@ impl Signature {
         let exchange = self.topology.tasks_exchange();
         Outgoing { exchange, routing_key: queue.to_string(), message }
     }
+}
+
+fn lease_note(task: &TaskMessage, fence: &Fence, change: LeaseChange, at: Timestamp) -> Report {
+    Report::Lease(LeaseNote { id: task.id.clone(), fence: fence.clone(), change, at })
 }

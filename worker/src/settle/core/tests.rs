@@ -61,7 +61,7 @@ fn key(id: &str) -> (TaskId, u32) {
 
 fn result(id: &str) -> Successor {
     let at = Timestamp::from_millis(1);
-    Successor::Result(TaskResult {
+    Successor::Result(Report::Finished(TaskResult {
         id: TaskId::new(id).unwrap(),
         name: TaskName::new("a.b").unwrap(),
         queue: QueueName::default(),
@@ -75,7 +75,7 @@ fn result(id: &str) -> Successor {
         worker: "w".to_owned(),
         started_at: at,
         finished_at: at,
-    })
+    }))
 }
 
 fn message() -> Successor {
@@ -172,7 +172,7 @@ fn what_may_return_is_not_remembered_as_settled() {
     let mut desk = Desk::new();
     desk.begin("a");
     let parked = Settlement::bare(Subject::Attempt(key("a")), message());
-    let actions = desk.settle_all([Settlement { may_return: true, ..parked }]);
+    let actions = desk.settle_all([Settlement { then: Then::MayReturn, ..parked }]);
     let ticket = published(&actions, "g.delay.00");
     assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(1, false)]);
     assert_eq!(desk.begin("a"), Begin::Run);

@@ -1,0 +1,224 @@
+//! Leases: how a task that runs longer than the broker waits for an acknowledgement is kept safe.
+//!
+//! The worker hands the whole message over to the collector (a [`Lease`], published to `results` with
+//! its terms in headers), and only then acknowledges it. From there on the collector owns the task:
+//! while the worker renews, nothing happens; when it falls silent, the collector publishes the message
+//! again. Every execution under a lease has a [`Fence`]; a higher number beats a lower one.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::headers::{self, millis, number, text};
+use super::message::{HeaderValue, Message};
+use super::{Malformed, task};
+use crate::names::{QueueName, TaskId};
+use crate::timestamp::Timestamp;
+
+/// One execution under a lease, among all executions of its task.
+///
+/// The number is what a handler may compare in its own store: an execution with a lower one is over,
+/// even if it does not know yet. The name tells two executions of the same number apart, which a
+/// doubled message can bring about; of these the collector keeps the one it heard of first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fence {
+    /// Grows with every execution of one message.
+    pub number: u64,
+    /// Unique to this execution.
+    pub execution: String,
+}
+
+impl Fence {
+    /// An execution that begins now.
+    pub fn begin(number: u64) -> Self {
+        Self { number, execution: uuid::Uuid::now_v7().simple().to_string() }
+    }
+}
+
+/// A task that a worker has begun, handed over whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Lease {
+    /// Which task.
+    pub id: TaskId,
+    /// The message as it arrived.
+    pub message: Message,
+    /// The queue it belongs to.
+    pub queue: QueueName,
+    /// Which execution.
+    pub fence: Fence,
+    /// Who runs it.
+    pub worker: String,
+    /// How long the worker may be silent.
+    pub term: Duration,
+}
+
+/// What a worker says of a lease it holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LeaseNote {
+    /// Which task.
+    pub id: TaskId,
+    /// Which execution.
+    pub fence: Fence,
+    /// Whether it goes on.
+    pub change: LeaseChange,
+    /// When it was said.
+    pub at: Timestamp,
+}
+
+/// What becomes of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeaseChange {
+    /// The execution goes on.
+    Renewed,
+    /// It is over, and the task's next message is already with the broker.
+    Released,
+}
+
+impl Lease {
+    /// Writes it: the message, and the terms in headers.
+    pub fn encode(&self) -> Message {
+        let mut message = task::for_republish(&self.message);
+        // The collector must find the id that the worker has given it.
+        message.properties.message_id = Some(self.id.to_string());
+        let term = i64::try_from(self.term.as_millis()).unwrap_or(i64::MAX);
+        set_fence(&mut message, self.fence.number);
+        message.set_header(headers::LEASE_TERM, HeaderValue::Int(term));
+        for (name, value) in [
+            (headers::LEASE_EXECUTION, &self.fence.execution),
+            (headers::LEASE_WORKER, &self.worker),
+            (headers::LEASE_QUEUE, &self.queue.to_string()),
+        ] {
+            message.set_header(name, HeaderValue::Text(value.clone()));
+        }
+        message
+    }
+
+    /// Whether a message is one, wherever it arrives.
+    pub fn is_one(message: &Message) -> bool {
+        message.header(headers::LEASE_EXECUTION).is_some()
+    }
+
+    /// Reads one.
+    pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        let missing = |name: &str| Malformed::new(format_args!("a lease without {name}"));
+        let word =
+            |name: &str| text(message, name)?.map(str::to_owned).ok_or_else(|| missing(name));
+        let id = message.properties.message_id.as_deref().ok_or_else(|| missing("a message id"))?;
+        let lease = Self {
+            id: TaskId::new(id)?,
+            queue: QueueName::new(&word(headers::LEASE_QUEUE)?)?,
+            fence: Fence { number: fence_of(message)?, execution: word(headers::LEASE_EXECUTION)? },
+            worker: word(headers::LEASE_WORKER)?,
+            term: millis(message, headers::LEASE_TERM)?
+                .ok_or_else(|| missing(headers::LEASE_TERM))?,
+            message: without_terms(message),
+        };
+        Ok(lease)
+    }
+}
+
+/// The fence that a task message carries: that of its last execution under a lease, 0 if none was.
+pub fn fence_of(message: &Message) -> Result<u64, Malformed> {
+    Ok(number(message, headers::FENCE)?.unwrap_or(0))
+}
+
+/// The fence of the execution that this delivery begins: above that of every earlier execution, since
+/// the broker counts how often it has delivered this very message.
+pub fn next_fence(message: &Message) -> Result<u64, Malformed> {
+    let returns = number(message, headers::DELIVERY_COUNT)?.unwrap_or(0);
+    let handed_out = number(message, headers::ACQUIRED_COUNT)?.unwrap_or(0);
+    Ok(fence_of(message)?.saturating_add(returns.max(handed_out)).saturating_add(1))
+}
+
+/// Writes the fence of the last execution into a task message that is published again.
+pub fn set_fence(message: &mut Message, number: u64) {
+    let number = i64::try_from(number).unwrap_or(i64::MAX);
+    message.set_header(headers::FENCE, HeaderValue::Int(number));
+}
+
+/// Notes in a task message that its last execution under a lease fell silent.
+pub fn mark_lapsed(message: &mut Message) {
+    message.set_header(headers::LAPSED, HeaderValue::Bool(true));
+}
+
+/// Whether the last execution under a lease fell silent: the task may have killed its worker.
+pub fn has_lapsed(message: &Message) -> bool {
+    message.header(headers::LAPSED) == Some(&HeaderValue::Bool(true))
+}
+
+/// The execution whose worker has sent a message on (a dead letter, a next attempt), if it had a lease.
+pub fn execution_of(message: &Message) -> Option<Fence> {
+    let execution = text(message, headers::LEASE_EXECUTION).ok().flatten()?.to_owned();
+    Some(Fence { number: fence_of(message).ok()?, execution })
+}
+
+/// Names the execution that sends a message on.
+pub fn set_execution(message: &mut Message, fence: &Fence) {
+    set_fence(message, fence.number);
+    let execution = HeaderValue::Text(fence.execution.clone());
+    message.set_header(headers::LEASE_EXECUTION, execution);
+}
+
+/// The task message alone.
+pub fn without_terms(message: &Message) -> Message {
+    let mut message = message.clone();
+    message.headers.retain(|(name, _)| !name.starts_with("x-garenne-lease-"));
+    message
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Properties;
+
+    fn task() -> Message {
+        let properties = Properties {
+            kind: Some("a.b".to_owned()),
+            message_id: Some("t-1".to_owned()),
+            ..Properties::default()
+        };
+        Message { properties, headers: vec![], body: b"{}".to_vec().into() }
+    }
+
+    fn lease() -> Lease {
+        Lease {
+            id: TaskId::new("t-1").unwrap(),
+            message: task(),
+            queue: QueueName::new("cpu").unwrap(),
+            fence: Fence { number: 3, execution: "e".to_owned() },
+            worker: "w".to_owned(),
+            term: Duration::from_mins(1),
+        }
+    }
+
+    #[test]
+    fn a_lease_carries_the_task_whole() {
+        let encoded = lease().encode();
+        assert!(Lease::is_one(&encoded) && !Lease::is_one(&task()));
+        let mut read = Lease::decode(&encoded).unwrap();
+        assert_eq!(fence_of(&read.message), Ok(3));
+        read.message.headers.clear();
+        assert_eq!(read, lease());
+    }
+
+    #[test]
+    fn terms_that_are_missing_or_wrong_are_named() {
+        let mut encoded = lease().encode();
+        encoded.headers.retain(|(name, _)| name != "x-garenne-lease-term-ms");
+        let error = Lease::decode(&encoded).unwrap_err();
+        assert_eq!(error.0, "a lease without x-garenne-lease-term-ms");
+    }
+
+    #[test]
+    fn every_delivery_of_a_message_has_a_higher_fence() {
+        let mut message = task();
+        assert_eq!(next_fence(&message), Ok(1));
+        message.set_header("x-delivery-count", HeaderValue::Int(2));
+        assert_eq!(next_fence(&message), Ok(3));
+        set_fence(&mut message, 7);
+        assert_eq!(next_fence(&message), Ok(10));
+        message.set_header("x-garenne-fence", HeaderValue::Int(i64::MAX));
+        assert!(next_fence(&message).is_ok());
+    }
+}

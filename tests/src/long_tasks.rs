@@ -1,0 +1,134 @@
+//! Tasks that may run longer than the broker waits for an acknowledgement run under a lease: the
+//! collector keeps them, and gives them to another worker when theirs falls silent (promises 2 to 4).
+//!
+//! The broker's patience is a few seconds here, by the workers' own setting.
+
+use std::fs;
+use std::time::Duration;
+
+use garenne_common::Status;
+use garenne_producer::Submission;
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::harness::{Process, Soon, Warren, eventually, soon};
+
+const LONG: Duration = Duration::from_mins(1);
+
+/// A worker that needs a lease for every task, with the shortest term. Its command writes the fence
+/// of each execution into a file.
+async fn worker(warren: &Warren, name: &str) -> Process {
+    let file = warren.path("fences").display().to_string();
+    let script = format!("echo $GARENNE_FENCE >> {file}; sleep $1");
+    let toml = format!(
+        "[worker.commands.\"test.fence\"]\n\
+         argv = [\"sh\", \"-c\", \"{script}\", \"sh\", \"{{seconds}}\"]\n"
+    );
+    let worker = warren.worker().toml(&toml).set("worker.name", name).set("worker.slots", 2);
+    let worker = worker.set("broker.consumer_timeout", "2s").set("worker.task_timeout", "60s");
+    // The broker keeps no task for a frozen worker for longer than two of these.
+    let worker = worker.set("broker.heartbeat", "2s").set("worker.grace", "1s");
+    worker.set("worker.lease_term", "3s").start().await
+}
+
+fn task(seconds: u32) -> Submission<serde_json::Value> {
+    Submission::dynamic("test.fence", json!({ "seconds": seconds })).unwrap()
+}
+
+fn fences(warren: &Warren) -> Vec<String> {
+    let text = fs::read_to_string(warren.path("fences")).unwrap_or_default();
+    text.lines().map(str::to_owned).collect()
+}
+
+fn leases(warren: &Warren, state: &str) -> usize {
+    warren.rows::<String>(&format!("SELECT id FROM leases WHERE state = '{state}'")).len()
+}
+
+/// Waits until the collector keeps one task that has begun to run.
+async fn leased(warren: &Warren) {
+    soon("the lease is kept", async || (leases(warren, "held") == 1).then_some(())).await;
+    soon("it runs", async || (fences(warren).len() == 1).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_s_task_runs_elsewhere_under_a_higher_fence() {
+    let warren = Warren::new().await;
+    let (first, _collector) = tokio::join!(worker(&warren, "first"), warren.collector().start());
+    let producer = warren.producer().await;
+    let handle = producer.submit(task(2)).await.unwrap();
+    leased(&warren).await;
+    first.kill().await;
+    let _second = worker(&warren, "second").await;
+    let result = handle.result().within(LONG, "it runs again").await.unwrap();
+    assert_eq!((result.attempt, result.worker.as_str()), (1, "second"));
+    assert_eq!(fences(&warren), ["1", "2"]);
+    soon("the lease is over", async || (leases(&warren, "held") == 0).then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_lease_outlives_its_term_and_a_restart_of_the_collector() {
+    let warren = Warren::new().await;
+    let (_worker, collector) = tokio::join!(worker(&warren, "w"), warren.collector().start());
+    let producer = warren.producer().await;
+    let handle = producer.submit(task(10)).await.unwrap();
+    leased(&warren).await;
+    // Longer than the term: its renewals wait in the queue meanwhile.
+    collector.kill().await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let _collector = warren.collector().start().await;
+    handle.result().within(LONG, "it ends").await.unwrap();
+    assert_eq!(fences(&warren), ["1"], "nobody else was given the task");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_wakes_up_after_its_lease_has_no_say_any_more() {
+    let warren = Warren::new().await;
+    let (first, _collector) = tokio::join!(worker(&warren, "first"), warren.collector().start());
+    let producer = warren.producer().await;
+    let id = producer.submit_detached(task(8)).await.unwrap();
+    leased(&warren).await;
+    first.signal(Signal::SIGSTOP);
+    let _second = worker(&warren, "second").await;
+    soon("it runs a second time", async || (fences(&warren).len() == 2).then_some(())).await;
+    // The command of the first goes on while its worker sleeps, so its result is the earlier one.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    first.signal(Signal::SIGCONT);
+    let stored = "SELECT worker FROM results";
+    let stored = async || warren.rows::<String>(stored).pop();
+    let by = eventually(LONG, "it ends", stored).await;
+    assert_eq!(by, "second", "the outcome of {id} is that of the higher fence");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_worker_hands_a_leased_task_back_at_no_cost() {
+    let warren = Warren::new().await;
+    let (mut first, _collector) =
+        tokio::join!(worker(&warren, "first"), warren.collector().start());
+    let producer = warren.producer().await;
+    let handle = producer.submit(task(3)).await.unwrap();
+    leased(&warren).await;
+    let second = worker(&warren, "second");
+    let (status, _second) = tokio::join!(first.terminate(Duration::from_secs(20)), second);
+    assert!(status.success());
+    let result = handle.result().within(LONG, "it runs again").await.unwrap();
+    assert_eq!((result.attempt, result.redelivered), (1, false));
+    assert_eq!(fences(&warren), ["1", "2"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retries_and_dead_letters_end_their_lease() {
+    let warren = Warren::new().await;
+    let (_worker, _collector) = tokio::join!(worker(&warren, "w"), warren.collector().start());
+    let producer = warren.producer().await;
+    let again = Submission::dynamic("garenne.fail", json!({ "times": 1 })).unwrap();
+    let fatal = Submission::dynamic("garenne.fail", json!({ "fatal": true })).unwrap();
+    let again = producer.submit(again).await.unwrap().result();
+    let again = again.within(LONG, "the second attempt succeeds").await.unwrap();
+    assert_eq!((again.attempt, again.status), (2, Status::Succeeded));
+    let fatal = producer.submit(fatal).await.unwrap().result();
+    let fatal = fatal.within(LONG, "it is given up").await.unwrap();
+    assert_eq!(fatal.status, Status::Failed);
+    let stored = async || (warren.rows::<i64>("SELECT COUNT(*) FROM results") == [2]).then_some(());
+    soon("both are stored", stored).await;
+    assert_eq!(warren.rows::<i64>("SELECT COUNT(*) FROM leases"), [0]);
+}
