@@ -5,7 +5,7 @@ ARGS ?=
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ci fmt fmt-check clippy doc deny bench
+.PHONY: help demo test soak ci fmt fmt-check clippy doc deny bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,13 @@ test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup
 	$(CARGO) build --workspace --bins --examples
 	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
+
+# With release builds, because their figures are what they are for. ARGS picks some: ARGS=soak::delays
+soak: ## the large runs behind the figures of the documentation (an hour or so)
+	scripts/setup
+	$(CARGO) build --release --workspace --bins --examples
+	scripts/rabbitmq run -- $(CARGO) test --release -p garenne-tests --features soak -- \
+		--test-threads=1 --nocapture $(or $(ARGS),soak::)
 
 # One after the other, whatever -j says: each of them uses all cores, and the cheap ones fail first.
 ci: ## what continuous integration runs: formatting, clippy, documentation, tests

@@ -32,4 +32,6 @@ mod redelivery;
 mod retry_and_delay;
 mod round_trip;
 mod shutdown;
+#[cfg(feature = "soak")]
+mod soak;
 mod tidy;
