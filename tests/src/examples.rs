@@ -24,6 +24,7 @@ const EXAMPLES: &[Example] = &[
             "3 words: whether 'tis nobler",
         ],
     },
+    Example { name: "effect_once", crew: false, prints: &["balance after two executions: 100"] },
     Example {
         name: "command_task",
         crew: false,
