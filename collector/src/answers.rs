@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::group::{Group, Letter};
-use crate::store::{Store, StoreError};
+use crate::letters::Letters;
+use crate::store::{DeadQuery, ReplayLinks, Store, StoreError};
 
 /// What our messages say of who published them.
 pub(crate) const APP_ID: &str = concat!("garenne-collector/", env!("CARGO_PKG_VERSION"));
@@ -29,13 +30,14 @@ const WAITING_REPLIES: usize = 1_000;
 /// Answers one question after the other.
 pub(crate) struct Answers<S> {
     pub(crate) store: S,
+    pub(crate) letters: Letters<S>,
     pub(crate) questions: Consumer,
     pub(crate) publisher: Publisher,
     pub(crate) stop: CancellationToken,
 }
 
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+pub(crate) enum Refusal {
     #[error(transparent)]
     Malformed(#[from] garenne_common::wire::Malformed),
     #[error("{0} ids are more than the {MAX_ITEMS} that one question may name")]
@@ -87,13 +89,16 @@ impl<S: Store> Answers<S> {
         let store = &self.store;
         let answer = match Question::decode(message)? {
             Question::Results { ids } => return self.results(ids, correlation_id).await,
-            Question::Task { id } => Answer::Task { state: store.task(id).await? },
+            Question::Task { id } => self.task(id).await?,
             Question::Batch { id } => Answer::Batch { batch: store.batch(id).await? },
             Question::Dead { id } => Answer::Dead { letter: store.dead(id).await? },
-            Question::DeadList { limit } => {
-                let limit = usize::try_from(limit).unwrap_or(MAX_ITEMS).min(MAX_ITEMS);
-                Answer::DeadList { letters: store.dead_list(limit).await? }
+            Question::DeadList { limit, filter, from, count, whole } => {
+                let limit = usize::try_from(limit).unwrap_or(MAX_ITEMS);
+                self.letters.list(DeadQuery { filter, from, limit, count, whole }).await?
             }
+            Question::DeadBody { id, offset } => self.letters.body(id, offset).await?,
+            Question::DeadReplay { letters, plan } => self.letters.replay(letters, plan).await?,
+            Question::DeadPurge { ids } => self.letters.purge(ids).await?,
             Question::Totals => {
                 let totals = store.totals().await?;
                 Answer::Totals {
@@ -105,6 +110,12 @@ impl<S: Store> Answers<S> {
             }
         };
         Ok(answer.encode(correlation_id))
+    }
+
+    async fn task(&self, id: TaskId) -> Result<Answer, Refusal> {
+        let state = self.store.task(id.clone()).await?;
+        let ReplayLinks { replayed_as, replay_of } = self.store.replay_links(id).await?;
+        Ok(Answer::Task { state, replayed_as, replay_of })
     }
 
     async fn results(&self, ids: Vec<TaskId>, correlation: &str) -> Result<Message, Refusal> {

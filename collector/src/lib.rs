@@ -20,6 +20,7 @@ pub mod batch;
 mod deadlines;
 pub mod group;
 pub mod lease;
+mod letters;
 mod notices;
 mod pipeline;
 mod relay;

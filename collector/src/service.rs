@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::aggregate::Rules;
 use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
 use crate::deadlines::Deadlines;
+use crate::letters::Letters;
 use crate::notices::Notices;
 use crate::pipeline::{
     Committer, DEAD_PREFETCH, Intake, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
@@ -136,8 +137,15 @@ impl Collector {
             filled: Arc::clone(&resends_filled),
             stop: self.stop_all.clone(),
         };
+        let letters = Letters {
+            store: self.store.clone(),
+            tasks_exchange: topology.tasks_exchange(),
+            outbox_filled: Arc::clone(&outbox_filled),
+            resends_filled,
+        };
         let answers = Answers {
             store: self.store.clone(),
+            letters,
             questions,
             publisher: self.publisher.clone(),
             stop: self.stop_all.clone(),

@@ -4,7 +4,7 @@
 //! (docs/decisions/0003).
 
 use garenne_common::outcome::Status;
-use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote};
+use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote, replay};
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
 use rusqlite::types::Type;
 use rusqlite::{OptionalExtension, Row, Transaction, params};
@@ -84,15 +84,18 @@ impl Ledger for SqliteLedger<'_> {
 
     /// `OR REPLACE`, not an update: the new row gets the newest rowid, by which retention goes.
     fn keep_letter(&mut self, letter: &DeadLetter, late: bool) -> Result<(), StoreError> {
-        if self.letter_reason(&letter.id)?.is_some_and(DeadReason::is_final) {
+        // A parked task may die for good later, or be parked again after a replay. But the same letter
+        // once more must not park again what was sent to the workers meanwhile.
+        let known = self.letter(&letter.id)?;
+        if known.is_some_and(|(reason, at)| reason.is_final() || at == letter.at) {
             return Ok(());
         }
         let envelope = seal_envelope(&letter.message);
         let envelope = envelope.map_err(|error| StoreError::Other(error.to_string()))?;
         let mut insert = self.transaction.prepare_cached(
             "INSERT OR REPLACE INTO dead_letters (id, kind, queue, reason, error, given_up_by, \
-             started_at, at, redelivered, late, envelope, body, stored_at) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+             started_at, at, redelivered, late, envelope, body, stored_at, batch, replay_of, replays) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)",
         )?;
         insert.execute(params![
             letter.id.as_str(),
@@ -108,6 +111,9 @@ impl Ledger for SqliteLedger<'_> {
             envelope,
             &letter.message.body[..],
             from_time(self.now),
+            letter.batch().as_ref().map(BatchId::as_str),
+            replay::replay_of(&letter.message).as_ref().map(TaskId::as_str),
+            replay::replays(&letter.message),
         ])?;
         Ok(())
     }
@@ -190,10 +196,11 @@ impl Ledger for SqliteLedger<'_> {
 }
 
 impl SqliteLedger<'_> {
-    fn letter_reason(&self, id: &TaskId) -> Result<Option<DeadReason>, StoreError> {
+    fn letter(&self, id: &TaskId) -> Result<Option<(DeadReason, Timestamp)>, StoreError> {
         let mut select =
-            self.transaction.prepare_cached("SELECT reason FROM dead_letters WHERE id = ?1")?;
-        Ok(select.query_row([id.as_str()], |row| reason(row, 0)).optional()?)
+            self.transaction.prepare_cached("SELECT reason, at FROM dead_letters WHERE id = ?1")?;
+        let letter = select.query_row([id.as_str()], |row| Ok((reason(row, 0)?, time(row, 1)?)));
+        Ok(letter.optional()?)
     }
 
     /// Adds to one of the counters.

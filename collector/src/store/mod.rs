@@ -7,14 +7,19 @@ mod envelope;
 mod error;
 mod leases;
 mod ledger;
+mod letters;
 mod questions;
+mod replay;
 mod schema;
 mod sqlite;
 
 use std::sync::Arc;
 
 use garenne_common::topology::Topology;
-use garenne_common::wire::{BatchStatus, DeadSummary, Notice, TaskState};
+use garenne_common::wire::{
+    BatchStatus, DeadCursor, DeadFilter, DeadPage, DeadSummary, Notice, Purged, ReplayItem,
+    ReplayPlan, Replayed, TaskState,
+};
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 
 pub use envelope::{EnvelopeError, open_envelope, seal_envelope};
@@ -76,11 +81,29 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// What is known of a batch.
     fn batch(&self, id: BatchId) -> impl Answer<Option<BatchStatus>>;
 
-    /// The newest dead letters, without late ones.
-    fn dead_list(&self, limit: usize) -> impl Answer<Vec<DeadSummary>>;
+    /// Dead letters, the newest first.
+    fn dead_page(&self, query: DeadQuery) -> impl Answer<DeadPage>;
 
-    /// One dead letter, late or not.
+    /// One dead letter with its message, whatever became of it.
     fn dead(&self, id: TaskId) -> impl Answer<Option<DeadSummary>>;
+
+    /// A piece of a dead letter's body in base64; empty at its end.
+    fn dead_body(&self, id: TaskId, from: u64) -> impl Answer<String>;
+
+    /// What a task was replayed as, and what it is a replay of.
+    fn replay_links(&self, id: TaskId) -> impl Answer<ReplayLinks>;
+
+    /// Marks dead letters as replayed and adds the tasks that they become to those that go back to the
+    /// broker, by `exchange`. Large ones may leave the last items for another call.
+    fn replay(
+        &self,
+        items: Vec<ReplayItem>,
+        plan: ReplayPlan,
+        exchange: String,
+    ) -> impl Answer<Vec<Replayed>>;
+
+    /// Deletes dead letters. Final records stay, and parked tasks end by it.
+    fn purge(&self, ids: Vec<TaskId>) -> impl Answer<Purged>;
 
     /// How much there is.
     fn totals(&self) -> impl Answer<Totals>;
@@ -106,6 +129,30 @@ pub struct ResendEntry {
     pub seq: u64,
     /// The task and its way.
     pub resend: Resend,
+}
+
+/// Which dead letters are asked for, and how much of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeadQuery {
+    /// Which.
+    pub filter: DeadFilter,
+    /// Where the last page ended.
+    pub from: Option<DeadCursor>,
+    /// At most so many.
+    pub limit: usize,
+    /// Whether to count all that match.
+    pub count: bool,
+    /// Whether to give whole messages.
+    pub whole: bool,
+}
+
+/// The two ends of a replay.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ReplayLinks {
+    /// The task that this one's dead letter became.
+    pub replayed_as: Option<TaskId>,
+    /// The dead task that this one was made of.
+    pub replay_of: Option<TaskId>,
 }
 
 /// How much the store holds.

@@ -1,34 +1,24 @@
 //! What is read from SQLite, for questions and for the outbox. Nothing here writes.
 
-use garenne_common::wire::{
-    BatchStatus, Codec, DeadSummary, Notice, Payload, RetryNote, TaskState,
-};
-use garenne_common::{BatchId, DeadReason, QueueName, TaskId, TaskName, TaskResult, Timestamp};
+use garenne_common::wire::{BatchStatus, Codec, Notice, Payload, RetryNote, TaskState};
+use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::ledger::{batch, from_time, parsed, reason, select_batches, status, time, to_count};
-use super::{OutboxEntry, ResendEntry, StoreError, Totals, open_envelope};
+use super::{OutboxEntry, ResendEntry, StoreError, Totals, letters, open_envelope};
 use crate::aggregate::Resend;
 
-/// A list shows small bodies only: a thousand large ones would not fit into one answer.
-const LISTED_BODY_BYTES: u32 = 4 * 1024;
-/// One letter alone may show more.
-const SHOWN_BODY_BYTES: u32 = 1024 * 1024;
 /// How many failed members the status of a batch names.
 const NAMED_FAILURES: u32 = 10;
 
 const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, error, reason, attempt, \
      redelivered, worker, started_at, finished_at";
 
-/// `?1` is the largest body to read.
-const LETTER_COLUMNS: &str = "id, kind, queue, reason, error, given_up_by, at, LENGTH(body), \
-     CASE WHEN LENGTH(body) <= ?1 THEN body END";
-
 pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, StoreError> {
     if let Some(result) = result(connection, id)? {
         return Ok(TaskState::Finished { result });
     }
-    let letter = parked(connection, id)?;
+    let letter = letters::parked(connection, id)?;
     let note = last_attempt(connection, id)?;
     Ok(match (letter, note) {
         // A parked task that was replayed may be retrying again; what was stored last holds.
@@ -77,33 +67,11 @@ pub(super) fn batch_status(
     Ok(Some(BatchStatus { summary: batch.summary(), failures }))
 }
 
-pub(super) fn dead_list(
-    connection: &Connection,
-    limit: usize,
-) -> Result<Vec<DeadSummary>, StoreError> {
-    let mut select = connection.prepare_cached(&format!(
-        "SELECT {LETTER_COLUMNS} FROM dead_letters WHERE late = 0 \
-         ORDER BY stored_at DESC, rowid DESC LIMIT ?2"
-    ))?;
-    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let letters = select.query_map(params![LISTED_BODY_BYTES, limit], letter_row)?;
-    Ok(letters.collect::<Result<_, _>>()?)
-}
-
-pub(super) fn dead(
-    connection: &Connection,
-    id: &TaskId,
-) -> Result<Option<DeadSummary>, StoreError> {
-    let mut select = connection
-        .prepare_cached(&format!("SELECT {LETTER_COLUMNS} FROM dead_letters WHERE id = ?2"))?;
-    Ok(select.query_row(params![SHOWN_BODY_BYTES, id.as_str()], letter_row).optional()?)
-}
-
 pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
     let mut select = connection.prepare_cached(
         "SELECT (SELECT value FROM counters WHERE name = 'results'), \
                 (SELECT value FROM counters WHERE name = 'repeats'), \
-                (SELECT COUNT(*) FROM dead_letters WHERE late = 0), \
+                (SELECT COUNT(*) FROM dead_letters WHERE late = 0 AND replayed_as IS NULL), \
                 (SELECT COUNT(*) FROM batches)",
     )?;
     let totals = select.query_row([], |row| {
@@ -171,21 +139,6 @@ fn result(connection: &Connection, id: &TaskId) -> Result<Option<TaskResult>, St
     Ok(select.query_row([id.as_str()], result_row).optional()?)
 }
 
-fn parked(
-    connection: &Connection,
-    id: &TaskId,
-) -> Result<Option<(DeadSummary, Timestamp)>, StoreError> {
-    let mut select = connection.prepare_cached(&format!(
-        "SELECT {LETTER_COLUMNS}, stored_at FROM dead_letters \
-         WHERE id = ?2 AND late = 0 AND reason = ?3"
-    ))?;
-    let unknown = DeadReason::UnknownTask.as_str();
-    let parked = select.query_row(params![SHOWN_BODY_BYTES, id.as_str(), unknown], |row| {
-        Ok((letter_row(row)?, time(row, 9)?))
-    });
-    Ok(parked.optional()?)
-}
-
 fn last_attempt(
     connection: &Connection,
     id: &TaskId,
@@ -230,22 +183,6 @@ fn result_row(row: &Row<'_>) -> rusqlite::Result<TaskResult> {
         worker: row.get(11)?,
         started_at: time(row, 12)?,
         finished_at: time(row, 13)?,
-    })
-}
-
-/// A row of [`LETTER_COLUMNS`].
-fn letter_row(row: &Row<'_>) -> rusqlite::Result<DeadSummary> {
-    let body: Option<Vec<u8>> = row.get(8)?;
-    Ok(DeadSummary {
-        id: parsed(row, 0, TaskId::new)?,
-        name: row.get(1)?,
-        queue: row.get(2)?,
-        reason: reason(row, 3)?,
-        error: row.get(4)?,
-        by: row.get(5)?,
-        at: time(row, 6)?,
-        body_bytes: to_count(row.get(7)?),
-        args: body.and_then(|body| serde_json::from_slice(&body).ok()),
     })
 }
 

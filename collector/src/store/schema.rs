@@ -20,7 +20,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
 /// by: the other times are their senders' word. Deletion follows rowids, which ascend with
 /// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
-const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES]];
+const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES, LETTERS]];
 
 const FIRST: &str = "
 CREATE TABLE results (
@@ -134,6 +134,30 @@ CREATE TABLE leases (
 CREATE INDEX leases_held ON leases (stored_at) WHERE state = 'held';
 ";
 
+/// What people ask of dead letters, each by an index in the order of the list. Dead letters are few
+/// beside results, so that their many indexes cost little.
+const LETTERS: &str = "
+ALTER TABLE dead_letters ADD COLUMN batch TEXT;
+ALTER TABLE dead_letters ADD COLUMN replay_of TEXT;
+ALTER TABLE dead_letters ADD COLUMN replays INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE dead_letters ADD COLUMN replayed_as TEXT; -- the task it became; its own id if it was parked
+ALTER TABLE dead_letters ADD COLUMN replayed_at INTEGER;
+UPDATE dead_letters SET batch = (
+    SELECT json_extract(value, '$[1].text') FROM json_each(envelope, '$.headers')
+    WHERE json_extract(value, '$[0]') = 'x-garenne-batch'
+);
+DROP INDEX dead_letters_listed;
+CREATE INDEX dead_letters_dead ON dead_letters (at) WHERE late = 0 AND replayed_as IS NULL;
+CREATE INDEX dead_letters_reason ON dead_letters (reason, at)
+    WHERE late = 0 AND replayed_as IS NULL;
+CREATE INDEX dead_letters_kind ON dead_letters (kind, at) WHERE late = 0 AND replayed_as IS NULL;
+CREATE INDEX dead_letters_batch ON dead_letters (batch, at) WHERE late = 0 AND replayed_as IS NULL;
+CREATE INDEX dead_letters_late ON dead_letters (at) WHERE late = 1 AND replayed_as IS NULL;
+CREATE INDEX dead_letters_replayed ON dead_letters (at) WHERE replayed_as IS NOT NULL;
+CREATE INDEX dead_letters_replayed_as ON dead_letters (replayed_as)
+    WHERE replayed_as IS NOT NULL;
+";
+
 /// Opens a file for writing, makes it if it is missing, and brings it to the present version.
 pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
     let open = || {
@@ -233,6 +257,12 @@ mod tests {
         let old = Connection::open(&path).unwrap();
         old.execute_batch(FIRST).unwrap();
         old.execute_batch("UPDATE counters SET value = 7 WHERE name = 'results'").unwrap();
+        old.execute_batch(
+            "INSERT INTO dead_letters (id, queue, reason, error, given_up_by, at, redelivered, late, \
+             envelope, body, stored_at) VALUES ('t', 'q', 'fatal', 'e', 'w', 1, 0, 0, \
+             '{\"headers\":[[\"x\",{\"int\":1}],[\"x-garenne-batch\",{\"text\":\"b-1\"}]]}', x'', 1)",
+        )
+        .unwrap();
         old.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
         old.pragma_update(None, "user_version", 1).unwrap();
         drop(old);
@@ -240,6 +270,7 @@ mod tests {
         let count = |sql: &str| new.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
         assert_eq!(count("SELECT value FROM counters WHERE name = 'results'"), 7);
         assert_eq!(count("SELECT COUNT(*) FROM resends"), 0);
+        assert_eq!(count("SELECT COUNT(*) FROM dead_letters WHERE batch = 'b-1'"), 1);
     }
 
     #[test]

@@ -12,13 +12,18 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use garenne_common::topology::Topology;
-use garenne_common::wire::{BatchStatus, DeadSummary, TaskState};
+use garenne_common::wire::{
+    BatchStatus, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed, TaskState,
+};
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
-use super::{OutboxEntry, ResendEntry, Store, StoreError, Totals, leases, questions, schema};
+use super::{
+    DeadQuery, OutboxEntry, ReplayLinks, ResendEntry, Store, StoreError, Totals, leases,
+    letters, questions, replay, schema,
+};
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
 
@@ -159,12 +164,37 @@ impl Store for SqliteStore {
         self.read(move |connection| questions::batch_status(connection, &id)).await
     }
 
-    async fn dead_list(&self, limit: usize) -> Result<Vec<DeadSummary>, StoreError> {
-        self.read(move |connection| questions::dead_list(connection, limit)).await
+    async fn dead_page(&self, query: DeadQuery) -> Result<DeadPage, StoreError> {
+        self.read(move |connection| letters::page(connection, &query)).await
     }
 
     async fn dead(&self, id: TaskId) -> Result<Option<DeadSummary>, StoreError> {
-        self.read(move |connection| questions::dead(connection, &id)).await
+        self.read(move |connection| letters::one(connection, &id)).await
+    }
+
+    async fn dead_body(&self, id: TaskId, from: u64) -> Result<String, StoreError> {
+        self.read(move |connection| letters::body(connection, &id, from)).await
+    }
+
+    async fn replay_links(&self, id: TaskId) -> Result<ReplayLinks, StoreError> {
+        self.read(move |connection| letters::links(connection, &id)).await
+    }
+
+    async fn replay(
+        &self,
+        items: Vec<ReplayItem>,
+        plan: ReplayPlan,
+        exchange: String,
+    ) -> Result<Vec<Replayed>, StoreError> {
+        if plan.dry_run {
+            return self.read(move |connection| replay::rehearse(connection, &items, &plan)).await;
+        }
+        self.write(move |ledger| replay::replay_letters(ledger, &items, &plan, &exchange)).await
+    }
+
+    async fn purge(&self, ids: Vec<TaskId>) -> Result<Purged, StoreError> {
+        let rules = self.0.rules;
+        self.write(move |ledger| replay::purge(ledger, &ids, rules)).await
     }
 
     async fn totals(&self) -> Result<Totals, StoreError> {

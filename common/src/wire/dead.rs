@@ -129,6 +129,11 @@ impl DeadLetter {
         if !self.reason.is_final() {
             return None;
         }
+        self.to_result_as(self.reason, &self.error)
+    }
+
+    /// A final record with another reason, for a task that somebody ends.
+    pub fn to_result_as(&self, reason: DeadReason, error: &str) -> Option<TaskResult> {
         let name = self.message.properties.kind.as_deref().map(TaskName::new);
         let attempt = number(&self.message, headers::ATTEMPT).ok().flatten().unwrap_or(1);
         // The message asks for this attempt; it was made only if it was started.
@@ -141,8 +146,8 @@ impl DeadLetter {
             batch: self.batch(),
             status: Status::Failed,
             output: None,
-            error: Some(self.error.clone()),
-            reason: Some(self.reason),
+            error: Some(error.to_owned()),
+            reason: Some(reason),
             attempt: u32::try_from(attempt).unwrap_or(u32::MAX),
             redelivered: self.redelivered,
             worker: self.by.clone(),

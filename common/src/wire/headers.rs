@@ -33,6 +33,14 @@ pub(super) const LEASE_TERM: &str = "x-garenne-lease-term-ms";
 pub(super) const DELIVERY_COUNT: &str = "x-delivery-count";
 /// From 4.3 on: how often RabbitMQ has handed the message out before.
 pub(super) const ACQUIRED_COUNT: &str = "x-acquired-count";
+/// How often its process died under this task.
+pub(super) const CRASHES: &str = "x-garenne-crashes";
+/// One line for each of those deaths.
+pub(super) const CRASH_LOG: &str = "x-garenne-crash-log";
+/// The dead task that this one is a replay of.
+pub(super) const REPLAY_OF: &str = "x-garenne-replay-of";
+/// How often this work was replayed.
+pub(super) const REPLAYS: &str = "x-garenne-replays";
 /// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.
 pub(super) const LAST_DEATH_REASON: &str = "x-last-death-reason";
 /// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.

@@ -8,18 +8,24 @@ pub mod codec;
 pub mod dead;
 mod headers;
 pub mod lease;
+pub mod letters;
 pub mod message;
 pub mod notice;
 pub mod query;
+pub mod replay;
 pub mod report;
 pub mod task;
 
 pub use codec::{Codec, CodecError, Payload};
 pub use dead::DeadLetter;
 pub use lease::{Fence, Lease, LeaseChange, LeaseNote};
+pub use letters::{
+    DeadCursor, DeadFilter, DeadPage, DeadSummary, LetterMessage, LetterState, Purged, ReplayItem,
+    ReplayOutcome, ReplayPlan, Replayed,
+};
 pub use message::{HeaderName, HeaderValue, Message, Properties};
 pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
-pub use query::{Answer, BatchStatus, DeadSummary, Question, TaskState};
+pub use query::{Answer, BatchStatus, Question, TaskState};
 pub use report::{Report, RetryNote};
 
 /// No body larger than this is looked into: RabbitMQ 4 refuses larger ones anyway.

@@ -6,13 +6,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::letters::{
+    DeadCursor, DeadFilter, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
+};
 use super::message::{Message, Properties};
 use super::notice::BatchSummary;
 use super::report::RetryNote;
 use super::{Codec, Malformed};
 use crate::names::{BatchId, TaskId};
-use crate::outcome::{DeadReason, TaskResult};
-use crate::timestamp::Timestamp;
+use crate::outcome::TaskResult;
 
 const QUESTION_KIND: &str = "garenne.question";
 const ANSWER_KIND: &str = "garenne.answer";
@@ -36,15 +38,47 @@ pub enum Question {
         /// Which.
         id: BatchId,
     },
-    /// The newest dead letters.
+    /// Dead letters, the newest first.
     DeadList {
         /// At most so many, and at most 1,000.
         limit: u32,
+        /// Which.
+        #[serde(default)]
+        filter: DeadFilter,
+        /// Where the last page ended.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        from: Option<DeadCursor>,
+        /// Whether to say how many match in all.
+        #[serde(default)]
+        count: bool,
+        /// Whether to give whole messages.
+        #[serde(default)]
+        whole: bool,
     },
-    /// One dead letter.
+    /// One dead letter, late and replayed ones included.
     Dead {
         /// Which.
         id: TaskId,
+    },
+    /// A piece of the body of a dead letter, for bodies that fit into no other answer.
+    DeadBody {
+        /// Which.
+        id: TaskId,
+        /// From this byte on.
+        offset: u64,
+    },
+    /// Replay these dead letters; at most 1,000.
+    DeadReplay {
+        /// Which.
+        letters: Vec<ReplayItem>,
+        /// How.
+        #[serde(default)]
+        plan: ReplayPlan,
+    },
+    /// Delete these dead letters; at most 1,000. Final records stay.
+    DeadPurge {
+        /// Which.
+        ids: Vec<TaskId>,
     },
     /// How much the collector has seen.
     Totals,
@@ -59,6 +93,12 @@ pub enum Answer {
         /// Finished, retrying, or nothing known.
         #[serde(flatten)]
         state: TaskState,
+        /// The task that its dead letter was replayed as.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        replayed_as: Option<TaskId>,
+        /// The task that it is a replay of.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        replay_of: Option<TaskId>,
     },
     /// How a batch stands; `None` if nobody has heard of it.
     Batch {
@@ -69,11 +109,36 @@ pub enum Answer {
     DeadList {
         /// The letters.
         letters: Vec<DeadSummary>,
+        /// How many match in all; an older collector, which also knows no filters, does not say.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        total: Option<u64>,
+        /// Whether there are more than `total` says.
+        #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+        more_than_total: bool,
+        /// Where the next page begins.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        next: Option<DeadCursor>,
     },
     /// One dead letter; `None` if there is none of that id.
     Dead {
         /// The letter.
         letter: Option<DeadSummary>,
+    },
+    /// A piece of a body.
+    DeadBody {
+        /// The bytes in base64; empty at the end, and if there is no such letter.
+        base64: String,
+    },
+    /// What became of each letter, in the order asked.
+    DeadReplay {
+        /// The letters.
+        letters: Vec<Replayed>,
+    },
+    /// What was purged.
+    DeadPurge {
+        /// How much.
+        #[serde(flatten)]
+        purged: Purged,
     },
     /// Totals since the store was made.
     Totals {
@@ -124,30 +189,6 @@ pub struct BatchStatus {
     pub summary: BatchSummary,
     /// Up to ten members that did not succeed, with their errors.
     pub failures: Vec<TaskResult>,
-}
-
-/// A dead letter, for people.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DeadSummary {
-    /// The task's id, or one made up for a message without a valid one.
-    pub id: TaskId,
-    /// AMQP `type`: the task name, if it had one.
-    pub name: Option<String>,
-    /// The queue it was meant for.
-    pub queue: String,
-    /// Why it was given up.
-    pub reason: DeadReason,
-    /// The last error.
-    pub error: String,
-    /// Who gave it up.
-    pub by: String,
-    /// When.
-    pub at: Timestamp,
-    /// Size of the body in bytes.
-    pub body_bytes: u64,
-    /// The body as JSON where it is JSON.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub args: Option<serde_json::Value>,
 }
 
 impl Question {
@@ -202,8 +243,18 @@ mod tests {
     }
 
     #[test]
+    fn questions_of_the_first_version_are_understood() {
+        let old = Message { body: r#"{"ask":"dead_list","limit":2}"#.into(), ..Message::default() };
+        let Ok(Question::DeadList { limit, filter, from, .. }) = Question::decode(&old) else {
+            panic!("not understood")
+        };
+        assert_eq!((limit, filter, from), (2, DeadFilter::default(), None));
+    }
+
+    #[test]
     fn answers_come_back_as_they_went() {
-        let answer = Answer::Task { state: TaskState::Unknown };
+        let state = TaskState::Unknown;
+        let answer = Answer::Task { state, replayed_as: None, replay_of: None };
         let message = answer.encode("c");
         assert_eq!(&message.body[..], br#"{"answer":"task","state":"unknown"}"#);
         assert_eq!(Answer::decode(&message), Ok(answer));

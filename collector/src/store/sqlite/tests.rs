@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use garenne_common::outcome::{DeadReason, Status};
 use garenne_common::wire::{
-    BatchState, Codec, DeadLetter, HeaderValue, Message, Notice, Payload, Report, RetryNote,
+    BatchState, Codec, DeadFilter, DeadLetter, HeaderValue, Message, Notice, Payload, Report,
+    RetryNote,
 };
 use garenne_common::{QueueName, TaskName};
 use proptest::prelude::*;
@@ -14,6 +15,8 @@ use super::*;
 use crate::aggregate::Resend;
 use crate::group::Letter;
 use crate::store::open_envelope;
+
+mod letters;
 
 const RULES: Rules = Rules { batch_deadline: Duration::from_hours(1), task_notices: true };
 
@@ -38,6 +41,12 @@ impl Fixture {
 
     async fn commit(&self, reports: &[Report], letters: &[Letter]) -> Committed {
         self.store.commit(group(reports, letters)).await.unwrap()
+    }
+
+    async fn listed(&self, filter: &DeadFilter) -> Vec<DeadSummary> {
+        let filter = filter.clone();
+        let query = DeadQuery { filter, from: None, limit: 100, count: false, whole: false };
+        self.store.dead_page(query).await.unwrap().letters
     }
 
     async fn keys(&self) -> Vec<String> {
@@ -194,7 +203,7 @@ async fn dead_letters_are_kept_whole_and_late_ones_are_not_listed() {
     let fixture = Fixture::new();
     fixture.commit(&[finished("late", None)], &[letter("late", DeadReason::Fatal)]).await;
     fixture.commit(&[], &[letter("t-1", DeadReason::Fatal)]).await;
-    let listed = fixture.store.dead_list(10).await.unwrap();
+    let listed = fixture.listed(&DeadFilter::default()).await;
     assert_eq!(listed.iter().map(|letter| letter.id.as_str()).collect::<Vec<_>>(), ["t-1"]);
     assert_eq!(listed[0].args, Some(serde_json::json!({ "a": 1 })));
     assert!(fixture.store.dead(id("late")).await.unwrap().is_some());
@@ -219,7 +228,7 @@ async fn a_parked_task_may_retry_or_die_later() {
     let state = fixture.store.task(id("t-1")).await.unwrap();
     assert!(matches!(state, TaskState::Parked { .. }), "{state:?}");
     fixture.commit(&[], &[letter("t-1", DeadReason::Fatal)]).await;
-    let listed = fixture.store.dead_list(10).await.unwrap();
+    let listed = fixture.listed(&DeadFilter::default()).await;
     assert_eq!(listed.iter().map(|letter| letter.reason).collect::<Vec<_>>(), [DeadReason::Fatal]);
     let state = fixture.store.task(id("t-1")).await.unwrap();
     assert!(matches!(state, TaskState::Finished { .. }), "{state:?}");

@@ -1,0 +1,67 @@
+//! What is asked of dead letters over AMQP: lists, replays, purges.
+//!
+//! The limits are here, the work is the store's. What a question changes wakes the relays.
+
+use std::sync::Arc;
+
+use garenne_common::wire::letters::MOST_LETTERS;
+use garenne_common::wire::{Answer, DeadPage, ReplayItem, ReplayOutcome, ReplayPlan};
+use garenne_common::{TaskId, wire};
+use tokio::sync::Notify;
+
+use crate::answers::Refusal;
+use crate::store::{DeadQuery, Store};
+
+pub(crate) struct Letters<S> {
+    pub(crate) store: S,
+    pub(crate) tasks_exchange: String,
+    pub(crate) outbox_filled: Arc<Notify>,
+    pub(crate) resends_filled: Arc<Notify>,
+}
+
+impl<S: Store> Letters<S> {
+    pub(crate) async fn list(&self, query: DeadQuery) -> Result<Answer, Refusal> {
+        few(query.filter.ids.len())?;
+        let limit = query.limit.clamp(1, MOST_LETTERS);
+        let page = self.store.dead_page(DeadQuery { limit, ..query }).await?;
+        let DeadPage { letters, total, more_than_total, next } = page;
+        Ok(Answer::DeadList { letters, total, more_than_total, next })
+    }
+
+    pub(crate) async fn body(&self, id: TaskId, offset: u64) -> Result<Answer, Refusal> {
+        Ok(Answer::DeadBody { base64: self.store.dead_body(id, offset).await? })
+    }
+
+    pub(crate) async fn replay(
+        &self,
+        letters: Vec<ReplayItem>,
+        plan: ReplayPlan,
+    ) -> Result<Answer, Refusal> {
+        few(letters.len())?;
+        let rehearsal = plan.dry_run;
+        let exchange = self.tasks_exchange.clone();
+        let letters = self.store.replay(letters, plan, exchange).await?;
+        let goes =
+            |letter: &&wire::Replayed| matches!(letter.outcome, ReplayOutcome::Replayed { .. });
+        let replayed = letters.iter().filter(goes).count();
+        if replayed > 0 && !rehearsal {
+            tracing::info!(replayed, of = letters.len(), "dead letters are replayed");
+            self.resends_filled.notify_one();
+        }
+        Ok(Answer::DeadReplay { letters })
+    }
+
+    pub(crate) async fn purge(&self, ids: Vec<TaskId>) -> Result<Answer, Refusal> {
+        few(ids.len())?;
+        let purged = self.store.purge(ids).await?;
+        if purged.purged > 0 {
+            tracing::info!(purged = purged.purged, ended = purged.ended, "dead letters are purged");
+            self.outbox_filled.notify_one();
+        }
+        Ok(Answer::DeadPurge { purged })
+    }
+}
+
+fn few(ids: usize) -> Result<(), Refusal> {
+    if ids > MOST_LETTERS { Err(Refusal::TooMany(ids)) } else { Ok(()) }
+}
