@@ -91,7 +91,10 @@ impl<S: Store> Answers<S> {
             Question::Results { ids } => return self.results(ids, correlation_id).await,
             Question::Task { id } => self.task(id).await?,
             Question::Batch { id } => Answer::Batch { batch: store.batch(id).await? },
-            Question::Dead { id } => Answer::Dead { letter: store.dead(id).await? },
+            Question::Dead { id } => {
+                let attempts = store.attempts(id.clone()).await?;
+                Answer::Dead { letter: store.dead(id).await?, attempts }
+            }
             Question::DeadList { limit, filter, from, count, whole } => {
                 let limit = usize::try_from(limit).unwrap_or(MAX_ITEMS);
                 self.letters.list(DeadQuery { filter, from, limit, count, whole }).await?

@@ -9,7 +9,7 @@ use std::time::Duration;
 use garenne_common::broker::{BrokerError, Outgoing, Publisher};
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{
-    Answer, BatchStatus, DeadSummary, Malformed, Message, Question, Report, TaskState,
+    Answer, BatchStatus, DeadFilter, DeadSummary, Malformed, Message, Question, Report, TaskState,
 };
 use garenne_common::{BatchId, TaskId, TaskResult};
 use tokio::time::{Instant, sleep_until};
@@ -61,7 +61,7 @@ impl Producer {
     /// How a task stands.
     pub async fn task_state(&self, id: &TaskId) -> Result<TaskState, QueryError> {
         let answer = self.ask(Question::Task { id: id.clone() }).await?;
-        let Answer::Task { state } = answer else { return Err(unexpected("a task")) };
+        let Answer::Task { state, .. } = answer else { return Err(unexpected("a task")) };
         Ok(state)
     }
 
@@ -95,15 +95,13 @@ impl Producer {
 
     /// The newest dead letters, at most `limit` and at most 1,000.
     pub async fn dead_list(&self, limit: u32) -> Result<Vec<DeadSummary>, QueryError> {
-        let answer = self.ask(Question::DeadList { limit }).await?;
-        let Answer::DeadList { letters } = answer else { return Err(unexpected("dead letters")) };
-        Ok(letters)
+        Ok(self.dead_page(&DeadFilter::default(), None, limit).await?.letters)
     }
 
-    /// One dead letter, if there is one of this id.
+    /// One dead letter with its message, if there is one of this id.
     pub async fn dead(&self, id: &TaskId) -> Result<Option<DeadSummary>, QueryError> {
         let answer = self.ask(Question::Dead { id: id.clone() }).await?;
-        let Answer::Dead { letter } = answer else { return Err(unexpected("a dead letter")) };
+        let Answer::Dead { letter, .. } = answer else { return Err(unexpected("a dead letter")) };
         Ok(letter)
     }
 
@@ -190,6 +188,6 @@ fn results_in(message: &Message) -> Result<Vec<TaskResult>, QueryError> {
     Ok(results.collect())
 }
 
-fn unexpected(expected: &str) -> QueryError {
+pub(crate) fn unexpected(expected: &str) -> QueryError {
     QueryError::Malformed(Malformed(format!("it is not about {expected}, as the question was")))
 }

@@ -126,6 +126,15 @@ pub enum QueryError {
         "the collector's answer cannot be read ({0}); are producer and collector of the same version?"
     )]
     Malformed(#[from] Malformed),
+    /// A replay was to go to a queue that does not exist.
+    #[error(
+        "queue {queue} does not exist; start a worker that serves it, or declare it with: \
+         garenne topology apply --queue {queue}"
+    )]
+    UnknownQueue {
+        /// Which queue.
+        queue: QueueName,
+    },
     /// A batch was not done in the time given.
     #[error(
         "batch {batch} is not done after {waited:?}; wait longer, or look with: \
@@ -170,7 +179,7 @@ impl QueryError {
     pub const fn is_transient(&self) -> bool {
         match self {
             Self::NoCollector { .. } | Self::NotDone { .. } => true,
-            Self::Refused(_) | Self::Malformed(_) => false,
+            Self::Refused(_) | Self::Malformed(_) | Self::UnknownQueue { .. } => false,
             Self::Broker(error) => error.is_transient(),
         }
     }

@@ -33,6 +33,7 @@
 //! * [`Producer`] connects and submits; [`Submission`] is a task with its options.
 //! * [`Handle`] waits for one task. Replies are best effort, so it also asks the collector.
 //! * [`Batch`] counts tasks and waits for all of them; [`Notices`] tells of whatever gets done.
+//! * [`Producer::dead_letters`], [`Producer::replay`] and [`Producer::purge`] deal with what was given up.
 //! * `Producer::ask` and its conveniences put questions to the collector.
 //!
 //! The library runs no tasks and stores nothing; it never prints. The `garenne` command is built on it.
@@ -41,6 +42,7 @@ mod ask;
 mod batch;
 mod error;
 mod handle;
+mod letters;
 mod notices;
 mod outstanding;
 mod producer;

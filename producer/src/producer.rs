@@ -12,7 +12,7 @@ use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
 use garenne_common::wire::{self, Message, RetryNote};
-use garenne_common::{BatchId, Codec, ReplyFormat, ReplyTo, TaskId, TaskMessage};
+use garenne_common::{BatchId, Codec, QueueName, ReplyFormat, ReplyTo, TaskId, TaskMessage};
 use tokio::sync::{OnceCell, broadcast};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -23,7 +23,7 @@ use crate::queues::KnownQueues;
 use crate::recovery;
 use crate::replies::Replies;
 use crate::submission::Prepared;
-use crate::{Handle, Submission, SubmitError};
+use crate::{Handle, QueryError, Submission, SubmitError};
 
 /// What the management UI shows of a program that gave no name.
 const PROGRAM: &str = "garenne-producer";
@@ -213,6 +213,18 @@ impl Producer {
             return Err(BrokerError::Closed.into());
         }
         until(by, "answer whether the queue exists", self.0.queues.require(&task.queue)).await
+    }
+
+    pub(crate) async fn require_queue_of_replay(
+        &self,
+        queue: &QueueName,
+    ) -> Result<(), QueryError> {
+        let look = self.0.queues.require(queue);
+        match until(self.deadline(), "answer whether the queue exists", look).await {
+            Ok(()) => Ok(()),
+            Err(SubmitError::Broker(error)) => Err(error.into()),
+            Err(_) => Err(QueryError::UnknownQueue { queue: queue.clone() }),
+        }
     }
 
     async fn publish_task(

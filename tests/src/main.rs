@@ -20,6 +20,7 @@ mod cli;
 mod collector_store;
 mod command_tasks;
 mod dead_letter;
+mod dead_letters_again;
 mod demo_and_bench;
 mod errors;
 mod examples;

@@ -421,7 +421,7 @@ fn state_of(late: bool, replayed: bool) -> LetterState {
 fn summary(row: &Row<'_>, whole: bool) -> rusqlite::Result<DeadSummary> {
     let body: Option<Vec<u8>> = row.get(8)?;
     let message = if whole {
-        Some(parsed(row, 16, |envelope| whole_message(envelope, body.clone()))?)
+        Some(Box::new(parsed(row, 16, |envelope| whole_message(envelope, body.clone()))?))
     } else {
         None
     };

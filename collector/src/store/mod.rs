@@ -18,7 +18,7 @@ use std::sync::Arc;
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
     BatchStatus, DeadCursor, DeadFilter, DeadPage, DeadSummary, Notice, Purged, ReplayItem,
-    ReplayPlan, Replayed, TaskState,
+    ReplayPlan, Replayed, RetryNote, TaskState,
 };
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 
@@ -86,6 +86,9 @@ pub trait Store: Clone + Send + Sync + 'static {
 
     /// One dead letter with its message, whatever became of it.
     fn dead(&self, id: TaskId) -> impl Answer<Option<DeadSummary>>;
+
+    /// The attempts of a task that failed and were followed by another one, the last fifty.
+    fn attempts(&self, id: TaskId) -> impl Answer<Vec<RetryNote>>;
 
     /// A piece of a dead letter's body in base64; empty at its end.
     fn dead_body(&self, id: TaskId, from: u64) -> impl Answer<String>;

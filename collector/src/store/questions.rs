@@ -8,6 +8,8 @@ use super::ledger::{batch, from_time, parsed, reason, select_batches, status, ti
 use super::{OutboxEntry, ResendEntry, StoreError, Totals, letters, open_envelope};
 use crate::aggregate::Resend;
 
+/// How many failed attempts of a dead task are shown.
+const NAMED_ATTEMPTS: u32 = 50;
 /// How many failed members the status of a batch names.
 const NAMED_FAILURES: u32 = 10;
 
@@ -19,7 +21,7 @@ pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, St
         return Ok(TaskState::Finished { result });
     }
     let letter = letters::parked(connection, id)?;
-    let note = last_attempt(connection, id)?;
+    let note = latest_attempts(connection, id, 1)?.pop();
     Ok(match (letter, note) {
         // A parked task that was replayed may be retrying again; what was stored last holds.
         (Some((letter, stored)), Some((_, noted))) if stored >= noted => {
@@ -139,15 +141,23 @@ fn result(connection: &Connection, id: &TaskId) -> Result<Option<TaskResult>, St
     Ok(select.query_row([id.as_str()], result_row).optional()?)
 }
 
-fn last_attempt(
+/// The failed attempts that were followed by another one: the last [`NAMED_ATTEMPTS`], oldest first.
+pub(super) fn attempts(connection: &Connection, id: &TaskId) -> Result<Vec<RetryNote>, StoreError> {
+    let mut notes = latest_attempts(connection, id, NAMED_ATTEMPTS)?;
+    notes.reverse();
+    Ok(notes.into_iter().map(|(note, _)| note).collect())
+}
+
+fn latest_attempts(
     connection: &Connection,
     id: &TaskId,
-) -> Result<Option<(RetryNote, Timestamp)>, StoreError> {
+    limit: u32,
+) -> Result<Vec<(RetryNote, Timestamp)>, StoreError> {
     let mut select = connection.prepare_cached(
         "SELECT task, name, batch, attempt, error, next_at, worker, at, stored_at \
-         FROM attempts WHERE task = ?1 ORDER BY attempt DESC LIMIT 1",
+         FROM attempts WHERE task = ?1 ORDER BY attempt DESC LIMIT ?2",
     )?;
-    let note = select.query_row([id.as_str()], |row| {
+    let notes = select.query_map(params![id.as_str(), limit], |row| {
         let note = RetryNote {
             id: parsed(row, 0, TaskId::new)?,
             name: parsed(row, 1, TaskName::new)?,
@@ -159,8 +169,8 @@ fn last_attempt(
             at: time(row, 7)?,
         };
         Ok((note, time(row, 8)?))
-    });
-    Ok(note.optional()?)
+    })?;
+    Ok(notes.collect::<Result<_, _>>()?)
 }
 
 /// A row of [`RESULT_COLUMNS`].

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
-    BatchStatus, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed, TaskState,
+    BatchStatus, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote,
+    TaskState,
 };
 use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
@@ -170,6 +171,10 @@ impl Store for SqliteStore {
 
     async fn dead(&self, id: TaskId) -> Result<Option<DeadSummary>, StoreError> {
         self.read(move |connection| letters::one(connection, &id)).await
+    }
+
+    async fn attempts(&self, id: TaskId) -> Result<Vec<RetryNote>, StoreError> {
+        self.read(move |connection| questions::attempts(connection, &id)).await
     }
 
     async fn dead_body(&self, id: TaskId, from: u64) -> Result<String, StoreError> {

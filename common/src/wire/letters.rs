@@ -147,7 +147,7 @@ pub struct DeadSummary {
     pub replayed_at: Option<Timestamp>,
     /// The whole message, where it was asked for.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub message: Option<LetterMessage>,
+    pub message: Option<Box<LetterMessage>>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]

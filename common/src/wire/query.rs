@@ -123,6 +123,9 @@ pub enum Answer {
     Dead {
         /// The letter.
         letter: Option<DeadSummary>,
+        /// The attempts that failed before the last one.
+        #[serde(skip_serializing_if = "Vec::is_empty", default)]
+        attempts: Vec<RetryNote>,
     },
     /// A piece of a body.
     DeadBody {

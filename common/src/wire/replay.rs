@@ -27,7 +27,7 @@ pub enum CannotReplay {
     #[error("a worker would refuse it again: {0}; give it other arguments with --args or --set")]
     Malformed(String),
     /// It died in a place that is no queue of tasks.
-    #[error("{0:?} is no name of a queue; give it one with --queue")]
+    #[error("{0:?} is no name of a queue; give it one with --to-queue")]
     NoQueue(String),
     /// Only JSON can be edited.
     #[error(

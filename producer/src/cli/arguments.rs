@@ -15,19 +15,28 @@ const SHOWN: usize = 40;
 /// Reads `JSON`, `@FILE` or `-`; nothing given means `{}`, which suits a task whose arguments all have
 /// defaults.
 pub(crate) fn read(task: &TaskName, given: Option<&str>) -> Result<Box<RawValue>, CliError> {
+    read_given(given.unwrap_or("{}"), || {
+        format!(
+            "quote them for the shell: garenne submit {task} '{{\"key\":\"value\"}}'; or - for standard \
+             input, @FILE for a file"
+        )
+    })
+}
+
+/// Reads `JSON`, `@FILE` or `-`; `help` says how to write them.
+pub(crate) fn read_given(
+    given: &str,
+    help: impl FnOnce() -> String,
+) -> Result<Box<RawValue>, CliError> {
     let text = match given {
-        None => "{}".to_owned(),
-        Some("-") => read_stdin()?,
-        Some(text) => match text.strip_prefix('@') {
+        "-" => read_stdin()?,
+        text => match text.strip_prefix('@') {
             Some(file) => read_file(file)?,
             None => text.to_owned(),
         },
     };
     check(&text).map_err(|problem| {
-        CliError::unusable(format!("the arguments are not JSON: {problem}")).help(format!(
-            "quote them for the shell: garenne submit {task} '{{\"key\":\"value\"}}'; or - for standard \
-             input, @FILE for a file"
-        ))
+        CliError::unusable(format!("the arguments are not JSON: {problem}")).help(help())
     })
 }
 

@@ -173,7 +173,9 @@ impl From<QueryError> for CliError {
             QueryError::NotDone { .. } => {
                 Self::from_sentence(&error.to_string()).exit(Exit::NotYet)
             }
-            QueryError::Refused(_) | QueryError::Malformed(_) => {
+            QueryError::Refused(_)
+            | QueryError::Malformed(_)
+            | QueryError::UnknownQueue { .. } => {
                 Self::from_sentence(&error.to_string())
             }
         }

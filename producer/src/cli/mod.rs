@@ -107,7 +107,7 @@ enum Command {
     Batch(batch::Command),
     /// Print done notices as they come, one JSON object a line
     Notices(notices::Arguments),
-    /// Look at tasks that were given up
+    /// Look at tasks that were given up, send them again, export or delete them
     #[command(subcommand)]
     Dead(dead::Command),
     /// Show or declare Garenne's exchanges and queues
@@ -151,7 +151,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Task(command) => context.or_interrupt(task::run(&context, command)).await,
         Command::Batch(command) => context.or_interrupt(batch::run(&context, command)).await,
         Command::Notices(arguments) => notices::run(&context, arguments).await,
-        Command::Dead(command) => context.or_interrupt(dead::run(&context, command)).await,
+        Command::Dead(command) => dead::run(&context, command).await,
         Command::Topology(command) => context.or_interrupt(topology::run(&context, command)).await,
         Command::Demo(arguments) => demo::run(&context, arguments).await,
         Command::Bench(arguments) => bench::run(&context, arguments).await,

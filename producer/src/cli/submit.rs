@@ -158,10 +158,10 @@ async fn waited(
 /// Says what is known of a task that takes its time.
 async fn hint(context: &Context, producer: &Producer, id: &TaskId) {
     let known = match context.ask(producer, Question::Task { id: id.clone() }).await {
-        Ok(Answer::Task { state: TaskState::Parked { letter } }) => {
+        Ok(Answer::Task { state: TaskState::Parked { letter }, .. }) => {
             format!("task {id} is parked: {}; it runs when a worker knows it", letter.error)
         }
-        Ok(Answer::Task { state: TaskState::Retrying { last } }) => {
+        Ok(Answer::Task { state: TaskState::Retrying { last }, .. }) => {
             format!(
                 "attempt {} of task {id} failed, it is tried again: {}",
                 last.attempt, last.error

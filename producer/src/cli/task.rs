@@ -3,6 +3,7 @@
 use clap::Subcommand;
 use garenne_common::wire::{Answer, DeadSummary, Question, RetryNote, TaskState};
 use garenne_common::{DeadReason, Payload, Status, TaskId, TaskResult, Timestamp};
+use serde::Serialize;
 
 use super::context::Context;
 use super::error::{CliError, Exit};
@@ -32,10 +33,34 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, Cli
     let producer = context.producer("task show").await?;
     let answer = context.ask(&producer, Question::Task { id: id.clone() }).await;
     context.close(producer, &answer).await;
-    let Answer::Task { state } = answer? else { return Err(CliError::unexpected_answer()) };
-    let known = state != TaskState::Unknown;
-    context.output.show(&state, |paint| describe(&id, &state, paint))?;
+    let Answer::Task { state, replayed_as, replay_of } = answer? else {
+        return Err(CliError::unexpected_answer());
+    };
+    let known = state != TaskState::Unknown || replay_of.is_some();
+    let shown = Shown { state, replayed_as, replay_of };
+    context.output.show(&shown, |paint| shown.describe(&id, paint))?;
     Ok(if known { Exit::Success } else { Exit::NotYet })
+}
+
+/// A task's state, and its place in a chain of replays.
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    state: TaskState,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replayed_as: Option<TaskId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replay_of: Option<TaskId>,
+}
+
+impl Shown {
+    fn describe(&self, id: &TaskId, paint: Paint) -> String {
+        let chain = [("replay of", &self.replay_of), ("replayed as", &self.replayed_as)];
+        let chain =
+            chain.iter().filter_map(|(what, id)| Some(format!("{what} {}", (*id).as_ref()?)));
+        let lines = [describe(id, &self.state, paint)].into_iter().chain(chain);
+        lines.collect::<Vec<_>>().join("\n")
+    }
 }
 
 /// Why a task failed, as the error of the command that waited for it.

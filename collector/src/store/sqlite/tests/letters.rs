@@ -11,11 +11,11 @@ fn assortment() -> Vec<Letter> {
     let one = |n: u64| {
         let mut letter = letter(&format!("l-{n}"), reasons[usize::try_from(n % 3).unwrap()]).letter;
         letter.message.properties.kind =
-            Some(format!("{}.run", ["mail", "image"][usize::from(n % 2 == 0)]));
+            Some(format!("{}.run", ["mail", "image"][usize::from(n.is_multiple_of(2))]));
         letter.queue = ["cpu", "io"][usize::from(n >= 6)].to_owned();
         letter.error = format!("Host {n} REFUSED");
         letter.at = at(1_000 + n / 2 * 100);
-        if n % 4 == 0 {
+        if n.is_multiple_of(4) {
             letter.message.set_header("x-garenne-batch", HeaderValue::Text("b-1".to_owned()));
         }
         Letter::of_task(letter)
