@@ -20,6 +20,9 @@ use crate::{Producer, QueryError};
 
 /// How long an answer is waited for.
 pub(crate) const ASK_DEADLINE: Duration = Duration::from_secs(5);
+/// Without an answer for so long, the question is asked again: a collector that was killed has taken
+/// its questions with it. Each expires after as long, so that they do not pile up meanwhile.
+const ASK_AGAIN: Duration = Duration::from_secs(5);
 /// The most ids in one [`Question::Results`].
 pub(crate) const MOST_IDS: usize = 1_000;
 
@@ -128,8 +131,8 @@ impl Asker {
         &self.replies
     }
 
-    /// Asks, and asks again if the reply queue changes meanwhile. Questions change nothing, so that
-    /// is safe.
+    /// Asks, and asks again if the reply queue changes or the answer is long in coming. Most questions
+    /// change nothing; a replay names the new ids and a purge the old ones, so that they happen once.
     pub(crate) async fn ask(
         &self,
         question: &Question,
@@ -142,31 +145,32 @@ impl Asker {
         loop {
             queue.mark_unchanged();
             let reply_to = self.replies.queue(by).await?.name;
-            self.send(question, &reply_to, &correlation, by).await?;
+            let again = Instant::now() + ASK_AGAIN;
+            self.send((question, again.min(by)), &reply_to, &correlation, by).await?;
             tokio::select! {
                 answer = &mut asking.answer => {
                     return answer.map_err(|_| BrokerError::Closed.into());
                 }
                 changed = queue.changed() => changed.map_err(|_| BrokerError::Closed)?,
                 () = sleep_until(by) => return Err(QueryError::NoCollector { waited: patience }),
+                () = sleep_until(again), if again < by => {}
             }
         }
     }
 
     async fn send(
         &self,
-        question: &Question,
+        (question, expires): (&Question, Instant),
         reply_to: &str,
         correlation: &str,
         by: Instant,
     ) -> Result<(), QueryError> {
-        let left = left(by);
-        let millis = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        let millis = u64::try_from(left(expires).as_millis()).unwrap_or(u64::MAX);
         let message = question.encode(reply_to, correlation, millis);
         // The default exchange: its routing key is the queue's name.
         let outgoing =
             Outgoing { exchange: String::new(), routing_key: self.queries.clone(), message };
-        Ok(self.publisher.publish_within(outgoing, left).await?)
+        Ok(self.publisher.publish_within(outgoing, left(by)).await?)
     }
 }
 

@@ -102,6 +102,11 @@ fn begin_anew(message: &mut Message, old: &TaskId, new: &TaskId) {
         headers::CRASHES,
         headers::CRASH_LOG,
         headers::FENCE,
+        headers::LAPSED,
+        headers::LEASE_EXECUTION,
+        headers::LEASE_WORKER,
+        headers::LEASE_QUEUE,
+        headers::LEASE_TERM,
         headers::REPLY_FORMAT,
     ];
     message.headers.retain(|(name, _)| !gone.contains(&name.as_ref()));
