@@ -141,7 +141,7 @@ impl Collector {
             store: self.store.clone(),
             tasks_exchange: topology.tasks_exchange(),
             outbox_filled: Arc::clone(&outbox_filled),
-            resends_filled,
+            resends_filled: Arc::clone(&resends_filled),
         };
         let answers = Answers {
             store: self.store.clone(),

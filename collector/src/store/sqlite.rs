@@ -22,8 +22,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
 use super::{
-    DeadQuery, OutboxEntry, ReplayLinks, ResendEntry, Store, StoreError, Totals, leases,
-    letters, questions, replay, schema,
+    DeadQuery, OutboxEntry, ReplayLinks, ResendEntry, Store, StoreError, Totals, leases, letters,
+    questions, replay, schema,
 };
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;

@@ -85,7 +85,7 @@ impl Walk<'_> {
         }
         let filter = self.which.filter();
         let mut found = match self.page(&filter, None, 0).await? {
-            Ok(page) => page,
+            Ok(first) => first,
             Err(exit) => return Ok(Walked::Interrupted(exit)),
         };
         let (total, more) = (found.total.unwrap_or_default(), found.more_than_total);
@@ -109,7 +109,7 @@ impl Walk<'_> {
                 return Ok(Walked::Through);
             }
             found = match self.page(&filter, found.next, pace.done).await? {
-                Ok(page) => page,
+                Ok(next) => next,
                 Err(exit) => return Ok(Walked::Interrupted(exit)),
             };
         }
