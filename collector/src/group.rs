@@ -4,8 +4,8 @@
 //! neither stored nor acknowledged would stop the collector for good.
 
 use garenne_common::outcome::DeadReason;
-use garenne_common::wire::report::{self, BUNDLE_KIND};
-use garenne_common::wire::{DeadLetter, Lease, Message, Report, task as task_wire};
+use garenne_common::wire::report::{self, BUNDLE_KIND, REPLY_KIND};
+use garenne_common::wire::{DeadLetter, Lease, Message, Report};
 use garenne_common::{TaskResult, Timestamp};
 
 /// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
@@ -22,18 +22,7 @@ pub struct Group {
     pub leases: Vec<Lease>,
     /// Dead letters in the order of their arrival.
     pub letters: Vec<Letter>,
-    /// Tasks that a consumer rejected by mistake: not dead, and to be sent back first of all.
-    pub rejected: Vec<Rejected>,
     bytes: usize,
-}
-
-/// A sound task that was rejected unread, in place of one that no library can parse.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Rejected {
-    /// The short name of its queue.
-    pub queue: String,
-    /// The task.
-    pub message: Message,
 }
 
 /// A dead letter and what it says of its task.
@@ -59,7 +48,7 @@ pub enum Source {
 impl Group {
     /// An empty group.
     pub fn new(at: Timestamp) -> Self {
-        Self { at, reports: vec![], leases: vec![], letters: vec![], rejected: vec![], bytes: 0 }
+        Self { at, reports: vec![], leases: vec![], letters: vec![], bytes: 0 }
     }
 
     /// How many records it holds.
@@ -82,19 +71,17 @@ impl Group {
         self.bytes += message.body.len();
         match source {
             Source::Results => self.take_reports(routing_key, message, by),
-            Source::Dead => self.take_dead(message),
+            Source::Dead => self.take_dead(message, by),
             Source::Unrouted => self.take_unrouted(routing_key, message, by),
         }
     }
 
-    fn take_dead(&mut self, message: &Message) {
-        match DeadLetter::rejected_from(message) {
-            Some(queue) => {
-                let message = task_wire::for_republish(message);
-                self.rejected.push(Rejected { queue, message });
-            }
-            None => self.letters.push(Letter::of_task(DeadLetter::decode(message))),
+    fn take_dead(&mut self, message: &Message, by: &str) {
+        if message.properties.kind.as_deref() == Some(REPLY_KIND) {
+            // Somebody named this queue in a reply_to. It must not count as the end of that task.
+            return self.take_stray("dead", message, "a reply, and no dead letter", by);
         }
+        self.letters.push(Letter::of_task(DeadLetter::decode(message)));
     }
 
     fn take_reports(&mut self, routing_key: &str, message: &Message, by: &str) {
@@ -111,11 +98,22 @@ impl Group {
                     app_id = message.properties.app_id,
                     "{error}; kept as a dead letter"
                 );
-                let reason = DeadReason::Malformed;
-                let letter = DeadLetter::new(message, routing_key, reason, &error, by);
-                self.letters.push(Letter { letter, result: None });
+                self.take_stray(routing_key, message, &error, by);
             }
         }
+    }
+
+    /// Keeps what is no task's, under an id of its own: it may name any task's, and must not be kept
+    /// in the place of that task's letter.
+    fn take_stray(&mut self, routing_key: &str, message: &Message, error: &str, by: &str) {
+        let mut message = message.clone();
+        let error = match message.properties.message_id.take() {
+            Some(id) => format!("{error} (it came as {id:?})"),
+            None => error.to_owned(),
+        };
+        let reason = DeadReason::Malformed;
+        let letter = DeadLetter::new(&message, routing_key, reason, &error, by);
+        self.letters.push(Letter { letter, result: None });
     }
 
     /// Tasks, results and dead letters all share this last resort.
@@ -166,6 +164,18 @@ mod tests {
     fn a_bundle_that_does_not_decode_becomes_a_dead_letter_without_a_record() {
         let group = taken(Source::Results, &task());
         assert_eq!(group.reports, []);
+        assert_eq!(group.letters[0].letter.reason, DeadReason::Malformed);
+        assert_eq!(group.letters[0].result, None);
+        // It says t-1, but is not what became of that task.
+        assert_ne!(group.letters[0].letter.id.as_str(), "t-1");
+        assert!(group.letters[0].letter.error.contains("t-1"));
+    }
+
+    #[test]
+    fn a_reply_among_the_dead_letters_ends_no_task() {
+        let mut reply = task();
+        reply.properties.kind = Some(REPLY_KIND.to_owned());
+        let group = taken(Source::Dead, &reply);
         assert_eq!(group.letters[0].letter.reason, DeadReason::Malformed);
         assert_eq!(group.letters[0].result, None);
     }

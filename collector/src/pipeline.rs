@@ -13,13 +13,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::Timestamp;
-use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Outgoing, Publisher, Settler};
+use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Settler};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::answers::Replies;
-use crate::group::{Group, Rejected, Source};
+use crate::group::{Group, Source};
 use crate::store::{Store, StoreError};
 
 /// Unacknowledged deliveries of results. Each may be a whole bundle, so it need not be large, and a
@@ -187,8 +187,6 @@ pub(crate) struct Committer<S> {
     pub(crate) store: S,
     pub(crate) parcels: mpsc::Receiver<Parcel>,
     pub(crate) replies: Replies,
-    pub(crate) publisher: Publisher,
-    pub(crate) tasks_exchange: String,
     /// Wakes the relay of notices.
     pub(crate) outbox_filled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
@@ -208,9 +206,6 @@ impl<S: Store> Committer<S> {
 
     /// Commits a parcel's group and acknowledges its deliveries; `false` if it had to leave them.
     async fn finish(&self, parcel: Parcel, seen: &mut Seen) -> bool {
-        if !self.send_back(&parcel.group.rejected).await {
-            return false;
-        }
         let group = Arc::new(parcel.group);
         let Some(committed) = self.commit(&group).await else { return false };
         for (_, settler, tag) in parcel.newest {
@@ -227,26 +222,6 @@ impl<S: Store> Committer<S> {
         seen.deliveries += parcel.deliveries;
         seen.fresh += committed.fresh;
         seen.repeats += committed.repeats;
-        true
-    }
-
-    /// Sends tasks back that were rejected by mistake, however often it takes; their dead letters are
-    /// acknowledged after that, with the group.
-    async fn send_back(&self, rejected: &[Rejected]) -> bool {
-        for Rejected { queue, message } in rejected {
-            let outgoing = Outgoing {
-                exchange: self.tasks_exchange.clone(),
-                routing_key: queue.clone(),
-                message: message.clone(),
-            };
-            while let Err(error) = self.publisher.publish(outgoing.clone()).await {
-                tracing::warn!(queue, "a task rejected by mistake is not sent back yet: {error}");
-                tokio::select! {
-                    () = self.stop.cancelled() => return false,
-                    () = tokio::time::sleep(FIRST_PAUSE) => {}
-                }
-            }
-        }
         true
     }
 

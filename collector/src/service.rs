@@ -113,8 +113,6 @@ impl Collector {
             store: self.store.clone(),
             parcels,
             replies,
-            publisher: self.publisher.clone(),
-            tasks_exchange: topology.tasks_exchange(),
             outbox_filled: Arc::clone(&outbox_filled),
             stop: self.stop_taking.clone(),
         };

@@ -1,6 +1,6 @@
 //! What a Garenne task is and how it travels.
 //!
-//! The pure half ([`names`], [`task`], [`outcome`], [`retry`], [`topology`], [`wire`]) does no IO and
+//! The pure half ([`names`], [`task`], [`outcome`], [`printable`], [`retry`], [`topology`], [`wire`]) does no IO and
 //! knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`telemetry`]) is how every
 //! Garenne process meets the outside world. Nothing lives here that only one crate needs.
 
@@ -8,6 +8,7 @@ pub mod broker;
 pub mod config;
 pub mod names;
 pub mod outcome;
+pub mod printable;
 pub mod retry;
 pub mod task;
 pub mod telemetry;

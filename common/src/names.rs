@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::printable::is_printable;
+
 /// The queue that every process declares and that a task goes to when it names no other.
 pub const DEFAULT_QUEUE: &str = "default";
 
@@ -168,13 +170,13 @@ fn word_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
 }
 
-/// Control characters in an id would reach terminals and log files; everything else is the sender's choice.
+/// What an id holds reaches terminals and log files; everything printable is the sender's choice.
 fn id_text(text: &str) -> bool {
     // 128 characters of four bytes each would pass AMQP's 255 bytes, so both are bounded.
     !text.is_empty()
         && text.len() <= 255
         && text.chars().count() <= 128
-        && !text.chars().any(char::is_control)
+        && text.chars().all(is_printable)
 }
 
 #[cfg(test)]
@@ -196,7 +198,7 @@ mod tests {
         for good in ["order 17/2026", "été", "{\"a\":1}"] {
             assert!(TaskId::new(good).is_ok(), "{good}");
         }
-        for bad in ["", "a\u{1b}[31m", "a\0", &"é".repeat(129), &"x".repeat(129)] {
+        for bad in ["", "a\u{1b}[31m", "a\0", "a\u{202e}b", &"é".repeat(129), &"x".repeat(129)] {
             assert!(TaskId::new(bad).is_err(), "{bad:?}");
         }
     }

@@ -53,7 +53,9 @@ impl RetryPolicy {
         let full = self.base.as_secs_f64() * self.factor.max(1.0).powi(exponent);
         // `powi` may reach infinity; `min` brings it back before it becomes a Duration.
         let capped = full.min(self.max.as_secs_f64());
-        Duration::from_secs_f64(capped * (0.5 + 0.5 * jitter.clamp(0.0, 1.0)))
+        let wait = capped * (0.5 + 0.5 * jitter.clamp(0.0, 1.0));
+        // The largest Duration is no f64: rounded up it is too large for one.
+        Duration::try_from_secs_f64(wait).unwrap_or(self.max)
     }
 }
 
@@ -82,6 +84,16 @@ mod tests {
         assert!(!policy.allows_another(3));
         assert!(!RetryPolicy::NONE.allows_another(1));
         assert_eq!(RetryPolicy::retries(u32::MAX).max_attempts, u32::MAX);
+    }
+
+    #[test]
+    fn absurd_policies_still_wait_for_a_time() {
+        for factor in [f64::NAN, f64::INFINITY, -1.0, f64::MAX] {
+            let (base, max) = (Duration::MAX, Duration::MAX);
+            let policy = RetryPolicy { max_attempts: u32::MAX, base, factor, max };
+            assert!(policy.delay_after(u32::MAX, 1.0) > Duration::from_hours(1), "{factor}");
+            assert!(policy.delay_after(0, f64::NAN) > Duration::from_hours(1), "{factor}");
+        }
     }
 
     proptest! {

@@ -3,7 +3,8 @@
 The order is one object: {"url", "replies": how many to wait for, "seconds": at most how long,
 "messages": [{"exchange", "key", "body" or "body_hex", "reply": true for a reply_to of its own,
 "properties": {pika's names}, "property_bytes": {name: hex}, "headers", "header_bytes": {name: hex},
-"many_headers": how many}]}.
+"many_headers": how many, "raw_properties": hex of the flags and the properties in place of all these,
+"key_bytes": hex in place of "key"}]}.
 Knows nothing of Garenne.
 """
 
@@ -14,7 +15,20 @@ import time
 import pika
 
 
+class RawProperties(pika.BasicProperties):
+    """Whatever bytes, where the properties belong."""
+
+    def __init__(self, raw):
+        super().__init__()
+        self.raw = raw
+
+    def encode(self):
+        return [self.raw]
+
+
 def properties(message, reply_queue):
+    if "raw_properties" in message:
+        return RawProperties(bytes.fromhex(message["raw_properties"]))
     given = dict(message.get("properties", {}))
     for name, text in message.get("property_bytes", {}).items():
         given[name] = bytes.fromhex(text)
@@ -34,6 +48,10 @@ def body(message):
     return message.get("body", "").encode()
 
 
+def routing_key(message):
+    return bytes.fromhex(message["key_bytes"]) if "key_bytes" in message else message["key"]
+
+
 def main():
     order = json.load(sys.stdin)
     connection = pika.BlockingConnection(pika.URLParameters(order["url"]))
@@ -42,7 +60,7 @@ def main():
     reply_queue = channel.queue_declare("", exclusive=True).method.queue
     for message in order["messages"]:
         channel.basic_publish(
-            message["exchange"], message["key"], body(message), properties(message, reply_queue)
+            message["exchange"], routing_key(message), body(message), properties(message, reply_queue)
         )
     end = time.monotonic() + order["seconds"]
     left = order["replies"]

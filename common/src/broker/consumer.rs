@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use super::convert::{from_properties, short};
 use super::link::Pause;
-use super::{BrokerError, Link, admin, quarantine};
+use super::{BrokerError, Link, admin};
 use crate::topology::Declaration;
 use crate::wire::Message;
 
@@ -28,9 +28,6 @@ const HEALTH_CHECK: Duration = Duration::from_secs(2);
 
 /// An epoch that lasted so long was a success.
 const STABLE: Duration = Duration::from_secs(2);
-
-/// After so many unreadable ends in a row somebody looks for the message.
-const SUSPICIOUS: u32 = 2;
 
 /// What to consume.
 pub struct ConsumerSpec {
@@ -214,18 +211,14 @@ struct ConsumeTask {
 impl ConsumeTask {
     async fn run(self) {
         let mut pause = Pause::new();
-        // How many epochs something unreadable ended since the last one that lasted.
-        let mut unreadable = 0;
         while !self.shared.stop.is_cancelled() {
             let lost = match self.establish().await {
                 Ok((epoch, channel, stream)) => {
                     let begun = Instant::now();
                     let lost = self.forward(epoch, &channel, stream).await;
-                    // A message that no client library can parse ends every epoch at once; to come
-                    // back as fast as it does would be a hot loop.
+                    // What ends every epoch at once would make a hot loop if the pause did not grow.
                     if begun.elapsed() >= STABLE {
                         pause.reset();
-                        unreadable = 0;
                     }
                     if self.shared.stop.is_cancelled() {
                         // The channel stays: what was delivered may still be settled.
@@ -238,10 +231,6 @@ impl ConsumeTask {
             self.mark_lost(&lost);
             if self.shared.link.is_closed() {
                 return;
-            }
-            unreadable += u32::from(lost == BrokerError::Unreadable);
-            if unreadable >= SUSPICIOUS && self.quarantine().await {
-                continue;
             }
             let pause = tokio::time::sleep(pause.next());
             tokio::select! {
@@ -258,28 +247,6 @@ impl ConsumeTask {
         // Said once, not at each attempt: a night without a broker is one line, not ten thousand.
         if !self.shared.link.is_closed() && before.as_ref() != Some(lost) {
             tracing::warn!(consumer = self.spec.tag, "not consuming, will try again: {lost}");
-        }
-    }
-
-    /// Gets a message out of the way that ends every connection; whether there was one here.
-    ///
-    /// All consumers of a connection end together, so the queue that holds it may be another one.
-    async fn quarantine(&self) -> bool {
-        let QueueSource::Named(queue) = &self.spec.queue else { return false };
-        let depth = u64::from(self.spec.prefetch) + 1;
-        match quarantine::reject_unreadable(&self.shared.link, queue, depth).await {
-            Ok(true) => {
-                tracing::error!(
-                    queue,
-                    "rejected a message that cannot be parsed; the broker keeps it"
-                );
-                true
-            }
-            Ok(false) => false,
-            Err(error) => {
-                tracing::debug!(%error, queue, "looking for an unreadable message failed");
-                false
-            }
         }
     }
 

@@ -68,8 +68,8 @@ pub enum BrokerError {
     /// The connection or channel ended.
     #[error("the connection to RabbitMQ was lost: {0}")]
     Lost(String),
-    /// Something arrived that is not AMQP, most likely a message with a property that is not UTF-8.
-    #[error("a message on its way here cannot be parsed (a property that is not UTF-8?)")]
+    /// Something arrived that is not AMQP.
+    #[error("what arrives here is not AMQP 0-9-1, or not all of it")]
     Unreadable,
     /// A name or value does not fit into AMQP.
     #[error("{0:?} does not fit into an AMQP short string (255 bytes)")]

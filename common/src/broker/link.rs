@@ -12,7 +12,7 @@ use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties};
 use tokio::sync::Mutex;
 
-use super::BrokerError;
+use super::{BrokerError, transport};
 use crate::config::{BrokerConfig, BrokerUrl};
 
 /// One connection to the broker under a name that the management UI shows. Clones share it.
@@ -44,11 +44,6 @@ impl Link {
             closed: AtomicBool::new(false),
             current: Mutex::new(State::Down),
         }))
-    }
-
-    /// Another connection with the same settings, for work that may end it.
-    pub(super) fn sibling(&self, what: &str) -> Self {
-        Self::new(&self.0.config, &format!("{} {what}", self.0.name))
     }
 
     /// Connects now, trying each URL once; for whoever wants to know before going on.
@@ -139,7 +134,7 @@ impl Link {
             .with_connection_name(self.0.name.as_str().into())
             .with_client_property("product".into(), "Garenne".into())
             .with_client_property("version".into(), crate::VERSION.into());
-        let connecting = Connection::connect_uri(uri, properties);
+        let connecting = transport::connect(uri, properties);
         match tokio::time::timeout(config.connect_timeout, connecting).await {
             Ok(connection) => connection.map_err(|error| BrokerError::connecting(&error, url)),
             Err(_) => Err(failed(format!("no answer within {:?}", config.connect_timeout))),

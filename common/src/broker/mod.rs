@@ -14,8 +14,8 @@ mod convert;
 mod error;
 mod link;
 mod publisher;
-mod quarantine;
 pub mod raw;
+mod transport;
 
 pub use admin::{Admin, QueueStatus};
 pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, Settler};

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::MAX_BODY_BYTES;
+use crate::printable::neutral;
 
 /// How a payload is encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
@@ -132,7 +133,8 @@ impl CodecError {
     }
 
     fn decode(error: impl std::fmt::Display) -> Self {
-        Self::Decode(error.to_string().chars().take(300).collect())
+        let text: String = error.to_string().chars().take(300).collect();
+        Self::Decode(neutral(&text).into_owned())
     }
 }
 

@@ -65,6 +65,10 @@ impl HeaderValue {
     }
 }
 
+pub(super) fn header_bytes(name: &str, value: &HeaderValue) -> usize {
+    name.len() + value.bytes() + 8
+}
+
 impl Message {
     /// The value of a header.
     pub fn header(&self, name: &str) -> Option<&HeaderValue> {
@@ -73,7 +77,7 @@ impl Message {
 
     /// How much room the headers take in a frame, roughly and never too little.
     pub fn header_bytes(&self) -> usize {
-        self.headers.iter().map(|(name, value)| name.len() + value.bytes() + 8).sum()
+        self.headers.iter().map(|(name, value)| header_bytes(name, value)).sum()
     }
 
     /// Sets a header, replacing an earlier value.

@@ -6,6 +6,7 @@
 
 pub mod codec;
 pub mod dead;
+pub mod frames;
 mod headers;
 pub mod lease;
 pub mod letters;
@@ -28,8 +29,17 @@ pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
 pub use query::{Answer, BatchStatus, Question, TaskState};
 pub use report::{Report, RetryNote};
 
+use crate::printable::neutral;
+
 /// No body larger than this is looked into: RabbitMQ 4 refuses larger ones anyway.
 pub const MAX_BODY_BYTES: usize = 16 * 1024 * 1024;
+
+/// No JSON of reports, questions or notices larger than this is looked into: a parsed value takes up
+/// to some thirty times the room of its text.
+pub const MAX_JSON_BYTES: usize = 1024 * 1024;
+
+/// No bundle of more reports than this is taken; Garenne's own have at most some thousand.
+pub const MAX_REPORTS: usize = 10_000;
 
 /// No headers larger than this are taken: they share one frame of 128 KiB, and whoever passes a
 /// message on adds some.
@@ -45,8 +55,21 @@ pub struct Malformed(pub String);
 impl Malformed {
     fn new(what: impl std::fmt::Display) -> Self {
         // A reason quotes its input; bounded, because the input is not.
-        Self(what.to_string().chars().take(500).collect())
+        let reason: String = what.to_string().chars().take(500).collect();
+        // Not all of it is quoted: a JSON parser repeats a word that it does not know as it is.
+        Self(neutral(&reason).into_owned())
     }
+}
+
+/// Refuses what is too large to be looked into.
+fn within(what: &str, bytes: &[u8], most: usize) -> Result<(), Malformed> {
+    if bytes.len() <= most {
+        return Ok(());
+    }
+    Err(Malformed::new(format_args!(
+        "{what} of {} bytes is too large, more than {most}",
+        bytes.len()
+    )))
 }
 
 impl From<crate::InvalidName> for Malformed {

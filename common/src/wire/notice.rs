@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::message::{Message, Properties};
-use super::{Codec, Malformed};
+use super::{Codec, MAX_JSON_BYTES, Malformed, within};
 use crate::names::{BatchId, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
 use crate::timestamp::Timestamp;
@@ -100,7 +100,7 @@ impl BatchState {
 impl BatchSummary {
     /// Members that ended.
     pub const fn ended(&self) -> u64 {
-        self.succeeded + self.failed + self.cancelled
+        self.succeeded.saturating_add(self.failed).saturating_add(self.cancelled)
     }
 }
 
@@ -151,6 +151,7 @@ impl Notice {
 
     /// Reads one.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        within("a notice", &message.body, MAX_JSON_BYTES)?;
         serde_json::from_slice(&message.body).map_err(Malformed::new)
     }
 }

@@ -12,7 +12,7 @@ use super::letters::{
 use super::message::{Message, Properties};
 use super::notice::BatchSummary;
 use super::report::RetryNote;
-use super::{Codec, Malformed};
+use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use crate::names::{BatchId, TaskId};
 use crate::outcome::TaskResult;
 
@@ -205,6 +205,7 @@ impl Question {
 
     /// Reads one.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        within("a question", &message.body, MAX_JSON_BYTES)?;
         serde_json::from_slice(&message.body).map_err(Malformed::new)
     }
 }
@@ -217,6 +218,7 @@ impl Answer {
 
     /// Reads one.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        within("an answer", &message.body, MAX_BODY_BYTES)?;
         serde_json::from_slice(&message.body).map_err(Malformed::new)
     }
 }

@@ -4,15 +4,18 @@
 //! sends a JSON array of the same reports. The structs of a version are apart from the domain types,
 //! so that a change of those is not silently a change of the protocol.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::codec::{Codec, Payload, from_bincode, to_bincode};
 use super::lease::{Fence, LeaseChange, LeaseNote};
 use super::message::{Message, Properties};
-use super::{MAX_BODY_BYTES, Malformed};
+use super::{MAX_BODY_BYTES, MAX_JSON_BYTES, MAX_REPORTS, Malformed, within};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
 use crate::timestamp::Timestamp;
@@ -99,20 +102,50 @@ pub fn encode(reports: &[Report], app_id: &str) -> Result<Message, super::CodecE
 
 /// Reads a bundle, or the JSON array of another language.
 pub fn decode(message: &Message) -> Result<Vec<Report>, Malformed> {
-    if message.body.len() > MAX_BODY_BYTES {
-        return Err(Malformed::new("a bundle of reports is too large"));
-    }
     let content_type = message.properties.content_type.as_deref().unwrap_or_default();
     if Codec::from_content_type(content_type) == Some(Codec::Json) {
-        return serde_json::from_slice(&message.body).map_err(Malformed::new);
+        within("a bundle of reports in JSON", &message.body, MAX_JSON_BYTES)?;
+        let bundle: Few<Report> = serde_json::from_slice(&message.body).map_err(Malformed::new)?;
+        return Ok(bundle.0);
     }
+    within("a bundle of reports", &message.body, MAX_BODY_BYTES)?;
     match message.body.split_first() {
         Some((&VERSION_1, rest)) => {
-            let bundle: Vec<ReportV1Owned> = from_bincode(rest)?;
-            bundle.into_iter().map(Report::try_from).collect()
+            let bundle: Few<ReportV1Owned> = from_bincode(rest)?;
+            bundle.0.into_iter().map(Report::try_from).collect()
         }
         Some((version, _)) => Err(Malformed::new(format_args!("reports of version {version}"))),
         None => Err(Malformed::new("an empty bundle of reports")),
+    }
+}
+
+/// A list that is refused where it becomes too long: four bytes can be a report of some hundred.
+struct Few<T>(Vec<T>);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Few<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        from.deserialize_seq(FewVisitor(PhantomData))
+    }
+}
+
+struct FewVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for FewVisitor<T> {
+    type Value = Few<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of at most {MAX_REPORTS} reports")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Few<T>, A::Error> {
+        let mut few = vec![];
+        while let Some(item) = list.next_element()? {
+            if few.len() == MAX_REPORTS {
+                return Err(serde::de::Error::invalid_length(few.len() + 1, &self));
+            }
+            few.push(item);
+        }
+        Ok(Few(few))
     }
 }
 
@@ -422,6 +455,17 @@ mod tests {
         let bundle = encode(&all_kinds(), "test").unwrap();
         let hex: String = bundle.body.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, include_str!("golden/reports.v1.hex").trim());
+    }
+
+    #[test]
+    fn a_bundle_that_would_fill_the_memory_is_refused_on_the_way() {
+        // A sealed batch without a name, as often as 16 MiB hold it.
+        let count = MAX_BODY_BYTES / 4 - 10;
+        let mut body = vec![VERSION_1, 252];
+        body.extend(u32::try_from(count).unwrap().to_le_bytes());
+        body.extend([3, 0, 0, 0].repeat(count));
+        let refused = decode(&Message { body: body.into(), ..Message::default() });
+        assert!(refused.unwrap_err().0.contains("at most 10000 reports"));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
+use crate::printable::is_printable;
 use crate::retry::RetryPolicy;
 use crate::task::{Options, ReplyFormat, ReplyTo, TaskMessage};
 use crate::timestamp::Timestamp;
@@ -90,6 +91,7 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
     };
     let (reply, options) = (decode_reply(message)?, decode_options(message)?);
     let traceparent = text(message, headers::TRACEPARENT)?.map(str::to_owned);
+    check_printable(message)?;
     let Some(id) = properties.message_id.as_deref() else { return Ok(None) };
     let id = TaskId::new(id)?;
     let queue = queue.clone();
@@ -105,6 +107,22 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
         submitted_at,
         traceparent,
     }))
+}
+
+/// Text that is echoed, logged or used as an address; names, ids and types have rules of their own.
+///
+/// It also finds what [`frames`](super::frames) had to substitute.
+fn check_printable(message: &Message) -> Result<(), Malformed> {
+    let Properties { correlation_id, reply_to, app_id, .. } = &message.properties;
+    let known = [("correlation_id", correlation_id), ("reply_to", reply_to), ("app_id", app_id)];
+    for (name, text) in known {
+        if let Some(text) = text.as_ref().filter(|text| !text.chars().all(is_printable)) {
+            return Err(Malformed::new(format_args!(
+                "the property {name} {text:?} holds what is no printable text"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The same message under a fresh id, ready to be published again.
@@ -153,7 +171,9 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
     if let Some(encoding) = properties.content_encoding.as_deref() {
         // pika and others set "utf-8" here; that is no compression.
         if !["", "utf-8", "identity"].contains(&encoding.to_ascii_lowercase().as_str()) {
-            return Err(Malformed::new(format_args!("content_encoding {encoding:?} is not known")));
+            return Err(Malformed::new(format_args!(
+                "content_encoding {encoding:?} is not supported; send the body uncompressed"
+            )));
         }
     }
     let codec = match properties.content_type.as_deref() {

@@ -9,7 +9,7 @@ use garenne_common::config::ConfigError;
 use garenne_producer::{OutputError, QueryError, SubmitError};
 use serde_json::json;
 
-use super::output::{Format, Paint};
+use super::output::{self, Format, Paint};
 use super::topology::Difference;
 
 /// What the exit code says. `garenne --help` lists them for users.
@@ -105,7 +105,7 @@ impl CliError {
             Format::Json => self.as_json(),
         };
         // Standard error is the last place to complain; if it is closed there is no other.
-        drop(writeln!(std::io::stderr(), "{text}"));
+        drop(writeln!(std::io::stderr(), "{}", output::harmless(&text)));
     }
 
     fn as_text(&self, paint: Paint) -> String {

@@ -8,6 +8,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 
 use comfy_table::{Attribute, Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
 use garenne_common::config::no_color;
+use garenne_common::printable::{is_printable, neutral};
 use serde::Serialize;
 
 use super::error::{CliError, Exit};
@@ -40,7 +41,7 @@ impl Output {
         match self.format {
             Format::Text => line(text(Paint::for_stdout())),
             Format::Json if std::io::stdout().is_terminal() => {
-                line(serde_json::to_string_pretty(value).map_err(|error| unwritable(&error))?)
+                put(&json(serde_json::to_string_pretty(value))?)
             }
             Format::Json => json_line(value),
         }
@@ -56,19 +57,72 @@ impl Output {
 
 /// One line on standard output.
 pub(crate) fn line(text: impl Display) -> Result<(), CliError> {
+    put(&harmless(&text.to_string()))
+}
+
+fn put(line: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|error| lost(&error))
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| lost(&error))
 }
 
 /// A value as one line of JSON on standard output, whatever the format.
 pub(crate) fn json_line(value: &impl Serialize) -> Result<(), CliError> {
-    line(serde_json::to_string(value).map_err(|error| unwritable(&error))?)
+    put(&json(serde_json::to_string(value))?)
+}
+
+/// JSON spells out the older control characters only; terminals obey some of the others too.
+fn json(text: serde_json::Result<String>) -> Result<String, CliError> {
+    let text = text.map_err(|error| unwritable(&error))?;
+    if text.chars().all(|c| is_printable(c) || c == '\n') {
+        return Ok(text);
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_printable(c) || c == '\n' {
+            shown.push(c);
+        } else {
+            shown.push_str(&format!("\\u{:04x}", u32::from(c)));
+        }
+    }
+    Ok(shown)
 }
 
 /// One line on standard error.
 pub(crate) fn note(text: impl Display) {
     // Not worth failing for.
-    drop(writeln!(std::io::stderr(), "{text}"));
+    drop(writeln!(std::io::stderr(), "{}", harmless(&text.to_string())));
+}
+
+/// Everything shown passes here: names, ids and errors may be the words of strangers.
+///
+/// Colours stay, but none of the other things that a terminal can be told to do. A stranger's colours
+/// stay as well, which can mislead nobody for longer than a line.
+pub(crate) fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for line in text.split_inclusive('\n') {
+        let mut parts = line.split("\u{1b}[");
+        shown.push_str(&neutral(parts.next().unwrap_or_default()));
+        let mut coloured = false;
+        for part in parts {
+            // A colour: digits and semicolons, then an m. Conceal and inverse are none of ours.
+            let code = part.split_once('m').map(|(code, _)| code).filter(|code| is_colour(code));
+            shown.push_str(if code.is_some() { "\u{1b}[" } else { "\\u{1b}[" });
+            coloured = code.map_or(coloured, |code| code != "0");
+            shown.push_str(&neutral(part));
+        }
+        if coloured && line.ends_with('\n') {
+            shown.insert_str(shown.len() - 1, "\u{1b}[0m");
+        }
+    }
+    shown
+}
+
+fn is_colour(code: &str) -> bool {
+    let mut numbers = code.split(';').map(|number| number.parse::<u8>().ok());
+    let first = numbers.next().flatten();
+    // Bold, dim, their end, foregrounds, and the rest of an extended foreground.
+    let ours = matches!(first, Some(0 | 1 | 2 | 22 | 30..=39 | 90..=97));
+    ours && code.len() <= 12 && (first == Some(38) || numbers.all(|n| matches!(n, Some(30..=39))))
 }
 
 fn unwritable(error: &serde_json::Error) -> CliError {
@@ -110,7 +164,7 @@ pub(crate) fn keep_whole(table: &mut Table, column: usize) {
 
 /// A cell of a table, in a colour where colours are wanted.
 pub(crate) fn cell(text: impl Display, colour: Option<Color>, paint: Paint) -> Cell {
-    let cell = Cell::new(text);
+    let cell = Cell::new(neutral(&text.to_string()));
     match colour.filter(|_| paint.0) {
         Some(colour) => cell.fg(colour),
         None => cell,
@@ -200,6 +254,21 @@ mod tests {
     fn without_colours_text_is_left_alone() {
         assert_eq!(Paint(false).red("x"), "x");
         assert_eq!(Paint(true).green("x"), "\u{1b}[32mx\u{1b}[0m");
+    }
+
+    #[test]
+    fn colours_pass_and_whatever_else_a_terminal_obeys_does_not() {
+        let ours = Paint(true).red("error:") + " " + &Paint(true).dim("x");
+        assert_eq!(harmless(&ours), ours);
+        let table = cell("\u{1b}[2Jx", Some(Color::Red), Paint(true));
+        assert_eq!(table.content(), "\\u{1b}[2Jx");
+        for evil in ["\u{1b}[2J", "\u{1b}[8m", "\u{1b}]0;t\u{7}", "\u{9b}31m", "\r", "\u{1b}[1;8m"]
+        {
+            let shown = harmless(evil);
+            assert!(!shown.contains(['\u{1b}', '\u{7}', '\u{9b}', '\r']), "{shown:?}");
+        }
+        assert_eq!(json(serde_json::to_string("\u{9b}x")).unwrap(), "\"\\u009bx\"");
+        assert_eq!(harmless("\u{1b}[31mred\nplain"), "\u{1b}[31mred\u{1b}[0m\nplain");
     }
 
     #[test]

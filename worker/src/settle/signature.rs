@@ -11,7 +11,7 @@ use garenne_common::wire::{
     self, DeadLetter, Fence, Lease, LeaseChange, LeaseNote, Message, Report, RetryNote,
 };
 use garenne_common::{
-    DeadReason, Payload, QueueName, ReplyFormat, Status, TaskMessage, TaskResult, Timestamp,
+    DeadReason, Payload, QueueName, ReplyFormat, ReplyTo, Status, TaskMessage, TaskResult, Timestamp,
 };
 
 use super::order::{Settlement, Subject, Successor, Then};
@@ -63,12 +63,19 @@ impl Signature {
         match disposition {
             Disposition::Complete(output) => {
                 let result = self.result(ended, output);
+<<<<<<< HEAD
                 let reply = task.reply.clone().map(|to| (to, Report::Finished(result.clone())));
                 let report = match &ended.lease {
                     None => Report::Finished(result),
                     Some(fence) => Report::FinishedUnderLease { fence: fence.clone(), result },
                 };
                 Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
+=======
+                Settlement {
+                    reply: self.reply(task.reply.clone()).map(|to| (to, Report::Finished(result.clone()))),
+                    ..Settlement::bare(subject, Successor::Result(result))
+                }
+>>>>>>> f319f9c (Screen every frame, so that no message can end a process)
             }
             Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
             Disposition::DeadLetter { reason, error } => {
@@ -197,6 +204,7 @@ impl Signature {
         });
         // A plain reply has no form for "not yet".
         let reply = task.reply.clone().filter(|to| to.format == ReplyFormat::Bundle);
+        let reply = self.reply(reply);
         Settlement {
             reply: reply.map(|to| (to, note.clone())),
             notes: std::iter::once(note).chain(release).collect(),
@@ -208,12 +216,23 @@ impl Signature {
         let dead = self.topology.dead();
         let message = letter.encode();
         let outgoing = Outgoing { exchange: dead.clone(), routing_key: dead, message };
-        let reply = wire::task::reply_of(&letter.message).zip(letter.to_result());
+        let reply = self.reply(wire::task::reply_of(&letter.message)).zip(letter.to_result());
         Settlement {
             then: if letter.reason.is_final() { Then::Over } else { Then::MayReturn },
             reply: reply.map(|(to, result)| (to, Report::Finished(result))),
             ..Settlement::bare(subject, Successor::Message(outgoing))
         }
+    }
+
+    /// Whoever wants to hear of a task, unless it names a queue where a reply would be taken for a task.
+    fn reply(&self, to: Option<ReplyTo>) -> Option<ReplyTo> {
+        to.filter(|to| {
+            let takes = self.topology.takes_replies(&to.queue);
+            if !takes {
+                tracing::warn!(queue = to.queue, "a reply_to names a queue that takes no replies");
+            }
+            takes
+        })
     }
 
     fn letter(
