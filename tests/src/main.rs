@@ -25,6 +25,8 @@ mod demo_and_bench;
 mod errors;
 mod examples;
 mod foreign_client;
+mod fuzz;
+mod hostile;
 mod kill_everything;
 mod long_tasks;
 mod malformed;

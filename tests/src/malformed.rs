@@ -2,17 +2,12 @@
 //! next task runs.
 
 use std::collections::HashMap;
-use std::time::Duration;
 
 use garenne_common::DeadReason;
 use garenne_common::wire::HeaderValue;
-use garenne_producer::Submission;
 use serde_json::{Value, json};
 
-use crate::harness::{Amqp, Foreign, Soon, Warren, eventually, message};
-
-/// A message that no library can parse takes some seconds to get out of the way, twice.
-const PATIENCE: Duration = Duration::from_mins(1);
+use crate::harness::{Amqp, Foreign, Warren, message};
 
 /// What a sender gets wrong, why it is given up, and what the error must name.
 fn cases() -> Vec<(Value, DeadReason, &'static str)> {
@@ -149,26 +144,6 @@ async fn bytes_that_are_no_text_where_text_belongs_do_not_stop_the_worker() {
     Foreign::new(warren.url()).publish(messages, 0).await;
     assert_eq!(amqp.dead().await.letter().await.reason, DeadReason::Malformed);
     goes_on(&amqp).await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_property_that_is_no_text_does_not_stop_the_worker() {
-    let warren = Warren::new().await;
-    let _worker = warren.worker().start().await;
-    // Such a message ends its connection too.
-    let _collector = warren.collector().start().await;
-    let amqp = warren.amqp().await;
-    let type_bytes = json!({ "type": "fffe41" });
-    let unreadable = addressed(&warren, json!({ "property_bytes": type_bytes, "body": "1" }));
-    Foreign::new(warren.url()).publish(json!([unreadable]), 0).await;
-
-    let producer = warren.producer().await;
-    let sound = Submission::dynamic("garenne.echo", json!("after all that")).unwrap();
-    let handle = producer.submit(sound).await.unwrap();
-    let output = handle.output().within(PATIENCE, "the sound task runs").await.unwrap();
-    assert_eq!(output, json!("after all that"));
-    eventually(PATIENCE, "it is put aside", async || (amqp.unreadable().await == 1).then_some(()))
-        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

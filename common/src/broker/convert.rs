@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use lapin::BasicProperties;
+use lapin::protocol::basic::parse_properties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use super::BrokerError;
@@ -81,7 +82,9 @@ pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message 
     let mut headers = vec![];
     if let Some(table) = from.headers() {
         for (key, value) in table.inner() {
-            headers.extend(from_value(value).map(|value| (key.as_str().to_owned().into(), value)));
+            // A header of ours of a type that we have no use for is a mistake, and not an absent header.
+            let value = from_value(value).or_else(|| misplaced(key.as_str(), value));
+            headers.extend(value.map(|value| (key.as_str().to_owned().into(), value)));
         }
         headers.extend(last_death(table));
     }
@@ -100,6 +103,12 @@ fn last_death(table: &FieldTable) -> Vec<(HeaderName, HeaderValue)> {
             newest.inner().get(field).and_then(from_value).map(|value| (name.into(), value))
         })
         .collect()
+}
+
+/// What no number and no text of ours is read from; a client that has no value to send may send void.
+fn misplaced(name: &str, value: &AMQPValue) -> Option<HeaderValue> {
+    let ours = name.starts_with("x-garenne-") && *value != AMQPValue::Void;
+    ours.then_some(HeaderValue::Bool(false))
 }
 
 /// `None` for tables, arrays and the like: Garenne has no use for them.
@@ -129,4 +138,15 @@ fn from_value(value: &AMQPValue) -> Option<HeaderValue> {
         }
         _ => return None,
     })
+}
+
+/// What a delivery with this content header becomes; for those who try whether any bytes break it.
+///
+/// `None` if the client library ends the connection over it. Such a header was not screened, or
+/// could not be followed, see [`frames::screen`](crate::wire::frames::screen).
+#[doc(hidden)]
+pub fn parse_message(header: &[u8], body: Vec<u8>) -> Option<Message> {
+    // Class, weight and the size of the body stand before the properties.
+    let (rest, properties) = parse_properties(header.get(12..)?).ok()?;
+    rest.is_empty().then(|| from_properties(&properties, body))
 }

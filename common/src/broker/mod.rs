@@ -19,6 +19,8 @@ mod transport;
 
 pub use admin::{Admin, QueueStatus};
 pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, Settler};
+#[doc(hidden)]
+pub use convert::parse_message;
 pub use error::BrokerError;
 pub use link::Link;
 pub use publisher::{Outgoing, Publisher, Receipt};

@@ -9,6 +9,8 @@ use crate::timestamp::Timestamp;
 
 /// An error text in a header is cut to this many characters; headers share a frame of 128 KiB.
 const MAX_ERROR_CHARS: usize = 4_000;
+/// What all headers begin with that tell of its fate.
+const FATE: &str = "x-garenne-dead-";
 /// Queues and signatures, too, are read from headers that anybody can write.
 const MAX_WORD_CHARS: usize = 255;
 
@@ -39,6 +41,8 @@ impl DeadLetter {
     /// A dead letter made of `message`, given up now.
     pub fn new(message: &Message, queue: &str, reason: DeadReason, error: &str, by: &str) -> Self {
         let mut message = super::task::for_republish(message);
+        // An earlier fate, or a forged one, must not be read as part of this one.
+        message.headers.retain(|(name, _)| !name.starts_with(FATE));
         drop_oversize_headers(&mut message);
         let id = message.properties.message_id.as_deref().map(TaskId::new);
         let id = id.and_then(Result::ok).unwrap_or_else(TaskId::generate);
@@ -93,15 +97,13 @@ impl DeadLetter {
     fn from_worker(message: &Message, reason: DeadReason) -> Self {
         let word = |name| text(message, name).ok().flatten().unwrap_or_default();
         let time = |name| number(message, name).ok().flatten().map(Timestamp::from_millis);
-        let mut original = message.clone();
-        original.headers.retain(|(name, _)| !name.starts_with("x-garenne-dead-"));
         let (queue, error) = (word(headers::DEAD_QUEUE), word(headers::DEAD_ERROR));
         let redelivered = message.header(headers::DEAD_REDELIVERED);
         Self {
             started_at: time(headers::DEAD_STARTED_AT),
             at: time(headers::DEAD_AT).unwrap_or_else(Timestamp::now),
             redelivered: redelivered == Some(&HeaderValue::Bool(true)),
-            ..Self::new(&original, queue, reason, error, word(headers::DEAD_BY))
+            ..Self::new(message, queue, reason, error, word(headers::DEAD_BY))
         }
     }
 

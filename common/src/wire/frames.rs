@@ -101,7 +101,7 @@ fn header(mut rest: Rest<'_>) -> Option<()> {
             }
         }
     }
-    Some(())
+    rest.0.is_empty().then_some(())
 }
 
 fn table(bytes: &mut [u8], depth: u32) -> Option<()> {

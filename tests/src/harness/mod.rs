@@ -11,6 +11,7 @@ mod eventually;
 mod foreign;
 mod process;
 mod proxy;
+pub(crate) mod raw;
 mod warren;
 
 pub(crate) use amqp::{Amqp, message};

@@ -11,7 +11,8 @@ use garenne_common::wire::{
     self, DeadLetter, Fence, Lease, LeaseChange, LeaseNote, Message, Report, RetryNote,
 };
 use garenne_common::{
-    DeadReason, Payload, QueueName, ReplyFormat, ReplyTo, Status, TaskMessage, TaskResult, Timestamp,
+    DeadReason, Payload, QueueName, ReplyFormat, ReplyTo, Status, TaskMessage, TaskResult,
+    Timestamp,
 };
 
 use super::order::{Settlement, Subject, Successor, Then};
@@ -72,7 +73,9 @@ impl Signature {
                 Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
 =======
                 Settlement {
-                    reply: self.reply(task.reply.clone()).map(|to| (to, Report::Finished(result.clone()))),
+                    reply: self
+                        .reply(task.reply.clone())
+                        .map(|to| (to, Report::Finished(result.clone()))),
                     ..Settlement::bare(subject, Successor::Result(result))
                 }
 >>>>>>> f319f9c (Screen every frame, so that no message can end a process)

@@ -1,0 +1,170 @@
+//! What is fuzzed: one function per decoder. A panic is a finding; what else must hold is asserted.
+//!
+//! The programs in `fuzz_targets/` call these under libFuzzer, and the tests (`tests/src/fuzz.rs`) on the
+//! corpus and on mutations of it, so that what was found once stays found without a nightly compiler.
+//! A target that decodes a whole message takes two bytes that say how long its content header is, that
+//! header, and the body.
+
+use std::fmt::Debug;
+
+use garenne_collector::store::{open_envelope, seal_envelope};
+use garenne_common::broker::parse_message;
+use garenne_common::wire::{
+    Answer, Codec, DeadLetter, Message, Notice, Payload, Properties, Question, Report, frames,
+    report, task,
+};
+use garenne_common::{DeadReason, QueueName};
+
+/// A target: bytes that must not make it panic.
+pub(crate) type Target = fn(&[u8]);
+
+/// Every target and its name; the name is also its directory in `corpus/`.
+pub(crate) const TARGETS: &[(&str, Target)] = &[
+    ("properties", properties),
+    ("task", task_message),
+    ("dead", dead_letter),
+    ("reports_bincode", reports_bincode),
+    ("reports_json", reports_json),
+    ("notice", notice),
+    ("question", question),
+    ("answer", answer),
+    ("payload", payload),
+    ("envelope", envelope),
+];
+
+const HEADER_FRAME: u8 = 2;
+
+/// The message of such bytes, screened and parsed as on its way from the broker.
+fn message(bytes: &[u8]) -> Option<Message> {
+    let (length, bytes) = bytes.split_first_chunk::<2>()?;
+    let (header, body) = bytes.split_at_checked(u16::from_be_bytes(*length).into())?;
+    let mut header = header.to_vec();
+    let sound = frames::screen(HEADER_FRAME, &mut header);
+    let message = parse_message(&header, body.to_vec());
+    assert!(message.is_some() || !sound, "what was screened to its end can be parsed");
+    message
+}
+
+fn of_body(body: &[u8], content_type: &str) -> Message {
+    let content_type = Some(content_type.to_owned());
+    let properties = Properties { content_type, ..Properties::default() };
+    Message { properties, headers: vec![], body: body.to_vec().into() }
+}
+
+/// Compares by text: a header may be NaN, which is not equal to itself.
+fn same(one: &impl Debug, other: &impl Debug) {
+    assert_eq!(format!("{one:?}"), format!("{other:?}"));
+}
+
+/// Screening alone, and that the client library parses what was screened.
+pub(crate) fn properties(bytes: &[u8]) {
+    if let Some((kind, frame)) = bytes.split_first() {
+        frames::screen(*kind, &mut frame.to_vec());
+    }
+    message(bytes);
+}
+
+/// A task: what is accepted reads the same after it was written again.
+pub(crate) fn task_message(bytes: &[u8]) {
+    let Some(message) = message(bytes) else { return };
+    let queue = QueueName::default();
+    match task::decode(&message, &queue) {
+        Ok(Some(task)) => {
+            let again = task::decode(&task::encode(&task, "fuzz"), &queue);
+            // A policy's spans and moments go no further than AMQP's signed numbers.
+            assert!(matches!(again, Ok(Some(again)) if again.id == task.id));
+            task.options.retry.delay_after(task.attempt, 1.0);
+        }
+        Ok(None) => {
+            let (id, message) = task::assign_id(&message);
+            let named = task::decode(&message, &queue);
+            assert!(matches!(named, Ok(Some(task)) if task.id == id));
+        }
+        Err(malformed) => {
+            let letter =
+                DeadLetter::new(&message, "q", DeadReason::Malformed, &malformed.0, "fuzz");
+            same(&DeadLetter::decode(&letter.encode()), &letter);
+        }
+    }
+}
+
+/// A dead letter: nothing is refused, and it reads the same after it was written again.
+pub(crate) fn dead_letter(bytes: &[u8]) {
+    let Some(message) = message(bytes) else { return };
+    let letter = DeadLetter::decode(&message);
+    same(&DeadLetter::decode(&letter.encode()), &letter);
+    letter.to_result();
+    if let Ok(envelope) = seal_envelope(&letter.message) {
+        let opened = open_envelope(&envelope, letter.message.body.clone());
+        same(&opened.ok(), &Some(letter.message));
+    }
+}
+
+/// A bundle of reports as workers send it; the version byte counts.
+pub(crate) fn reports_bincode(bytes: &[u8]) {
+    reports(&of_body(bytes, "application/x-garenne-reports"));
+}
+
+/// A bundle of reports as other languages send it.
+pub(crate) fn reports_json(bytes: &[u8]) {
+    reports(&of_body(bytes, "application/json"));
+}
+
+fn reports(message: &Message) {
+    let Ok(reports) = report::decode(message) else { return };
+    let again = report::encode(&reports, "fuzz").map(|message| report::decode(&message));
+    same(&again, &Ok::<_, ()>(Ok::<_, ()>(reports.clone())));
+    for report in &reports {
+        report::weight(report);
+        if let Report::Finished(result) = report {
+            report::encode_reply(result, None, "fuzz");
+        }
+    }
+}
+
+/// A done notice.
+pub(crate) fn notice(bytes: &[u8]) {
+    let Ok(notice) = Notice::decode(&of_body(bytes, "application/json")) else { return };
+    assert!(notice.key().len() <= 255);
+    if let Notice::Batch(batch) = &notice {
+        batch.ended();
+    }
+    same(&Notice::decode(&notice.encode("fuzz")), &Ok::<_, ()>(notice));
+}
+
+/// A question to the collector.
+pub(crate) fn question(bytes: &[u8]) {
+    let Ok(question) = Question::decode(&of_body(bytes, "application/json")) else { return };
+    same(&Question::decode(&question.encode("r", "c", 1)), &Ok::<_, ()>(question));
+}
+
+/// An answer of the collector.
+pub(crate) fn answer(bytes: &[u8]) {
+    let Ok(answer) = Answer::decode(&of_body(bytes, "application/json")) else { return };
+    same(&Answer::decode(&answer.encode("c")), &Ok::<_, ()>(answer));
+}
+
+/// Arguments and outputs; the first byte chooses the codec.
+pub(crate) fn payload(bytes: &[u8]) {
+    let Some((codec, bytes)) = bytes.split_first() else { return };
+    let codec = if codec % 2 == 0 { Codec::Json } else { Codec::Bincode };
+    let payload = Payload { codec, bytes: bytes.to_vec().into() };
+    drop(payload.decode::<serde_json::Value>());
+    drop(payload.decode::<(String, Vec<u64>, Option<Vec<String>>)>());
+    drop(payload.decode::<std::collections::HashMap<String, (i16, f32)>>());
+    payload.to_json_value();
+    drop(serde_json::to_string(&payload));
+}
+
+/// A dead letter's message as the store keeps it.
+pub(crate) fn envelope(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok(message) = open_envelope(text, some_body()) else { return };
+    let sealed = seal_envelope(&message).ok();
+    let opened = sealed.and_then(|sealed| open_envelope(&sealed, some_body()).ok());
+    same(&opened, &Some(message));
+}
+
+fn some_body() -> bytes::Bytes {
+    bytes::Bytes::from_static(b"{}")
+}

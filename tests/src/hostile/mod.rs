@@ -1,0 +1,188 @@
+//! Hostile input by the hundred among sound tasks: every message ends in its place with a reason, no
+//! process ends, memory stays bounded. The kinds are in `kinds.rs`.
+
+mod kinds;
+
+use std::collections::HashMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use self::kinds::{End, Sent, make, sound};
+use crate::harness::{Foreign, Process, Warren, eventually};
+
+/// How many hostile messages, and how many sound ones among them.
+const HOSTILE: usize = if cfg!(feature = "soak") { 48_000 } else { 288 };
+const SOUND: usize = if cfg!(feature = "soak") { 2_000 } else { 96 };
+/// What the foreign client publishes in one go.
+const AT_ONCE: usize = 400;
+/// What worker and collector may grow to, each. They start at some 30 MiB; a slot holds a message, the
+/// prefetch some more, and no message here is larger than 0.6 MiB.
+const MOST_KIB: u64 = 160 * 1024;
+const PATIENCE: Duration = Duration::from_secs(if cfg!(feature = "soak") { 1_800 } else { 120 });
+
+fn seed() -> u64 {
+    let given = std::env::var("GARENNE_HOSTILE_SEED").ok();
+    given.and_then(|seed| seed.parse().ok()).unwrap_or(1)
+}
+
+/// Hostile messages with a sound one every few.
+fn messages(warren: &Warren) -> Vec<Sent> {
+    let topology = warren.config().broker.topology();
+    let every = (HOSTILE + SOUND) / SOUND;
+    let numbers = 0..HOSTILE + SOUND;
+    let one = |number| match number % every {
+        0 => sound(number, &topology),
+        _ => make(number, &topology, seed()),
+    };
+    numbers.map(one).collect()
+}
+
+/// How far a process has grown at most, in KiB.
+fn high_water(process: &Process) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().split(' ').next().unwrap().parse().unwrap()
+}
+
+/// The dead letters in the store by the number in their header `c`: reason and error.
+fn letters(warren: &Warren) -> HashMap<usize, (String, String)> {
+    let rows: Vec<String> =
+        warren.rows("SELECT json_array(reason, error, json(envelope)) FROM dead_letters");
+    let letters = rows.iter().filter_map(|row| {
+        let row: Value = serde_json::from_str(row).unwrap();
+        let mut headers = row[2]["headers"].as_array()?.iter();
+        let number = headers.find(|header| header[0] == "c")?[1]["int"].as_u64()?;
+        let text = |place: usize| row[place].as_str().unwrap_or_default().to_owned();
+        Some((usize::try_from(number).unwrap(), (text(0), text(1))))
+    });
+    letters.collect()
+}
+
+/// Whether a dead letter is what it should be.
+fn check(sent: &Sent, number: usize, letter: Option<&(String, String)>) -> Result<(), String> {
+    let right = match (sent.end, letter) {
+        (End::Runs, None) => true,
+        (End::Dead(reason, words), Some((code, error))) => {
+            code == reason.as_str() && error.contains(words)
+        }
+        (End::Runs, Some(_)) | (End::Dead(..), None) => false,
+    };
+    let (kind, end) = (sent.kind, sent.end);
+    if right { Ok(()) } else { Err(format!("{number}, {kind}: {end:?}, but {letter:?}")) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_strangers_send_ends_in_its_place_and_stops_nobody() {
+    let warren = Warren::new().await;
+    let mut worker = warren.worker().set("log.format", "human").spawn();
+    worker.logged("ready").await;
+    let mut collector = warren.collector().start().await;
+    let sent = messages(&warren);
+    let begun = Instant::now();
+    for part in sent.chunks(AT_ONCE) {
+        let orders = part.iter().map(Sent::order).collect();
+        Foreign::new(warren.url()).publish(orders, 0).await;
+    }
+
+    let runs = sent.iter().filter(|sent| sent.end == End::Runs).count();
+    let dead = sent.len() - runs;
+    let what = format!("{runs} run and {dead} are dead letters (seed {})", seed());
+    eventually(PATIENCE, &what, async || {
+        let count = |query: &str| usize::try_from(warren.rows::<i64>(query)[0]).unwrap();
+        let succeeded = count("SELECT COUNT(*) FROM results WHERE status = 'succeeded'");
+        let letters = count("SELECT COUNT(*) FROM dead_letters");
+        (succeeded >= runs && letters >= dead).then_some(())
+    })
+    .await;
+    let took = begun.elapsed();
+
+    let letters = letters(&warren);
+    let checked =
+        sent.iter().enumerate().map(|(number, sent)| check(sent, number, letters.get(&number)));
+    let wrong: Vec<_> = checked.filter_map(Result::err).collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), sent.len(), wrong.join("\n"));
+    assert_eq!(warren.amqp().await.unreadable().await, 0);
+    let grown = [high_water(&worker), high_water(&collector)];
+    assert!(grown.iter().all(|kib| *kib <= MOST_KIB), "worker and collector: {grown:?} KiB");
+    // Both were at work all the time, and stop in order.
+    assert!(worker.terminate(Duration::from_secs(30)).await.success());
+    assert!(collector.terminate(Duration::from_secs(30)).await.success());
+    assert!(!worker.stderr().contains(['\u{1b}', '\u{7}', '\u{9b}']), "a log commands a terminal");
+    report(
+        &json!({ "messages": sent.len(), "run": runs, "dead": dead, "seconds": took.as_secs_f64(),
+        "worker_kib": grown[0], "collector_kib": grown[1] }),
+    );
+}
+
+/// Figures of a large run, for people.
+#[expect(clippy::print_stderr, reason = "the test harness shows it with --nocapture")]
+fn report(figures: &Value) {
+    eprintln!("hostile: {figures}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_word_of_a_stranger_commands_a_terminal() {
+    let warren = Warren::new().await;
+    let _crew = warren.crew().await;
+    let topology = warren.config().broker.topology();
+    let evil = "\u{1b}[2J\u{1b}]0;owned\u{7}\u{9b}8m\u{202e}";
+    let letter = json!({ "exchange": topology.dead(), "key": "",
+        "properties": { "type": format!("a{evil}"), "message_id": "evil" }, "body": "{}",
+        "headers": { "x-garenne-dead-reason": "fatal", "x-garenne-dead-error": evil,
+                     "x-garenne-dead-by": evil, "x-garenne-dead-queue": evil } });
+    Foreign::new(warren.url()).publish(json!([letter]), 0).await;
+    eventually(PATIENCE, "the letter is stored", async || {
+        (warren.rows::<i64>("SELECT COUNT(*) FROM dead_letters")[0] == 1).then_some(())
+    })
+    .await;
+    let commands: [&[&str]; 5] = [
+        &["dead", "list"],
+        &["dead", "show", "evil"],
+        &["dead", "show", "evil", "--output", "json"],
+        &["task", "show", "evil"],
+        &["task", "show", evil],
+    ];
+    for command in commands {
+        let done = warren.garenne(command).await;
+        let shown = done.stdout + &done.stderr;
+        let obeyed = shown.contains(['\u{1b}', '\u{7}', '\u{9b}', '\u{202e}']);
+        assert!(!obeyed && !shown.is_empty(), "{command:?}: {shown:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_unreadable_messages_are_put_aside_at_once() {
+    let warren = Warren::new().await;
+    let (mut worker, _collector) = warren.crew().await;
+    let topology = warren.config().broker.topology();
+    let message = |number: usize| {
+        let mut properties = json!({ "type": "garenne.echo", "message_id": format!("m-{number}") });
+        let unreadable = number % 11 == 5;
+        if unreadable {
+            properties.as_object_mut().unwrap().remove("type");
+        }
+        let mut message = json!({ "exchange": topology.tasks_exchange(), "key": "default",
+            "properties": properties, "body": "1" });
+        if unreadable {
+            message["property_bytes"] = json!({ "type": "fffe41" });
+        }
+        message
+    };
+    let messages: Vec<_> = (0..110).map(message).collect();
+    let begun = Instant::now();
+    Foreign::new(warren.url()).publish(json!(messages), 0).await;
+    let count = |query: &str| warren.rows::<i64>(query)[0];
+    eventually(PATIENCE, "a hundred run, ten are dead letters", async || {
+        let succeeded = count("SELECT COUNT(*) FROM results WHERE status = 'succeeded'");
+        let dead = count("SELECT COUNT(*) FROM dead_letters WHERE reason = 'malformed'");
+        (succeeded == 100 && dead == 10).then_some(())
+    })
+    .await;
+    report(&json!({ "unreadable": 10, "sound": 100, "seconds": begun.elapsed().as_secs_f64() }));
+    assert_eq!(warren.amqp().await.unreadable().await, 0);
+    // Nothing was delivered twice: no connection ended over them.
+    assert_eq!(count("SELECT COUNT(*) FROM results WHERE redelivered"), 0);
+    assert!(worker.terminate(Duration::from_secs(30)).await.success());
+}
