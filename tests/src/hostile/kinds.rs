@@ -1,7 +1,8 @@
 //! What a stranger could send, by kind, each with the place where it must end.
 //!
 //! A kind draws its details from a seeded generator: where it is cut, how deep it is nested, which
-//! bytes are no text. The header `c` tells one from another wherever it ends.
+//! bytes are no text. What the broker refuses by itself (a float that is no number, a table that ends
+//! too early) is not among them. The header `c` tells one from another wherever it ends.
 
 use fastrand::Rng;
 use garenne_common::DeadReason;
@@ -122,10 +123,10 @@ const NUMBERS: [&str; 7] = [
 /// No whole number from 0 on, in many ways.
 fn no_number(rng: &mut Rng) -> Vec<u8> {
     match rng.u8(..11) {
-        0 => int(-1 - rng.i64(..1_000)),
+        0 => int(rng.i64(..0)),
         1 => int(i64::MIN),
         2 => double(rng.f64()),
-        3 => double(f64::NAN),
+        3 => double(f64::MAX),
         4 => boolean(rng.bool()),
         5 => long_text(""),
         6 => long_text("99999999999999999999999"),
@@ -270,8 +271,8 @@ const KINDS: &[Kind] = &[
         "a factor that is none",
         dead!("x-garenne-retry-factor", |sent, rng| {
             let none = [
-                double(f64::NAN),
-                double(f64::INFINITY),
+                long_text("NaN"),
+                long_text("-inf"),
                 long_text("inf"),
                 boolean(true),
                 nested(b'F', b""),
@@ -306,7 +307,7 @@ const KINDS: &[Kind] = &[
         End::Runs
     }),
     ("an end in the past", |sent, rng, _| {
-        header(sent, "x-garenne-expires-at-ms", int(rng.i64(..1_700_000_000_000).max(0)));
+        header(sent, "x-garenne-expires-at-ms", int(rng.i64(0..1_700_000_000_000)));
         End::Dead(Expired, "expired")
     }),
     (
@@ -330,9 +331,10 @@ const KINDS: &[Kind] = &[
         }),
     ),
     ("headers nested deep", |sent, rng, _| {
-        // Ten thousand levels overflowed the stack of the client library's thread.
-        let (kind, levels) = if rng.bool() { (b'A', 20_000) } else { (b'F', 12_000) };
-        header(sent, "deep", deep(kind, rng.usize(2..levels)));
+        // Thousands of levels overflow the stack of the client library's thread, unless they are
+        // screened. The broker itself needs seconds for ten thousand.
+        let kind = if rng.bool() { b'A' } else { b'F' };
+        header(sent, "deep", deep(kind, rng.usize(2..4_000)));
         End::Runs
     }),
     ("header names that are no UTF-8", |sent, rng, _| {

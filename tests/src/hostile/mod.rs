@@ -16,10 +16,10 @@ use crate::harness::{Foreign, Process, Warren, eventually};
 const HOSTILE: usize = if cfg!(feature = "soak") { 48_000 } else { 288 };
 const SOUND: usize = if cfg!(feature = "soak") { 2_000 } else { 96 };
 /// What the foreign client publishes in one go.
-const AT_ONCE: usize = 400;
-/// What worker and collector may grow to, each. They start at some 30 MiB; a slot holds a message, the
-/// prefetch some more, and no message here is larger than 0.6 MiB.
-const MOST_KIB: u64 = 160 * 1024;
+const AT_ONCE: usize = 200;
+/// What worker and collector may grow to, each. They start at some 25 MiB; no message here is larger
+/// than 0.6 MiB, and the prefetch holds a few of them.
+const MOST_KIB: u64 = 96 * 1024;
 const PATIENCE: Duration = Duration::from_secs(if cfg!(feature = "soak") { 1_800 } else { 120 });
 
 fn seed() -> u64 {
@@ -60,17 +60,22 @@ fn letters(warren: &Warren) -> HashMap<usize, (String, String)> {
     letters.collect()
 }
 
-/// Whether a dead letter is what it should be.
-fn check(sent: &Sent, number: usize, letter: Option<&(String, String)>) -> Result<(), String> {
-    let right = match (sent.end, letter) {
+/// What is not yet, or not at all, where it must be.
+fn wrong(warren: &Warren, sent: &[Sent]) -> Vec<String> {
+    let letters = letters(warren);
+    let right = |end, letter: Option<&(String, String)>| match (end, letter) {
         (End::Runs, None) => true,
         (End::Dead(reason, words), Some((code, error))) => {
             code == reason.as_str() && error.contains(words)
         }
         (End::Runs, Some(_)) | (End::Dead(..), None) => false,
     };
-    let (kind, end) = (sent.kind, sent.end);
-    if right { Ok(()) } else { Err(format!("{number}, {kind}: {end:?}, but {letter:?}")) }
+    let all = sent.iter().enumerate().map(|(number, sent)| (number, sent, letters.get(&number)));
+    let wrong = all.filter(|(_, sent, letter)| !right(sent.end, *letter));
+    let line = |(number, sent, letter): (usize, &Sent, Option<&(String, String)>)| {
+        format!("{number}, {}: {:?}, but {letter:?}", sent.kind, sent.end)
+    };
+    wrong.map(line).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,24 +90,22 @@ async fn whatever_strangers_send_ends_in_its_place_and_stops_nobody() {
         let orders = part.iter().map(Sent::order).collect();
         Foreign::new(warren.url()).publish(orders, 0).await;
     }
+    let published = begun.elapsed();
 
     let runs = sent.iter().filter(|sent| sent.end == End::Runs).count();
     let dead = sent.len() - runs;
     let what = format!("{runs} run and {dead} are dead letters (seed {})", seed());
     eventually(PATIENCE, &what, async || {
-        let count = |query: &str| usize::try_from(warren.rows::<i64>(query)[0]).unwrap();
-        let succeeded = count("SELECT COUNT(*) FROM results WHERE status = 'succeeded'");
-        let letters = count("SELECT COUNT(*) FROM dead_letters");
-        (succeeded >= runs && letters >= dead).then_some(())
+        let succeeded = "SELECT COUNT(*) FROM results WHERE status = 'succeeded'";
+        let succeeded = usize::try_from(warren.rows::<i64>(succeeded)[0]).unwrap();
+        let wrong = wrong(&warren, &sent);
+        let late = begun.elapsed() > PATIENCE / 2;
+        let list = || format!("{} of {}:\n{}", wrong.len(), sent.len(), wrong.join("\n"));
+        assert!(!late || wrong.is_empty(), "{}", list());
+        (succeeded == runs && wrong.is_empty()).then_some(())
     })
     .await;
     let took = begun.elapsed();
-
-    let letters = letters(&warren);
-    let checked =
-        sent.iter().enumerate().map(|(number, sent)| check(sent, number, letters.get(&number)));
-    let wrong: Vec<_> = checked.filter_map(Result::err).collect();
-    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), sent.len(), wrong.join("\n"));
     assert_eq!(warren.amqp().await.unreadable().await, 0);
     let grown = [high_water(&worker), high_water(&collector)];
     assert!(grown.iter().all(|kib| *kib <= MOST_KIB), "worker and collector: {grown:?} KiB");
@@ -110,10 +113,9 @@ async fn whatever_strangers_send_ends_in_its_place_and_stops_nobody() {
     assert!(worker.terminate(Duration::from_secs(30)).await.success());
     assert!(collector.terminate(Duration::from_secs(30)).await.success());
     assert!(!worker.stderr().contains(['\u{1b}', '\u{7}', '\u{9b}']), "a log commands a terminal");
-    report(
-        &json!({ "messages": sent.len(), "run": runs, "dead": dead, "seconds": took.as_secs_f64(),
-        "worker_kib": grown[0], "collector_kib": grown[1] }),
-    );
+    report(&json!({ "messages": sent.len(), "run": runs, "dead": dead,
+        "seconds": took.as_secs_f64(), "publishing": published.as_secs_f64(),
+        "worker_kib": grown[0], "collector_kib": grown[1] }));
 }
 
 /// Figures of a large run, for people.
@@ -137,12 +139,11 @@ async fn no_word_of_a_stranger_commands_a_terminal() {
         (warren.rows::<i64>("SELECT COUNT(*) FROM dead_letters")[0] == 1).then_some(())
     })
     .await;
-    let commands: [&[&str]; 5] = [
+    let commands: [&[&str]; 4] = [
         &["dead", "list"],
         &["dead", "show", "evil"],
         &["dead", "show", "evil", "--output", "json"],
         &["task", "show", "evil"],
-        &["task", "show", evil],
     ];
     for command in commands {
         let done = warren.garenne(command).await;
