@@ -10,8 +10,8 @@ use std::fmt::Debug;
 use garenne_collector::store::{open_envelope, seal_envelope};
 use garenne_common::broker::parse_message;
 use garenne_common::wire::{
-    Answer, Codec, DeadLetter, Message, Notice, Payload, Properties, Question, Report, frames,
-    report, task,
+    Answer, Codec, DeadLetter, Lease, Message, Notice, Payload, Properties, Question, Report,
+    frames, report, task,
 };
 use garenne_common::{DeadReason, QueueName};
 
@@ -23,6 +23,7 @@ pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("properties", properties),
     ("task", task_message),
     ("dead", dead_letter),
+    ("lease", lease),
     ("reports_bincode", reports_bincode),
     ("reports_json", reports_json),
     ("notice", notice),
@@ -98,6 +99,14 @@ pub(crate) fn dead_letter(bytes: &[u8]) {
         let opened = open_envelope(&envelope, letter.message.body.clone());
         same(&opened.ok(), &Some(letter.message));
     }
+}
+
+/// A task under a lease, handed over whole.
+pub(crate) fn lease(bytes: &[u8]) {
+    let Some(message) = message(bytes) else { return };
+    let Ok(lease) = Lease::decode(&message) else { return };
+    let again = Lease::decode(&lease.encode()).map(|lease| (lease.id, lease.fence.execution));
+    assert_eq!(again, Ok((lease.id, lease.fence.execution)));
 }
 
 /// A bundle of reports as workers send it; the version byte counts.

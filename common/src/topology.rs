@@ -132,9 +132,9 @@ impl Topology {
         format!("{}.unrouted", self.ns)
     }
 
-    /// Exchange and queue for dead letters and reports that no client library can parse.
+    /// Exchange and queue for dead letters and reports that the broker itself gave up.
     ///
-    /// Nobody consumes it: what lies there ends every connection that reads it.
+    /// Nobody consumes it; a person looks at it.
     pub fn unreadable(&self) -> String {
         format!("{}.unreadable", self.ns)
     }

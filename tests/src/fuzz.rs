@@ -79,7 +79,7 @@ fn mutate(bytes: &mut Vec<u8>, other: &[u8], rng: &mut Rng) {
         match rng.u8(..7) {
             0 if place < bytes.len() => bytes[place] ^= 1 << rng.u8(..8),
             1 if place < bytes.len() => {
-                bytes[place] = *rng.choice(&[0, 1, 0x7f, 0x80, 0xfb, 0xfd, 0xff]).unwrap()
+                bytes[place] = *rng.choice(&[0, 1, 0x7f, 0x80, 0xfb, 0xfd, 0xff]).unwrap();
             }
             2 => bytes.truncate(place),
             3 => drop(bytes.drain(place..end)),

@@ -42,7 +42,8 @@ pub(super) async fn connect(
         let socket = uri.connect_async(&tokio).await?;
         Ok(AsyncTcpStream::Plain(Screened::new(socket)))
     };
-    Connection::connector(uri, Runtime::new(kit), connect, properties).await
+    // Boxed: whoever connects would else carry ten thousand bytes of future along.
+    Box::pin(Connection::connector(uri, Runtime::new(kit), connect, properties)).await
 }
 
 #[derive(Debug, Clone)]

@@ -296,7 +296,7 @@ async fn backlogs(context: &Context, admin: &Admin) -> Vec<Check> {
 async fn unreadable(admin: &Admin, queue: &str) -> Option<Check> {
     let ready = admin.queue_status(queue).await.ok()??.ready;
     (ready > 0).then(|| {
-        let detail = format!("{ready} in {queue} that no client library can parse");
+        let detail = format!("{ready} in {queue} that the broker gave up");
         Check::new("unreadable", Verdict::Odd, detail)
             .advice("look at them in the management UI, mend their sender, and purge the queue")
     })

@@ -73,18 +73,14 @@ pub(crate) fn json_line(value: &impl Serialize) -> Result<(), CliError> {
 /// JSON spells out the older control characters only; terminals obey some of the others too.
 fn json(text: serde_json::Result<String>) -> Result<String, CliError> {
     let text = text.map_err(|error| unwritable(&error))?;
-    if text.chars().all(|c| is_printable(c) || c == '\n') {
-        return Ok(text);
-    }
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        if is_printable(c) || c == '\n' {
-            shown.push(c);
-        } else {
-            shown.push_str(&format!("\\u{:04x}", u32::from(c)));
-        }
-    }
-    Ok(shown)
+    let unprintable = |c: char| !is_printable(c) && c != '\n';
+    let Some(first) = text.find(unprintable) else { return Ok(text) };
+    let (shown, rest) = text.split_at(first);
+    let rest = rest.chars().map(|c| match c {
+        c if unprintable(c) => format!("\\u{:04x}", u32::from(c)),
+        c => c.to_string(),
+    });
+    Ok(shown.to_owned() + &rest.collect::<String>())
 }
 
 /// One line on standard error.

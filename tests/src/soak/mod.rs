@@ -5,6 +5,7 @@
 //! `GARENNE_SOAK_PERCENT` makes all of them smaller, to try them out.
 
 mod delays;
+mod hostile;
 
 /// A size of a run: `full`, or the share of it that `GARENNE_SOAK_PERCENT` asks for.
 pub(crate) fn size(full: usize) -> usize {

@@ -64,21 +64,13 @@ impl Signature {
         match disposition {
             Disposition::Complete(output) => {
                 let result = self.result(ended, output);
-<<<<<<< HEAD
-                let reply = task.reply.clone().map(|to| (to, Report::Finished(result.clone())));
+                let reply = self.reply(task.reply.clone());
+                let reply = reply.map(|to| (to, Report::Finished(result.clone())));
                 let report = match &ended.lease {
                     None => Report::Finished(result),
                     Some(fence) => Report::FinishedUnderLease { fence: fence.clone(), result },
                 };
                 Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
-=======
-                Settlement {
-                    reply: self
-                        .reply(task.reply.clone())
-                        .map(|to| (to, Report::Finished(result.clone()))),
-                    ..Settlement::bare(subject, Successor::Result(result))
-                }
->>>>>>> f319f9c (Screen every frame, so that no message can end a process)
             }
             Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
             Disposition::DeadLetter { reason, error } => {
