@@ -19,6 +19,7 @@ mod answers;
 pub mod batch;
 mod deadlines;
 pub mod group;
+mod keeper;
 pub mod lease;
 mod letters;
 mod notices;

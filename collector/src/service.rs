@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::aggregate::Rules;
 use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
 use crate::deadlines::Deadlines;
+use crate::keeper::Keeper;
 use crate::letters::Letters;
 use crate::notices::Notices;
 use crate::pipeline::{
@@ -162,7 +163,14 @@ impl Collector {
             keep: config.collector.retention,
             stop: self.stop_all.clone(),
         };
+        let keeper = Keeper {
+            admin: Admin::new(self.consuming.clone()),
+            wanted: topology.core(),
+            every: 3 * config.broker.heartbeat,
+            stop: self.stop_all.clone(),
+        };
         let replies = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
+        self.background.spawn(keeper.run());
         self.background.spawn(notices.run());
         self.background.spawn(resends.run());
         self.background.spawn(answers.run());

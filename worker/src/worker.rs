@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use garenne_common::broker::{BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource};
+use garenne_common::broker::{
+    BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource,
+};
 use garenne_common::config::Config;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
 use tokio::sync::{Semaphore, mpsc};
@@ -226,6 +228,12 @@ impl Running {
     /// Tasks that are running now.
     pub fn running_tasks(&self) -> usize {
         self.pipeline.inflight.len()
+    }
+
+    /// Whether tasks can arrive, queue by queue.
+    pub fn health(&self) -> Vec<(QueueName, Health)> {
+        let lanes = self.pipeline.lanes.iter();
+        lanes.map(|lane| (lane.queue.clone(), lane.settler.health())).collect()
     }
 
     /// Stops without losing anything. The order matters:

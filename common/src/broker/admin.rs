@@ -110,7 +110,10 @@ async fn queue_depth(channel: &Channel, name: &str) -> Result<u32, BrokerError> 
     queue_status(channel, name).await.map(|status| status.ready)
 }
 
-async fn queue_status(channel: &Channel, name: &str) -> Result<QueueStatus, BrokerError> {
+pub(super) async fn queue_status(
+    channel: &Channel,
+    name: &str,
+) -> Result<QueueStatus, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let queue = channel.queue_declare(short(name)?, options, FieldTable::default()).await;
     queue

@@ -8,18 +8,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use lapin::Channel;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
 };
-use lapin::types::FieldTable;
-use tokio::sync::{mpsc, watch};
+use lapin::types::{AMQPValue, FieldTable};
+use tokio::sync::{mpsc, watch as watched};
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::convert::{from_properties, short};
 use super::link::Pause;
-use super::{BrokerError, Link, admin};
+use super::watch::{self, Flow, Health, Watch};
+use super::{BrokerError, Link, QueueStatus, admin};
 use crate::topology::Declaration;
 use crate::wire::Message;
 
@@ -92,12 +95,18 @@ pub struct Settler(Arc<Shared>);
 
 struct Shared {
     link: Link,
-    /// The channel of the present epoch.
-    current: Mutex<(u64, Option<Channel>)>,
-    queue: watch::Sender<Option<String>>,
-    trouble: watch::Sender<Option<BrokerError>>,
+    current: Mutex<Epoch>,
+    queue: watched::Sender<Option<String>>,
+    trouble: watched::Sender<Option<BrokerError>>,
     stop: CancellationToken,
     task: TaskTracker,
+}
+
+struct Epoch {
+    number: u64,
+    /// `None` between two epochs.
+    channel: Option<Channel>,
+    flow: Flow,
 }
 
 impl Consumer {
@@ -106,9 +115,9 @@ impl Consumer {
         let (to_owner, deliveries) = mpsc::channel(usize::from(spec.prefetch).max(1));
         let shared = Arc::new(Shared {
             link,
-            current: Mutex::new((0, None)),
-            queue: watch::Sender::new(None),
-            trouble: watch::Sender::new(None),
+            current: Mutex::new(Epoch { number: 0, channel: None, flow: Flow::new(spec.prefetch) }),
+            queue: watched::Sender::new(None),
+            trouble: watched::Sender::new(None),
             stop: CancellationToken::new(),
             task: TaskTracker::new(),
         });
@@ -134,8 +143,13 @@ impl Consumer {
     }
 
     /// The queue consumed at present; `None` while there is no consumer.
-    pub fn queue(&self) -> watch::Receiver<Option<String>> {
+    pub fn queue(&self) -> watched::Receiver<Option<String>> {
         self.shared.queue.subscribe()
+    }
+
+    /// Whether deliveries can flow.
+    pub fn health(&self) -> Health {
+        self.shared.health()
     }
 
     /// Waits until the broker has registered the consumer, or until a reason is known why that cannot
@@ -180,25 +194,48 @@ impl Settler {
     /// `false` when its channel is gone: the delivery will come again.
     pub async fn ack(&self, tag: DeliveryTag, multiple: bool) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
-        channel.basic_ack(tag.number, BasicAckOptions { multiple }).await.is_ok()
+        let acked = channel.basic_ack(tag.number, BasicAckOptions { multiple }).await.is_ok();
+        self.0.settled(tag, multiple);
+        acked
     }
 
     /// Hands one delivery back, to be delivered again to anybody.
     pub async fn requeue(&self, tag: DeliveryTag) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
         let options = BasicNackOptions { multiple: false, requeue: true };
-        channel.basic_nack(tag.number, options).await.is_ok()
+        let returned = channel.basic_nack(tag.number, options).await.is_ok();
+        self.0.settled(tag, false);
+        returned
+    }
+
+    /// Whether deliveries can flow.
+    pub fn health(&self) -> Health {
+        self.0.health()
     }
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, (u64, Option<Channel>)> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Epoch> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn channel_of(&self, epoch: u64) -> Option<Channel> {
         let current = self.lock();
-        current.1.as_ref().filter(|_| current.0 == epoch).cloned()
+        current.channel.as_ref().filter(|_| current.number == epoch).cloned()
+    }
+
+    fn settled(&self, tag: DeliveryTag, multiple: bool) {
+        let mut current = self.lock();
+        if current.number == tag.epoch {
+            current.flow.settled(tag.number, multiple);
+        }
+    }
+
+    fn health(&self) -> Health {
+        if self.queue.borrow().is_some() {
+            return Health::Flowing(self.lock().flow.proven().elapsed());
+        }
+        Health::Down(self.trouble.borrow().clone())
     }
 }
 
@@ -213,9 +250,9 @@ impl ConsumeTask {
         let mut pause = Pause::new();
         while !self.shared.stop.is_cancelled() {
             let lost = match self.establish().await {
-                Ok((epoch, channel, stream)) => {
+                Ok((epoch, channel, queue, stream)) => {
                     let begun = Instant::now();
-                    let lost = self.forward(epoch, &channel, stream).await;
+                    let lost = self.forward(epoch, &channel, &queue, stream).await;
                     // What ends every epoch at once would make a hot loop if the pause did not grow.
                     if begun.elapsed() >= STABLE {
                         pause.reset();
@@ -241,8 +278,9 @@ impl ConsumeTask {
     }
 
     fn mark_lost(&self, lost: &BrokerError) {
-        self.shared.lock().1 = None;
+        self.shared.lock().channel = None;
         self.shared.queue.send_replace(None);
+        self.shared.link.learn_from(lost);
         let before = self.shared.trouble.send_replace(Some(lost.clone()));
         // Said once, not at each attempt: a night without a broker is one line, not ten thousand.
         if !self.shared.link.is_closed() && before.as_ref() != Some(lost) {
@@ -250,7 +288,7 @@ impl ConsumeTask {
         }
     }
 
-    async fn establish(&self) -> Result<(u64, Channel, lapin::Consumer), BrokerError> {
+    async fn establish(&self) -> Result<(u64, Channel, String, lapin::Consumer), BrokerError> {
         let channel = self.shared.link.channel().await?;
         admin::declare(&channel, &self.spec.declarations).await?;
         let queue = self.declare_queue(&channel).await?;
@@ -259,19 +297,34 @@ impl ConsumeTask {
         // The epoch begins before the first delivery can arrive.
         let epoch = {
             let mut current = self.shared.lock();
-            *current = (current.0 + 1, Some(channel.clone()));
-            current.0
+            *current = Epoch {
+                number: current.number + 1,
+                channel: Some(channel.clone()),
+                flow: Flow::new(self.spec.prefetch),
+            };
+            current.number
         };
         let options = BasicConsumeOptions { no_ack: self.spec.no_ack, ..Default::default() };
         let (name, tag) = (short(&queue)?, short(&self.spec.tag)?);
-        let stream = channel.basic_consume(name, tag, options, FieldTable::default()).await;
+        let stream = channel.basic_consume(name, tag, options, self.arguments()).await;
         let stream =
             stream.map_err(|error| BrokerError::operating(&error, &format!("queue {queue}")))?;
         if self.shared.trouble.send_replace(None).is_some() {
             tracing::info!(queue, consumer = self.spec.tag, epoch, "consuming again");
         }
-        self.shared.queue.send_replace(Some(queue));
-        Ok((epoch, channel, stream))
+        self.shared.queue.send_replace(Some(queue.clone()));
+        Ok((epoch, channel, queue, stream))
+    }
+
+    /// RabbitMQ 4.3 and later take the time limit for acknowledgements from their consumers; older ones
+    /// have one limit for all and overlook the argument.
+    fn arguments(&self) -> FieldTable {
+        let mut arguments = FieldTable::default();
+        let limit = self.shared.link.config().consumer_timeout.as_millis();
+        if let (false, Ok(millis)) = (self.spec.no_ack, i64::try_from(limit)) {
+            arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(millis));
+        }
+        arguments
     }
 
     async fn declare_queue(&self, channel: &Channel) -> Result<String, BrokerError> {
@@ -280,12 +333,7 @@ impl ConsumeTask {
             QueueSource::Exclusive { name, bindings } => (name(), bindings),
         };
         let mut wanted = vec![Declaration::exclusive_queue(name.clone())];
-        wanted.extend(bindings.iter().map(|(exchange, routing_key)| Declaration::Binding {
-            exchange: exchange.clone(),
-            queue: name.clone(),
-            routing_key: routing_key.clone(),
-            arguments: vec![],
-        }));
+        wanted.extend(bind(&name, bindings));
         admin::declare(channel, &wanted).await?;
         Ok(name)
     }
@@ -295,16 +343,23 @@ impl ConsumeTask {
         &self,
         epoch: u64,
         channel: &Channel,
+        queue: &str,
         mut stream: lapin::Consumer,
     ) -> BrokerError {
         let mut health = tokio::time::interval(HEALTH_CHECK);
+        let every = self.shared.link.config().heartbeat;
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // At most one; beside deliveries, which must not wait for it.
+        let (mut looks, mut watch) = (FuturesUnordered::new(), Watch::default());
         let mut cancelled = false;
         loop {
             tokio::select! {
                 item = stream.next() => match item {
                     Some(Ok(delivery)) => self.pass_on(epoch, delivery).await,
                     Some(Err(error)) => return BrokerError::operating(&error, &self.spec.tag),
-                    // The broker cancels a consumer when its queue is deleted.
+                    // When its queue is deleted, and from RabbitMQ 4.3 on for an acknowledgement
+                    // that did not come in time.
                     None => return BrokerError::Lost("the broker ended the consumer".to_owned()),
                 },
                 () = self.shared.stop.cancelled(), if !cancelled => {
@@ -314,8 +369,35 @@ impl ConsumeTask {
                 _ = health.tick() => if !channel.status().connected() {
                     return BrokerError::Lost("the channel was closed".to_owned());
                 },
+                _ = look.tick(), if !cancelled && looks.is_empty() => {
+                    looks.push(self.look(channel, queue, Instant::now()));
+                }
+                Some((asked, answer)) = looks.next() => {
+                    let flow = &mut self.shared.lock().flow;
+                    let judged = answer.and_then(|answer| watch.judge(flow, asked, &answer));
+                    if let Err(lost) = judged && !cancelled {
+                        return lost;
+                    }
+                },
             }
         }
+    }
+
+    /// Puts right what somebody deleted without ending the consumer, and asks how the queue stands.
+    async fn look(
+        &self,
+        channel: &Channel,
+        queue: &str,
+        asked: Instant,
+    ) -> (Instant, Result<QueueStatus, BrokerError>) {
+        let way = match &self.spec.queue {
+            QueueSource::Named(queue) => watch::way_to(queue, &self.spec.declarations),
+            QueueSource::Exclusive { bindings, .. } => bind(queue, bindings).collect(),
+        };
+        let limit = self.shared.link.config().heartbeat * 2;
+        let ask = watch::ask(channel, queue, limit);
+        let (answer, ()) = tokio::join!(ask, watch::keep(&self.shared.link, &way));
+        (asked, answer)
     }
 
     async fn cancel(&self, channel: &Channel) {
@@ -326,6 +408,7 @@ impl ConsumeTask {
     }
 
     async fn pass_on(&self, epoch: u64, delivery: lapin::message::Delivery) {
+        self.shared.lock().flow.delivered(delivery.delivery_tag, !self.spec.no_ack);
         let ours = Delivery {
             tag: DeliveryTag { epoch, number: delivery.delivery_tag },
             routing_key: delivery.routing_key.as_str().to_owned(),
@@ -337,4 +420,16 @@ impl ConsumeTask {
             self.shared.stop.cancel();
         }
     }
+}
+
+fn bind<'a>(
+    queue: &'a str,
+    bindings: &'a [(String, String)],
+) -> impl Iterator<Item = Declaration> + 'a {
+    bindings.iter().map(|(exchange, routing_key)| Declaration::Binding {
+        exchange: exchange.clone(),
+        queue: queue.to_owned(),
+        routing_key: routing_key.clone(),
+        arguments: vec![],
+    })
 }

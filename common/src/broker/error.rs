@@ -55,7 +55,10 @@ pub enum BrokerError {
     #[error("{0} does not exist on the broker")]
     Missing(String),
     /// The broker has an alarm (memory or disk) and takes no messages.
-    #[error("RabbitMQ takes no messages now (memory or disk alarm); gave up after {0:?}")]
+    #[error(
+        "RabbitMQ takes no messages now (memory or disk alarm), gave up after {0:?}; free memory or disk \
+         on the broker, then try again"
+    )]
     Blocked(Duration),
     /// The broker answered that it did not take the message.
     #[error(
@@ -65,6 +68,14 @@ pub enum BrokerError {
     /// No answer in time; the message may or may not have arrived.
     #[error("RabbitMQ did not confirm within {0:?}; whether it has the message is unknown")]
     Unconfirmed(Duration),
+    /// A delivery was not acknowledged in time, so the broker took all of its channel back; the limit,
+    /// if the broker named it.
+    #[error(
+        "RabbitMQ took deliveries back because one was not acknowledged within its consumer timeout{}; \
+         raise consumer_timeout on the broker and broker.consumer_timeout here, or give tasks a shorter \
+         time limit", of(*.0)
+    )]
+    TookBack(Option<Duration>),
     /// The connection or channel ended.
     #[error("the connection to RabbitMQ was lost: {0}")]
     Lost(String),
@@ -88,6 +99,7 @@ impl BrokerError {
             | Self::Rejected(_)
             | Self::Unconfirmed(_)
             | Self::Unreadable
+            | Self::TookBack(_)
             | Self::Lost(_) => true,
             Self::LoginRefused { .. }
             | Self::NoVhost { .. }
@@ -129,6 +141,8 @@ impl BrokerError {
             Self::Missing(object.to_owned())
         } else if is_soft(amqp, &AMQPSoftError::ACCESSREFUSED) {
             Self::Forbidden(text())
+        } else if let Some(timeout) = acknowledgement_timeout(amqp.get_message().as_str()) {
+            Self::TookBack(timeout)
         } else if is_soft(amqp, &AMQPSoftError::PRECONDITIONFAILED)
             || is_soft(amqp, &AMQPSoftError::RESOURCELOCKED)
         {
@@ -137,6 +151,20 @@ impl BrokerError {
             Self::Lost(plain(error))
         }
     }
+}
+
+fn of(timeout: Option<Duration>) -> String {
+    timeout.map_or_else(String::new, |timeout| format!(" of {timeout:?}"))
+}
+
+/// Reads `delivery acknowledgement on channel 1 timed out. Timeout value used: 60000 ms. …`; `None` if
+/// the text is about something else.
+fn acknowledgement_timeout(text: &str) -> Option<Option<Duration>> {
+    let (_, rest) = text.split_once("delivery acknowledgement on channel ")?;
+    let millis = rest.split_once("Timeout value used: ").and_then(|(_, rest)| {
+        rest.split_once(|c: char| !c.is_ascii_digit()).map(|(digits, _)| digits)
+    });
+    Some(millis.and_then(|digits| digits.parse().ok()).map(Duration::from_millis))
 }
 
 fn is_soft(error: &AMQPError, kind: &AMQPSoftError) -> bool {
@@ -157,5 +185,28 @@ fn plain(error: &lapin::Error) -> String {
         }
         lapin::ErrorKind::MissingHeartbeatError => "the broker fell silent (heartbeat)".to_owned(),
         _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_broker_s_words_tell_its_consumer_timeout() {
+        let text = "PRECONDITION_FAILED - delivery acknowledgement on channel 2 timed out. Timeout value \
+                    used: 60000 ms. This timeout value can be configured, see consumers doc guide";
+        assert_eq!(acknowledgement_timeout(text), Some(Some(Duration::from_mins(1))));
+        let text = "PRECONDITION_FAILED - delivery acknowledgement on channel 2 timed out";
+        assert_eq!(acknowledgement_timeout(text), Some(None));
+        assert_eq!(acknowledgement_timeout("PRECONDITION_FAILED - inequivalent arg 'x'"), None);
+    }
+
+    #[test]
+    fn a_timeout_and_an_alarm_say_what_to_do() {
+        let text = BrokerError::TookBack(Some(Duration::from_mins(30))).to_string();
+        assert!(text.contains("of 1800s; raise consumer_timeout on the broker"), "{text}");
+        let text = BrokerError::Blocked(Duration::from_secs(5)).to_string();
+        assert!(text.contains("5s; free memory or disk"), "{text}");
     }
 }

@@ -3,13 +3,12 @@
 //! There is no supervising task: whoever needs a channel asks for one, and the first to ask after a
 //! loss reconnects for all. Who waits how long between attempts is the asker's business ([`Pause`]).
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use backon::BackoffBuilder;
 use lapin::uri::AMQPUri;
-use lapin::{Channel, Connection, ConnectionProperties};
+use lapin::{Channel, Connection, ConnectionProperties, ConnectionStatus};
 use tokio::sync::Mutex;
 
 use super::{BrokerError, transport};
@@ -22,9 +21,14 @@ pub struct Link(Arc<Shared>);
 struct Shared {
     config: BrokerConfig,
     name: String,
-    /// Which URL to try first; moves on when one does not answer.
+    /// Which URL to try first: any, so that a fleet spreads over a cluster. Moves on when one does not
+    /// answer, and when its connection is lost.
     turn: AtomicUsize,
     closed: AtomicBool,
+    /// The present connection's, to be asked while somebody else connects; see [`Link::is_blocked`].
+    status: RwLock<Option<ConnectionStatus>>,
+    /// Milliseconds, 0 if not known; see [`Link::learnt_consumer_timeout`].
+    consumer_timeout: AtomicU64,
     /// Locked while connecting, so that a hundred askers make one connection.
     current: Mutex<State>,
 }
@@ -40,8 +44,10 @@ impl Link {
         Self(Arc::new(Shared {
             config: config.clone(),
             name: name.to_owned(),
-            turn: AtomicUsize::new(0),
+            turn: AtomicUsize::new(fastrand::usize(..config.urls.len().max(1))),
             closed: AtomicBool::new(false),
+            status: RwLock::new(None),
+            consumer_timeout: AtomicU64::new(0),
             current: Mutex::new(State::Down),
         }))
     }
@@ -62,19 +68,40 @@ impl Link {
                 return Ok(channel);
             }
             *state = State::Down;
+            // Where a connection was just lost, the next one is likely to fail too.
+            self.0.turn.fetch_add(1, Ordering::Relaxed);
         }
         let connection = self.connect().await?;
+        *self.0.status.write().unwrap_or_else(PoisonError::into_inner) =
+            Some(connection.status().clone());
         let channel = self.within(connection.create_channel()).await;
         *state = State::Up(Arc::new(connection));
         channel
     }
 
     /// Whether the broker has stopped taking what this connection publishes.
-    pub(super) async fn is_blocked(&self) -> bool {
-        match &*self.0.current.lock().await {
-            State::Up(connection) => connection.status().blocked(),
-            State::Down => false,
+    pub(super) fn is_blocked(&self) -> bool {
+        let status = self.0.status.read().unwrap_or_else(PoisonError::into_inner);
+        status.as_ref().is_some_and(|status| status.connected() && status.blocked())
+    }
+
+    /// How long the broker waits for an acknowledgement, if it has ever said so by taking a delivery
+    /// back.
+    pub fn learnt_consumer_timeout(&self) -> Option<Duration> {
+        let millis = self.0.consumer_timeout.load(Ordering::Relaxed);
+        (millis > 0).then(|| Duration::from_millis(millis))
+    }
+
+    /// Keeps what an error says of the broker's consumer timeout.
+    pub(super) fn learn_from(&self, error: &BrokerError) {
+        if let BrokerError::TookBack(Some(timeout)) = error {
+            let millis = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+            self.0.consumer_timeout.store(millis, Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn config(&self) -> &BrokerConfig {
+        &self.0.config
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -142,27 +169,69 @@ impl Link {
     }
 }
 
-/// The pauses between attempts: from 0.1 s up to 5 s, with jitter so that a fleet does not come back
-/// in one wave.
-pub(super) struct Pause(backon::ExponentialBackoff);
+/// The shortest pause between two attempts.
+const SHORTEST: Duration = Duration::from_millis(100);
+/// The longest.
+const LONGEST: Duration = Duration::from_secs(5);
+/// What the first pause is drawn up to, after tripling: a fleet that lost one broker comes back over
+/// most of a second, not at once.
+const FIRST: Duration = Duration::from_millis(300);
+
+/// The pauses between attempts, with decorrelated jitter: each is drawn between 0.1 s and three times
+/// the one before, at most 5 s, so that a fleet that was cut off together does not stay in step.
+pub(super) struct Pause(Duration);
 
 impl Pause {
     pub(super) fn new() -> Self {
-        let pauses = backon::ExponentialBuilder::default()
-            .with_min_delay(Duration::from_millis(100))
-            .with_max_delay(Duration::from_secs(5))
-            .without_max_times()
-            .with_jitter();
-        Self(pauses.build())
+        Self(FIRST)
     }
 
     /// How long to wait now.
     pub(super) fn next(&mut self) -> Duration {
-        self.0.next().unwrap_or(Duration::from_secs(5))
+        let most = (self.0 * 3).min(LONGEST);
+        self.0 = SHORTEST + (most - SHORTEST).mul_f64(fastrand::f64());
+        self.0
     }
 
     /// Success: the next pause is short again.
     pub(super) fn reset(&mut self) {
         *self = Self::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_stay_between_their_bounds_and_grow() {
+        let mut pause = Pause::new();
+        let pauses: Vec<_> = (0..1_000).map(|_| pause.next()).collect();
+        assert!(pauses.iter().all(|pause| (SHORTEST..=LONGEST).contains(pause)));
+        assert!(pauses[0] <= FIRST * 3);
+        assert!(pauses.iter().skip(20).sum::<Duration>() > Duration::from_secs(980));
+        pause.reset();
+        assert!(pause.next() <= FIRST * 3);
+    }
+
+    #[test]
+    fn a_thousand_that_were_cut_off_together_do_not_come_back_together() {
+        // A broker that is away for 15 s; attempts counted in windows of a tenth of a second.
+        let mut windows = vec![0_u32; 300];
+        for _ in 0..1_000 {
+            let (mut pause, mut now) = (Pause::new(), Duration::ZERO);
+            loop {
+                now += pause.next();
+                let Some(window) = windows.get_mut((now.as_millis() / 100) as usize) else { break };
+                *window += 1;
+                if now > Duration::from_secs(15) {
+                    break;
+                }
+            }
+        }
+        assert!(windows.iter().all(|attempts| *attempts < 250), "{windows:?}");
+        let returned: u32 = windows.iter().skip(150).sum();
+        assert_eq!(returned, 1_000, "all are back within 5 s of the broker's return");
+        assert!(windows.iter().skip(150).all(|attempts| *attempts < 100), "{windows:?}");
     }
 }

@@ -16,6 +16,7 @@ mod link;
 mod publisher;
 pub mod raw;
 mod transport;
+mod watch;
 
 pub use admin::{Admin, QueueStatus};
 pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, Settler};
@@ -24,3 +25,4 @@ pub use convert::parse_message;
 pub use error::BrokerError;
 pub use link::Link;
 pub use publisher::{Outgoing, Publisher, Receipt};
+pub use watch::Health;

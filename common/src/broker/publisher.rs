@@ -6,8 +6,9 @@
 //! exchange that carries tasks has an alternate exchange instead.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -26,6 +27,9 @@ use crate::wire::Message;
 
 /// How often an idle publisher looks whether its channel still stands.
 const HEALTH_CHECK: Duration = Duration::from_millis(500);
+
+/// A channel that lasted so long was a success, whatever ended it.
+const STABLE: Duration = Duration::from_secs(5);
 
 /// So many channels may end while one message is alone on them.
 const STRIKES: u32 = 3;
@@ -53,6 +57,8 @@ struct Shared {
     deadline: Duration,
     /// Why there is no channel at the moment; what a caller hears whose deadline passes meanwhile.
     trouble: Mutex<Option<BrokerError>>,
+    /// Whether the broker was last seen to take nothing.
+    blocked: AtomicBool,
     stop: CancellationToken,
     task: TaskTracker,
 }
@@ -85,6 +91,7 @@ impl Publisher {
             link,
             deadline: config.publish_timeout,
             trouble: Mutex::new(None),
+            blocked: AtomicBool::new(false),
             stop: CancellationToken::new(),
             task: TaskTracker::new(),
         });
@@ -118,7 +125,7 @@ impl Publisher {
         let whole = async { self.send(outgoing).await?.confirmed().await };
         match timeout(deadline, whole).await {
             Ok(result) => result,
-            Err(_) => Err(self.why_late(deadline).await),
+            Err(_) => Err(self.why_late(deadline)),
         }
     }
 
@@ -140,15 +147,11 @@ impl Publisher {
     }
 
     /// What a caller should hear who waited `deadline` in vain: the trouble known, else silence.
-    pub async fn why_late(&self, deadline: Duration) -> BrokerError {
-        let trouble = self.shared.lock_trouble().clone();
-        match trouble {
+    pub fn why_late(&self, deadline: Duration) -> BrokerError {
+        match self.shared.lock_trouble().clone() {
             Some(error) => error,
-            // Asked with a limit: the link is locked while it connects.
-            None => match timeout(Duration::from_millis(50), self.shared.link.is_blocked()).await {
-                Ok(true) => BrokerError::Blocked(deadline),
-                Ok(false) | Err(_) => BrokerError::Unconfirmed(deadline),
-            },
+            None if self.shared.link.is_blocked() => BrokerError::Blocked(deadline),
+            None => BrokerError::Unconfirmed(deadline),
         }
     }
 
@@ -174,6 +177,42 @@ impl Shared {
         // A panic while holding it left a whole value behind: it is only ever replaced.
         self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// There is a channel again.
+    fn mended(&self) {
+        if self.lock_trouble().take().is_some() {
+            tracing::info!("publishing again");
+        }
+    }
+
+    /// Said once for each kind of trouble, not at each attempt.
+    fn troubled(&self, lost: BrokerError) {
+        let mut trouble = self.lock_trouble();
+        if trouble.as_ref() != Some(&lost) && !self.link.is_closed() {
+            tracing::warn!("not publishing, will try again: {lost}");
+        }
+        *trouble = Some(lost);
+    }
+
+    /// Says once when the broker stops taking messages, and once when it takes them again.
+    fn watch_alarm(&self) {
+        let blocked = self.link.is_blocked();
+        match (self.blocked.swap(blocked, Ordering::Relaxed), blocked) {
+            (false, true) => tracing::warn!(
+                "RabbitMQ takes no messages now (memory or disk alarm); what is to be published waits"
+            ),
+            (true, false) => tracing::info!("RabbitMQ takes messages again"),
+            (false, false) | (true, true) => {}
+        }
+    }
+
+    /// Completes when the channel is gone; polled only while a write waits.
+    async fn until_closed(&self, channel: &Channel) {
+        while channel.status().connected() {
+            self.watch_alarm();
+            tokio::time::sleep(HEALTH_CHECK).await;
+        }
+    }
 }
 
 struct PublishTask {
@@ -189,7 +228,11 @@ struct PublishTask {
 
 enum End {
     Finished,
-    Lost(BrokerError),
+    /// `barren`: it never confirmed anything.
+    Lost {
+        error: BrokerError,
+        barren: bool,
+    },
 }
 
 impl PublishTask {
@@ -198,11 +241,17 @@ impl PublishTask {
         loop {
             let lost = match self.open().await {
                 Ok(channel) => {
-                    pause.reset();
-                    *self.shared.lock_trouble() = None;
+                    let begun = Instant::now();
                     match self.pump(&channel).await {
                         End::Finished => return close(&channel).await,
-                        End::Lost(error) => error,
+                        End::Lost { error, barren } => {
+                            // A channel that ends over what is published on it (a forbidden exchange,
+                            // say) opens well each time; to come back at once would be a hot loop.
+                            if !barren || begun.elapsed() >= STABLE {
+                                pause.reset();
+                            }
+                            error
+                        }
                     }
                 }
                 Err(error) => error,
@@ -210,8 +259,7 @@ impl PublishTask {
             if self.shared.link.is_closed() {
                 return;
             }
-            tracing::debug!(%lost, "the publisher has no channel");
-            *self.shared.lock_trouble() = Some(lost);
+            self.shared.troubled(lost);
             self.to_send.retain(|job| !job.is_withdrawn());
             if self.shared.stop.is_cancelled() && self.to_send.is_empty() && self.inbox.is_empty() {
                 return;
@@ -230,7 +278,7 @@ impl PublishTask {
 
     /// Publishes over one channel until it is lost or there is nothing left to do.
     async fn pump(&mut self, channel: &Channel) -> End {
-        let mut window = Window::default();
+        let (mut window, begun) = (Window::default(), Instant::now());
         let mut health = tokio::time::interval(HEALTH_CHECK);
         health.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -243,6 +291,7 @@ impl PublishTask {
                     if let Err(lost) = window.conclude(number, verdict) {
                         return self.give_back(window, lost);
                     }
+                    self.shared.mended();
                     self.careful = self.careful.saturating_sub(1);
                 }
                 job = self.inbox.recv(), if room => match job {
@@ -253,10 +302,16 @@ impl PublishTask {
                 () = self.shared.stop.cancelled(), if window.is_empty() && self.inbox.is_empty() => {
                     return End::Finished;
                 }
-                _ = health.tick() => if !channel.status().connected() {
-                    let lost = BrokerError::Lost("the channel was closed".to_owned());
-                    return self.give_back(window, lost);
-                },
+                _ = health.tick() => {
+                    if !channel.status().connected() {
+                        let lost = BrokerError::Lost("the channel was closed".to_owned());
+                        return self.give_back(window, lost);
+                    }
+                    self.shared.watch_alarm();
+                    if begun.elapsed() >= STABLE {
+                        self.shared.mended();
+                    }
+                }
             }
         }
     }
@@ -268,7 +323,7 @@ impl PublishTask {
             if job.is_withdrawn() {
                 continue;
             }
-            if let Err((job, lost)) = window.publish(channel, job).await {
+            if let Err((job, lost)) = window.publish(channel, job, &self.shared).await {
                 // Into the window, which `give_back` empties by its rules.
                 window.keep(job);
                 return Some(lost);
@@ -308,14 +363,7 @@ impl PublishTask {
         if barren {
             self.careful = self.to_send.len();
         }
-        End::Lost(lost)
-    }
-}
-
-/// Completes when the channel is gone; polled only while a write waits.
-async fn until_closed(channel: &Channel) {
-    while channel.status().connected() {
-        tokio::time::sleep(HEALTH_CHECK).await;
+        End::Lost { error: lost, barren }
     }
 }
 
@@ -349,7 +397,12 @@ impl Window {
     }
 
     /// Writes one message. A message that AMQP cannot carry fails alone; anything else is the channel.
-    async fn publish(&mut self, channel: &Channel, job: Job) -> Result<(), (Job, BrokerError)> {
+    async fn publish(
+        &mut self,
+        channel: &Channel,
+        job: Job,
+        shared: &Shared,
+    ) -> Result<(), (Job, BrokerError)> {
         let out = &job.outgoing;
         let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
         let (exchange, key, properties) = match parts {
@@ -366,7 +419,7 @@ impl Window {
         let written = tokio::select! {
             biased;
             written = written => written.map_err(|error| BrokerError::operating(&error, "an exchange")),
-            () = until_closed(channel) => Err(BrokerError::Lost("it ended while blocked".to_owned())),
+            () = shared.until_closed(channel) => Err(BrokerError::Lost("it ended while blocked".to_owned())),
         };
         match written {
             Ok(confirm) => {

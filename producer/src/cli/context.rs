@@ -125,7 +125,9 @@ fn load(globals: &Globals) -> Result<Config, CliError> {
         .set("log.format", format);
     // A command speaks for itself; log lines are for when something is odd. lapin calls every refusal
     // an error, which our own sentence explains better.
-    Ok(Config::load_over(&[("log.filter", "warn,lapin=off")], &sources)?)
+    // The command itself says, in one sentence, why it could not publish.
+    let quiet = "warn,garenne_common::broker::publisher=error,lapin=off";
+    Ok(Config::load_over(&[("log.filter", quiet)], &sources)?)
 }
 
 /// The wish to stop: Ctrl-C or SIGTERM. The second one ends the process at once.

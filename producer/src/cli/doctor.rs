@@ -190,6 +190,7 @@ fn way_to_the_broker(context: &Context, error: BrokerError) -> Vec<Check> {
         | BrokerError::Rejected(_)
         | BrokerError::Unconfirmed(_)
         | BrokerError::Unreadable
+        | BrokerError::TookBack(_)
         | BrokerError::Lost(_)
         | BrokerError::TooLong(_)
         | BrokerError::Closed => vec![Check::bad("broker", error.into())],

@@ -222,6 +222,9 @@ fn help_for(error: &BrokerError) -> Option<String> {
         BrokerError::Lost(_) | BrokerError::Unreadable => {
             "try again; `garenne doctor` checks the way to the broker"
         }
+        BrokerError::TookBack(_) => {
+            "raise consumer_timeout on the broker and broker.consumer_timeout, or give tasks a shorter --timeout"
+        }
         BrokerError::TooLong(_) | BrokerError::Closed => return None,
     };
     Some(help.to_owned())

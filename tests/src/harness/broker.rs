@@ -83,6 +83,22 @@ impl PrivateNode {
         self.signal(Signal::SIGCONT);
     }
 
+    /// Runs `rabbitmqctl` on it; what it prints.
+    pub(crate) fn ctl(&self, arguments: &[&str]) -> String {
+        let directory = self.node().directory();
+        script(&[&["ctl", &directory], arguments].concat())
+    }
+
+    /// Raises a memory alarm: the broker takes no messages until [`calm`](Self::calm).
+    pub(crate) fn alarm(&self) {
+        self.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]);
+    }
+
+    /// Ends the alarm.
+    pub(crate) fn calm(&self) {
+        self.ctl(&["set_vm_memory_high_watermark", "absolute", "2GB"]);
+    }
+
     fn signal(&self, signal: Signal) -> Pid {
         let pid = self.node().variable("BROKER_PID").parse().expect("a process id");
         let pid = Pid::from_raw(pid);
@@ -132,7 +148,7 @@ impl Node {
     }
 }
 
-fn script(arguments: &[&str]) {
+fn script(arguments: &[&str]) -> String {
     let program = root().join("scripts/rabbitmq");
     let done = Command::new(program).args(arguments).output().expect("scripts/rabbitmq can run");
     let said = String::from_utf8_lossy(&done.stderr);
@@ -140,6 +156,7 @@ fn script(arguments: &[&str]) {
         done.status.success(),
         "no RabbitMQ for the tests; run `make test`, or scripts/setup:\n{said}"
     );
+    String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
 /// Removes what earlier runs left: their nodes died with them, their directories did not.

@@ -1,8 +1,9 @@
 //! A line to the broker that a test can cut or hold: a TCP proxy on a free port of this machine.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -29,6 +30,14 @@ struct Line {
     cuts: watch::Sender<u64>,
     /// Whether what publishing connections send stays here.
     held: AtomicBool,
+    /// Connections with a number up to this one carry nothing any more, and stay open.
+    silenced: watch::Sender<u64>,
+    /// How many connections there were.
+    accepted: AtomicU64,
+    /// Whether deliveries are swallowed on their way to the client.
+    mute: AtomicBool,
+    /// Whether new connections are refused.
+    down: AtomicBool,
 }
 
 impl Proxy {
@@ -36,8 +45,15 @@ impl Proxy {
     pub(crate) async fn to(url: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("it is bound");
-        let (cuts, held) = (watch::Sender::new(0), AtomicBool::new(false));
-        let line = Arc::new(Line { target: host_and_port(url), cuts, held });
+        let line = Arc::new(Line {
+            target: host_and_port(url),
+            cuts: watch::Sender::new(0),
+            held: AtomicBool::new(false),
+            silenced: watch::Sender::new(0),
+            accepted: AtomicU64::new(0),
+            mute: AtomicBool::new(false),
+            down: AtomicBool::new(false),
+        });
         let accepting = tokio::spawn(accept(listener, Arc::clone(&line))).abort_handle();
         Self { address, line, accepting }
     }
@@ -50,6 +66,30 @@ impl Proxy {
     /// Cuts all connections. New ones are accepted at once.
     pub(crate) fn cut(&self) {
         self.line.cuts.send_modify(|count| *count += 1);
+    }
+
+    /// Lets nothing pass any more, in neither direction, on the connections of the moment; they stay
+    /// open, and new ones work.
+    pub(crate) fn silence(&self) {
+        self.line.silenced.send_replace(self.line.accepted.load(Ordering::SeqCst));
+    }
+
+    /// Swallows deliveries, and nothing else, until told otherwise.
+    pub(crate) fn mute_deliveries(&self, mute: bool) {
+        self.line.mute.store(mute, Ordering::SeqCst);
+    }
+
+    /// Cuts all connections and accepts none, or accepts them again.
+    pub(crate) fn down(&self, down: bool) {
+        self.line.down.store(down, Ordering::SeqCst);
+        if down {
+            self.cut();
+        }
+    }
+
+    /// How many connections were made so far.
+    pub(crate) fn accepted(&self) -> u64 {
+        self.line.accepted.load(Ordering::SeqCst)
     }
 
     /// From now on nothing passes that a connection sends whose name ends in "publish".
@@ -68,29 +108,94 @@ async fn accept(listener: TcpListener, line: Arc<Line>) {
     // Aborted together with this task.
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
+        if line.down.load(Ordering::SeqCst) {
+            continue;
+        }
+        let number = line.accepted.fetch_add(1, Ordering::SeqCst) + 1;
         let (line, mut cut) = (Arc::clone(&line), line.cuts.subscribe());
         connections.spawn(async move {
             tokio::select! {
-                () = forward(client, &line) => {}
+                () = forward(client, &line, number) => {}
                 _ = cut.changed() => {}
             }
         });
     }
 }
 
-async fn forward(client: TcpStream, line: &Line) {
+async fn forward(client: TcpStream, line: &Line, number: u64) {
     let Ok(server) = TcpStream::connect(&line.target).await else { return };
-    let ((from_client, mut to_client), (mut from_server, to_server)) =
+    // Kept open over a silence; only a cut ends them.
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());
+    let mut silenced = line.silenced.subscribe();
     tokio::select! {
-        () = send(from_client, to_server, line) => {}
-        // A lost line is what this is for.
-        _ = tokio::io::copy(&mut from_server, &mut to_client) => {}
+        () = send(&mut from_client, &mut to_server, line) => {}
+        () = receive(&mut from_server, &mut to_client, line) => {}
+        _ = silenced.wait_for(|last| number <= *last) => std::future::pending().await,
     }
 }
 
+/// From broker to client, as it comes, unless deliveries are swallowed.
+async fn receive(from: &mut OwnedReadHalf, to: &mut OwnedWriteHalf, line: &Line) {
+    let (mut frames, mut buffer) = (Frames::default(), vec![0; 64 * 1024]);
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        let passed = frames.pass(&buffer[..count], line.mute.load(Ordering::SeqCst));
+        if to.write_all(&passed).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Whole AMQP frames, put together from what a socket yields.
+#[derive(Default)]
+struct Frames {
+    rest: Vec<u8>,
+    /// Channels on which the contents of a swallowed delivery are still to come.
+    swallowing: HashSet<[u8; 2]>,
+}
+
+impl Frames {
+    /// The whole frames of what has come so far, without deliveries if `mute`.
+    fn pass(&mut self, bytes: &[u8], mute: bool) -> Vec<u8> {
+        self.rest.extend(bytes);
+        let (mut passed, mut begin) = (vec![], 0);
+        // Type, channel, length; the payload; the end mark.
+        while let Some(&[kind, c1, c2, l1, l2, l3, l4]) =
+            self.rest.get(begin..begin + 7).and_then(|head| head.first_chunk())
+        {
+            let length = u32::from_be_bytes([l1, l2, l3, l4]) as usize;
+            let Some(frame) = self.rest.get(begin..begin + 7 + length + 1) else { break };
+            begin += frame.len();
+            if !swallows(&mut self.swallowing, kind, [c1, c2], &frame[7..], mute) {
+                passed.extend_from_slice(frame);
+            }
+        }
+        self.rest.drain(..begin);
+        passed
+    }
+}
+
+/// Whether a frame belongs to a delivery that is swallowed.
+fn swallows(
+    swallowing: &mut HashSet<[u8; 2]>,
+    kind: u8,
+    channel: [u8; 2],
+    payload: &[u8],
+    mute: bool,
+) -> bool {
+    const METHOD: u8 = 1;
+    const HEARTBEAT: u8 = 8;
+    const BASIC_DELIVER: [u8; 4] = [0, 60, 0, 60];
+    if kind != METHOD {
+        return kind != HEARTBEAT && swallowing.contains(&channel);
+    }
+    let is_muted = mute && payload.starts_with(&BASIC_DELIVER);
+    if is_muted { swallowing.insert(channel) } else { swallowing.remove(&channel) };
+    is_muted
+}
+
 /// From client to broker, as long as it is not held.
-async fn send(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, line: &Line) {
+async fn send(from: &mut OwnedReadHalf, to: &mut OwnedWriteHalf, line: &Line) {
     let (mut start, mut buffer) = (Vec::<u8>::new(), vec![0; 64 * 1024]);
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         start.extend(buffer[..count].iter().take(START - start.len()));

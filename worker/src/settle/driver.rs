@@ -87,14 +87,19 @@ async fn publish(publisher: Publisher, ticket: Ticket, outgoing: Outgoing) -> (T
     (ticket, answer)
 }
 
-/// Publishes until the broker has it. A refusal (a full queue) may pass; nothing else is refused.
+/// Publishes until the broker has it. A refusal (a full queue, a permission that was revoked, an
+/// exchange that is gone) may pass, and to hand the task back would only make it run again.
 async fn until_taken(publisher: &Publisher, outgoing: Outgoing) -> Result<(), BrokerError> {
     let mut pause = Duration::from_millis(100);
     loop {
         let confirmed = publisher.send(outgoing.clone()).await?.confirmed().await;
         match confirmed {
-            Err(BrokerError::Rejected(queue)) => {
-                tracing::warn!(queue, "RabbitMQ refused a message; trying again");
+            Err(
+                refused @ (BrokerError::Rejected(_)
+                | BrokerError::Forbidden(_)
+                | BrokerError::Missing(_)),
+            ) => {
+                tracing::warn!("a successor is not published yet, trying again: {refused}");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(5));
             }
