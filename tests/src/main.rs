@@ -14,6 +14,7 @@
 
 mod harness;
 
+mod alarm;
 mod batch_and_notices;
 mod broker_outage;
 mod cli;
@@ -31,10 +32,13 @@ mod kill_everything;
 mod long_tasks;
 mod malformed;
 mod options;
+mod permissions;
 mod redelivery;
 mod retry_and_delay;
 mod round_trip;
+mod several_urls;
 mod shutdown;
 #[cfg(feature = "soak")]
 mod soak;
 mod tidy;
+mod topology_loss;

@@ -99,6 +99,20 @@ impl Admin {
     }
 }
 
+impl Admin {
+    /// Removes a binding alone; anything else is left as it is. A missing one is fine.
+    pub async fn unbind(&self, declaration: &Declaration) -> Result<(), BrokerError> {
+        let Declaration::Binding { exchange, queue, routing_key, arguments } = declaration else {
+            return Ok(());
+        };
+        let (queue_name, exchange, key) = (short(queue)?, short(exchange)?, short(routing_key)?);
+        let arguments = to_table(arguments.iter().map(|(key, value)| (key.as_str(), value)))?;
+        let channel = self.0.channel().await?;
+        let unbound = channel.queue_unbind(queue_name, exchange, key, arguments).await;
+        unbound.map_err(|error| BrokerError::operating(&error, queue))
+    }
+}
+
 async fn exchange_exists(channel: &Channel, name: &str) -> Result<(), BrokerError> {
     let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
     let found =

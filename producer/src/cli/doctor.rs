@@ -1,12 +1,12 @@
 //! `garenne doctor`: checks the way from here to a finished task in the order in which it can break, and
 //! says for each break what to do. Mends nothing.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
-use garenne_common::QueueName;
-use garenne_common::broker::{Admin, BrokerError, Link};
-use garenne_common::wire::{Answer, Question};
+use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
+use garenne_common::wire::{Answer, Message, Properties, Question};
+use garenne_common::{QueueName, TaskId};
 use serde::Serialize;
 use serde_json::json;
 
@@ -151,6 +151,8 @@ async fn examine(
     report
         .add(Check::good("broker", format!("answers, login and virtual host are fine ({took})")))?;
 
+    report.add(publishing(context).await)?;
+
     let admin = Admin::new(link.clone());
     let queues = if arguments.queues.is_empty() {
         context.config.worker.queues.clone()
@@ -195,6 +197,27 @@ fn way_to_the_broker(context: &Context, error: BrokerError) -> Vec<Check> {
         | BrokerError::TooLong(_)
         | BrokerError::Closed => vec![Check::bad("broker", error.into())],
     }
+}
+
+/// An alarm shows only to who publishes; so this publishes something that no queue takes.
+async fn publishing(context: &Context) -> Check {
+    let broker = &context.config.broker;
+    let link = Link::new(broker, "garenne doctor publish");
+    let publisher = Publisher::start(link, vec![], broker);
+    let message =
+        Message { properties: Properties::default(), headers: vec![], body: b"".to_vec().into() };
+    let routing_key = format!("{}.doctor.{}", broker.namespace, TaskId::generate());
+    let outgoing = Outgoing { exchange: String::new(), routing_key, message };
+    let started = Instant::now();
+    let check = match publisher.publish(outgoing).await {
+        Ok(()) => {
+            let took = span(started.elapsed());
+            Check::good("publishing", format!("the broker takes messages ({took})"))
+        }
+        Err(error) => Check::bad("publishing", error.into()),
+    };
+    publisher.close(Duration::ZERO).await;
+    check
 }
 
 async fn topology(context: &Context, admin: &Admin, queues: &[QueueName]) -> Check {

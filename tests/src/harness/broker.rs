@@ -89,6 +89,11 @@ impl PrivateNode {
         script(&[&["ctl", &directory], arguments].concat())
     }
 
+    /// What it has logged so far.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.node().0.join("log/node.log")).unwrap_or_default()
+    }
+
     /// Raises a memory alarm: the broker takes no messages until [`calm`](Self::calm).
     pub(crate) fn alarm(&self) {
         self.ctl(&["set_vm_memory_high_watermark", "absolute", "1MB"]);

@@ -128,10 +128,13 @@ async fn forward(client: TcpStream, line: &Line, number: u64) {
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());
     let mut silenced = line.silenced.subscribe();
+    let silence = async {
+        drop(silenced.wait_for(|last| number <= *last).await);
+    };
     tokio::select! {
         () = send(&mut from_client, &mut to_server, line) => {}
         () = receive(&mut from_server, &mut to_client, line) => {}
-        _ = silenced.wait_for(|last| number <= *last) => std::future::pending().await,
+        () = silence => std::future::pending().await,
     }
 }
 
@@ -190,7 +193,11 @@ fn swallows(
         return kind != HEARTBEAT && swallowing.contains(&channel);
     }
     let is_muted = mute && payload.starts_with(&BASIC_DELIVER);
-    if is_muted { swallowing.insert(channel) } else { swallowing.remove(&channel) };
+    if is_muted {
+        swallowing.insert(channel)
+    } else {
+        swallowing.remove(&channel)
+    };
     is_muted
 }
 

@@ -1,0 +1,98 @@
+//! Permissions that are revoked while everything runs: one sentence, typed errors, no hot loop, and
+//! everything goes on when they are granted again (promise 7).
+
+use std::time::Duration;
+
+use garenne_common::broker::BrokerError;
+use garenne_common::config::BrokerUrl;
+use garenne_producer::{Producer, Submission, SubmitError};
+use serde_json::Value;
+
+use crate::harness::{PrivateNode, Proxy, Soon, Warren, eventually};
+
+const USER: &str = "hase";
+const COMES_BACK: Duration = Duration::from_secs(40);
+/// How long the permission stays revoked while refusals are counted.
+const REVOKED: Duration = Duration::from_secs(8);
+
+fn echo(args: impl serde::Serialize) -> Submission<Value> {
+    Submission::dynamic("garenne.echo", args).unwrap()
+}
+
+struct Permissions<'a>(&'a PrivateNode);
+
+impl<'a> Permissions<'a> {
+    fn of_a_new_user(node: &'a PrivateNode) -> Self {
+        // A failed test may have left one.
+        if node.ctl(&["list_users"]).contains(USER) {
+            node.ctl(&["delete_user", USER]);
+        }
+        node.ctl(&["add_user", USER, "geheim"]);
+        let permissions = Self(node);
+        permissions.set(".*", ".*", ".*");
+        permissions
+    }
+
+    fn set(&self, configure: &str, write: &str, read: &str) {
+        self.0.ctl(&["set_permissions", USER, configure, write, read]);
+    }
+
+    fn refusals(&self) -> usize {
+        self.0.log().matches("ACCESS_REFUSED").count()
+            + self.0.log().matches("access_refused").count()
+    }
+}
+
+/// Cuts the line, so that no channel remembers what was allowed, revokes, and counts refusals.
+async fn refusals_while_revoked(permissions: &Permissions<'_>, line: &Proxy) -> usize {
+    line.cut();
+    let before = permissions.refusals();
+    tokio::time::sleep(REVOKED).await;
+    permissions.refusals() - before
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_permission_makes_no_hot_loop_and_may_come_back() {
+    let node = PrivateNode::take().await;
+    let permissions = Permissions::of_a_new_user(&node);
+    let warren = Warren::on(&node.url()).await;
+    let line = Proxy::to(&node.url()).await;
+    let url = line.url(&node.url()).replace("guest:guest@", &format!("{USER}:geheim@"));
+    let mut config = warren.config();
+    config.broker.urls = vec![BrokerUrl::parse(&url).unwrap()];
+    config.broker.publish_timeout = Duration::from_secs(3);
+    let (worker, collector) = (warren.worker().url(&url), warren.collector().url(&url));
+    let (worker, _collector) = tokio::join!(worker.start(), collector.start());
+    let producer = Producer::connect(&config).await.unwrap();
+    let works = async || {
+        let handle = eventually(COMES_BACK, "a task is taken", async || {
+            producer.submit(echo("hello")).await.ok()
+        });
+        handle.await.output().within(COMES_BACK, "its output comes").await.unwrap();
+    };
+    works().await;
+
+    for (what, [configure, write, read]) in
+        [("write", [".*", "", ".*"]), ("read", [".*", ".*", ""]), ("configure", ["", ".*", ".*"])]
+    {
+        permissions.set(configure, write, read);
+        let (refused, submitted) = tokio::join!(
+            refusals_while_revoked(&permissions, &line),
+            producer.submit(echo(1)).within(Duration::from_secs(7), "an answer in time"),
+        );
+        let error = submitted.err().unwrap_or_else(|| panic!("{what} is forbidden"));
+        let source = match &error {
+            SubmitError::Unconfirmed { source, .. } | SubmitError::Broker(source) => source,
+            other => panic!("{what}: {other:?}"),
+        };
+        if what != "read" {
+            assert!(matches!(source, BrokerError::Forbidden(_)), "{what}: {error:?}");
+        }
+        // Three processes with two connections and up to four consumers each.
+        assert!((1..150).contains(&refused), "{what}: {refused} refusals");
+        permissions.set(".*", ".*", ".*");
+        works().await;
+    }
+    let said = worker.stderr().matches("ACCESS_REFUSED").count();
+    assert!(said < 40, "the log is no flood: {said}");
+}
