@@ -149,6 +149,12 @@ impl Collector {
             publisher: self.publisher.clone(),
             stop: self.stop_all.clone(),
         };
+        let keeper = Keeper {
+            admin: Admin::new(self.consuming.clone()),
+            wanted: topology.core(),
+            every: 3 * config.broker.heartbeat,
+            stop: self.stop_all.clone(),
+        };
         let deadlines = Deadlines {
             store: self.store.clone(),
             admin: Admin::new(self.consuming.clone()),
@@ -161,12 +167,6 @@ impl Collector {
         let retention = Retention {
             store: self.store.clone(),
             keep: config.collector.retention,
-            stop: self.stop_all.clone(),
-        };
-        let keeper = Keeper {
-            admin: Admin::new(self.consuming.clone()),
-            wanted: topology.core(),
-            every: 3 * config.broker.heartbeat,
             stop: self.stop_all.clone(),
         };
         let replies = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());

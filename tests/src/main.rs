@@ -18,6 +18,8 @@ mod alarm;
 mod batch_and_notices;
 mod broker_outage;
 mod cli;
+#[cfg(feature = "cluster")]
+mod cluster;
 mod collector_store;
 mod command_tasks;
 mod dead_letter;

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use garenne_common::broker::Link;
 use garenne_common::wire::{Fence, Message, lease};
 use tokio::sync::mpsc;
 
@@ -22,14 +23,21 @@ pub(crate) struct LeaseTerms {
     pub(crate) term: Duration,
     /// How long the broker waits for an acknowledgement.
     pub(crate) patience: Duration,
+    /// Over which the broker may have said that it waits less long than that.
+    pub(crate) link: Option<Link>,
 }
 
 impl LeaseTerms {
     /// The execution that this delivery begins, if its time limit asks for a lease.
     pub(crate) fn fence(&self, limit: Duration, message: &Message) -> Option<Fence> {
-        let needed = limit > self.patience.mul_f64(SAFE_SHARE);
+        let needed = limit > self.patience().mul_f64(SAFE_SHARE);
         // What cannot be read counts as none: a lower fence costs a repeat and loses nothing.
         needed.then(|| Fence::begin(lease::next_fence(message).unwrap_or(1)))
+    }
+
+    fn patience(&self) -> Duration {
+        let learnt = self.link.as_ref().and_then(Link::learnt_consumer_timeout);
+        learnt.map_or(self.patience, |learnt| learnt.min(self.patience))
     }
 
     /// Waits for an attempt, and sends a renewal from time to time while it runs.
@@ -59,7 +67,11 @@ mod tests {
 
     #[test]
     fn only_what_may_outlast_the_broker_needs_a_lease() {
-        let terms = LeaseTerms { term: Duration::from_mins(1), patience: Duration::from_mins(30) };
+        let terms = LeaseTerms {
+            term: Duration::from_mins(1),
+            patience: Duration::from_mins(30),
+            link: None,
+        };
         let fence = |minutes| terms.fence(Duration::from_mins(minutes), &Message::default());
         assert_eq!(fence(24), None);
         assert_eq!(fence(25).map(|fence| fence.number), Some(1));

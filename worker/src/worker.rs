@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{
-    BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource,
+    BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource, Settler,
 };
 use garenne_common::config::Config;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
@@ -102,13 +102,14 @@ impl Worker {
             Signature { topology, worker: Arc::from(identity.as_str()) },
         );
         let signature = Arc::new(signature);
+        let settlers: Vec<_> = consumers.iter().map(Consumer::settler).collect();
         let tasks = TaskTracker::new();
         tasks.spawn(
             SettleTask {
                 inbox,
                 core: SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature),
                 publisher: publisher.clone(),
-                settlers: consumers.iter().map(Consumer::settler).collect(),
+                settlers: settlers.clone(),
             }
             .run(),
         );
@@ -120,7 +121,11 @@ impl Worker {
             slots: Arc::new(Semaphore::new(worker.slots)),
             settle,
             task_timeout: worker.task_timeout,
-            lease: LeaseTerms { term: worker.lease_term, patience: config.broker.consumer_timeout },
+            lease: LeaseTerms {
+                term: worker.lease_term,
+                patience: config.broker.consumer_timeout,
+                link: Some(consume.clone()),
+            },
             stop: CancellationToken::new(),
             abort: CancellationToken::new(),
             attempts: TaskTracker::new(),
@@ -135,7 +140,7 @@ impl Worker {
         let stop = pipeline.stop.clone();
         let abort = pipeline.abort.clone();
         let grace = worker.grace;
-        Ok(Running { pipeline, intakes, tasks, publisher, consume, stop, abort, grace })
+        Ok(Running { pipeline, settlers, intakes, tasks, publisher, consume, stop, abort, grace })
     }
 }
 
@@ -210,6 +215,7 @@ fn spec(config: &Config, queue: &QueueName, identity: &str) -> ConsumerSpec {
 /// A worker that runs. [`drain`](Self::drain) is the way to stop it; dropped, it goes on unattended.
 pub struct Running {
     pipeline: Arc<Pipeline>,
+    settlers: Vec<Settler>,
     intakes: TaskTracker,
     tasks: TaskTracker,
     publisher: Publisher,
@@ -232,8 +238,8 @@ impl Running {
 
     /// Whether tasks can arrive, queue by queue.
     pub fn health(&self) -> Vec<(QueueName, Health)> {
-        let lanes = self.pipeline.lanes.iter();
-        lanes.map(|lane| (lane.queue.clone(), lane.settler.health())).collect()
+        let lanes = self.pipeline.lanes.iter().zip(&self.settlers);
+        lanes.map(|(lane, settler)| (lane.queue.clone(), settler.health())).collect()
     }
 
     /// Stops without losing anything. The order matters:
@@ -244,7 +250,8 @@ impl Running {
     /// 4. The last successors are confirmed and the last deliveries acknowledged.
     /// 5. The connections close; only now may the broker take back what is still unsettled.
     pub async fn drain(self) {
-        let Self { pipeline, intakes, tasks, publisher, consume, stop, abort, grace } = self;
+        let Self { pipeline, settlers: _, intakes, tasks, publisher, consume, stop, abort, grace } =
+            self;
         stop.cancel();
         intakes.wait().await;
         pipeline.attempts.close();

@@ -4,6 +4,7 @@
 //! test as passed that did not run. Each prints its figures as one line that begins with `figure`.
 //! `GARENNE_SOAK_PERCENT` makes all of them smaller, to try them out.
 
+mod alarm;
 mod delays;
 mod hostile;
 
