@@ -5,10 +5,10 @@ ARGS ?=
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak ci fmt fmt-check clippy doc deny bench
+.PHONY: help demo test test-cluster soak ci fmt fmt-check clippy doc deny bench
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 	scripts/setup --no-tests
@@ -28,6 +28,13 @@ soak: ## the large runs behind the figures of the documentation (an hour or so)
 	$(CARGO) build --release --workspace --bins --examples
 	scripts/rabbitmq run -- $(CARGO) test --release -p garenne-tests --features soak -- \
 		--test-threads=1 --nocapture $(or $(ARGS),soak::)
+
+test-cluster: ## a three-node cluster that loses nodes (needs user namespaces or root, and iptables)
+	scripts/setup
+	$(CARGO) build --workspace --bins --examples
+	RUST_TEST_THREADS=1 scripts/rabbitmq-cluster run -- \
+		$(CARGO) test -p garenne-tests --features cluster -- cluster:: --nocapture $(ARGS)
+
 
 # One after the other, whatever -j says: each of them uses all cores, and the cheap ones fail first.
 ci: ## what continuous integration runs: formatting, clippy, documentation, tests
