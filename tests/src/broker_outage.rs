@@ -155,3 +155,35 @@ async fn confirmed_tasks_outlive_a_killed_broker() {
     })
     .await;
 }
+
+/// How long the broker waits for acknowledgements, on channels opened from now on; looked at every
+/// second instead of once a minute.
+fn patience(node: &PrivateNode, seconds: u32) {
+    let set = |key: &str, millis: u32| {
+        node.ctl(&["eval", &format!("application:set_env(rabbit, {key}, {millis}).")]);
+    };
+    set("consumer_timeout", 1_000 * seconds);
+    set("channel_tick_interval", if seconds > 60 { 60_000 } else { 1_000 });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deliveries_that_the_broker_takes_back_are_explained_and_survived() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    patience(&node, 3);
+    let (mut worker, _collector, producer) = crew(&warren).await;
+    let slow = Submission::dynamic("garenne.sleep", json!({ "millis": 7_000 })).unwrap();
+    let slow = producer.submit(slow).await.unwrap();
+    // From 4.3 on the consumer's own limit counts, which is that of broker.consumer_timeout.
+    if node.version() < (4, 3) {
+        let said = worker.logged("took deliveries back").await;
+        assert!(
+            said.contains("within its consumer timeout of 3s; raise consumer_timeout"),
+            "{said}"
+        );
+    }
+    let result = slow.result().within(COMES_BACK, "the slow task ends").await.unwrap();
+    assert_eq!(result.attempt, 1);
+    patience(&node, 1_800);
+    works(&producer).await;
+}

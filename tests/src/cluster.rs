@@ -118,8 +118,7 @@ async fn crew(warren: &Warren) -> (Process, Process, Producer) {
 async fn nothing_was_lost(warren: &Warren, what: &str, confirmed: Confirmed) {
     let Confirmed { ids, worst_stall, errors, .. } = confirmed;
     eventually(COMES_BACK, "every confirmed task ended", async || {
-        let ended: HashSet<String> =
-            warren.rows("SELECT id FROM results").into_iter().collect();
+        let ended: HashSet<String> = warren.rows("SELECT id FROM results").into_iter().collect();
         ids.iter().all(|id| ended.contains(id.as_str())).then_some(())
     })
     .await;

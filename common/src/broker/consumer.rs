@@ -374,7 +374,7 @@ impl ConsumeTask {
                 }
                 Some((asked, answer)) = looks.next() => {
                     let flow = &mut self.shared.lock().flow;
-                    let judged = answer.and_then(|answer| watch.judge(flow, asked, &answer));
+                    let judged = answer.and_then(|answer| watch.judge(flow, asked, answer));
                     if let Err(lost) = judged && !cancelled {
                         return lost;
                     }

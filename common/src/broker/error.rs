@@ -141,8 +141,8 @@ impl BrokerError {
             Self::Missing(object.to_owned())
         } else if is_soft(amqp, &AMQPSoftError::ACCESSREFUSED) {
             Self::Forbidden(text())
-        } else if let Some(timeout) = acknowledgement_timeout(amqp.get_message().as_str()) {
-            Self::TookBack(timeout)
+        } else if is_acknowledgement_timeout(amqp.get_message().as_str()) {
+            Self::TookBack(acknowledgement_timeout(amqp.get_message().as_str()))
         } else if is_soft(amqp, &AMQPSoftError::PRECONDITIONFAILED)
             || is_soft(amqp, &AMQPSoftError::RESOURCELOCKED)
         {
@@ -157,14 +157,16 @@ fn of(timeout: Option<Duration>) -> String {
     timeout.map_or_else(String::new, |timeout| format!(" of {timeout:?}"))
 }
 
-/// Reads `delivery acknowledgement on channel 1 timed out. Timeout value used: 60000 ms. …`; `None` if
-/// the text is about something else.
-fn acknowledgement_timeout(text: &str) -> Option<Option<Duration>> {
-    let (_, rest) = text.split_once("delivery acknowledgement on channel ")?;
-    let millis = rest.split_once("Timeout value used: ").and_then(|(_, rest)| {
-        rest.split_once(|c: char| !c.is_ascii_digit()).map(|(digits, _)| digits)
-    });
-    Some(millis.and_then(|digits| digits.parse().ok()).map(Duration::from_millis))
+/// Whether a text is `delivery acknowledgement on channel 1 timed out. Timeout value used: 60000 ms. …`.
+fn is_acknowledgement_timeout(text: &str) -> bool {
+    text.contains("delivery acknowledgement on channel ")
+}
+
+/// The number in it; older versions name none.
+fn acknowledgement_timeout(text: &str) -> Option<Duration> {
+    let (_, rest) = text.split_once("Timeout value used: ")?;
+    let (digits, _) = rest.split_once(|c: char| !c.is_ascii_digit())?;
+    digits.parse().ok().map(Duration::from_millis)
 }
 
 fn is_soft(error: &AMQPError, kind: &AMQPSoftError) -> bool {
@@ -196,10 +198,12 @@ mod tests {
     fn the_broker_s_words_tell_its_consumer_timeout() {
         let text = "PRECONDITION_FAILED - delivery acknowledgement on channel 2 timed out. Timeout value \
                     used: 60000 ms. This timeout value can be configured, see consumers doc guide";
-        assert_eq!(acknowledgement_timeout(text), Some(Some(Duration::from_mins(1))));
+        assert!(is_acknowledgement_timeout(text));
+        assert_eq!(acknowledgement_timeout(text), Some(Duration::from_mins(1)));
         let text = "PRECONDITION_FAILED - delivery acknowledgement on channel 2 timed out";
-        assert_eq!(acknowledgement_timeout(text), Some(None));
-        assert_eq!(acknowledgement_timeout("PRECONDITION_FAILED - inequivalent arg 'x'"), None);
+        assert!(is_acknowledgement_timeout(text));
+        assert_eq!(acknowledgement_timeout(text), None);
+        assert!(!is_acknowledgement_timeout("PRECONDITION_FAILED - inequivalent arg 'x'"));
     }
 
     #[test]

@@ -189,7 +189,7 @@ impl Pause {
     /// How long to wait now.
     pub(super) fn next(&mut self) -> Duration {
         let most = (self.0 * 3).min(LONGEST);
-        self.0 = SHORTEST + (most - SHORTEST).mul_f64(fastrand::f64());
+        self.0 = SHORTEST + most.saturating_sub(SHORTEST).mul_f64(fastrand::f64());
         self.0
     }
 

@@ -91,7 +91,7 @@ impl Watch {
         &mut self,
         flow: &mut Flow,
         asked: Instant,
-        answer: &QueueStatus,
+        answer: QueueStatus,
     ) -> Result<(), BrokerError> {
         let delivered_meanwhile = flow.proven() > asked;
         let forgotten = answer.consumers == 0 || (answer.ready > 0 && flow.has_credit());
@@ -163,7 +163,7 @@ mod tests {
 
     fn verdicts(flow: &mut Flow, answers: &[QueueStatus]) -> Vec<bool> {
         let mut watch = Watch::default();
-        answers.iter().map(|answer| watch.judge(flow, Instant::now(), answer).is_ok()).collect()
+        answers.iter().map(|answer| watch.judge(flow, Instant::now(), *answer).is_ok()).collect()
     }
 
     #[test]

@@ -89,6 +89,13 @@ impl PrivateNode {
         script(&[&["ctl", &directory], arguments].concat())
     }
 
+    /// Which RabbitMQ it is: major and minor version.
+    pub(crate) fn version(&self) -> (u32, u32) {
+        let version = self.node().variable("BROKER_VERSION");
+        let mut numbers = version.split('.').map_while(|number| number.parse().ok());
+        numbers.next().zip(numbers.next()).expect("a version has two numbers")
+    }
+
     /// What it has logged so far.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(self.node().0.join("log/node.log")).unwrap_or_default()
