@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use garenne_common::TaskId;
+use garenne_common::{QueueName, TaskId};
 use garenne_producer::{Producer, Submission};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -117,11 +117,23 @@ async fn crew(warren: &Warren) -> (Process, Process, Producer) {
 #[expect(clippy::print_stderr, reason = "figures for people")]
 async fn nothing_was_lost(warren: &Warren, what: &str, confirmed: Confirmed) {
     let Confirmed { ids, worst_stall, errors, .. } = confirmed;
-    eventually(COMES_BACK, "every confirmed task ended", async || {
+    let amqp = warren.amqp().await;
+    let names = warren.config().broker.topology();
+    let mut missing = usize::MAX;
+    let end = Instant::now() + COMES_BACK;
+    while missing > 0 {
         let ended: HashSet<String> = warren.rows("SELECT id FROM results").into_iter().collect();
-        ids.iter().all(|id| ended.contains(id.as_str())).then_some(())
-    })
-    .await;
+        missing = ids.iter().filter(|id| !ended.contains(id.as_str())).count();
+        if Instant::now() > end {
+            let tasks = amqp.admin.queue_status(&names.task_queue(&QueueName::default())).await;
+            let results = amqp.admin.queue_status(&names.results()).await;
+            panic!(
+                "{missing} of {} have not ended; tasks {tasks:?}, results {results:?}",
+                ids.len()
+            );
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
     let dead: i64 = warren.rows("SELECT count(*) FROM dead_letters").pop().unwrap();
     eprintln!(
         "{what}: {} confirmed tasks, 0 lost, {dead} dead letters, {errors} errors to callers, worst \

@@ -196,14 +196,15 @@ async fn a_conflict_that_appears_under_a_worker_is_said_once_and_waited_out() {
         amqp.admin.declare(&[differently(&queue)]).await.ok()
     })
     .await;
+    // Some versions move the consumer to the new queue without a word; its own look finds out.
     worker.logged("exists with other properties").await;
     soon("some more attempts fail", async || {
         tokio::time::sleep(Duration::from_secs(5)).await;
         Some(())
     })
     .await;
-    let said = worker.stderr().matches("not consuming").count();
-    assert!(said <= 3, "not once per attempt, but {said} times");
+    let said = worker.stderr().matches("exists with other properties").count();
+    assert!(said <= 4, "not once per attempt, but {said} times");
     amqp.admin.delete(&queue).await.unwrap();
     worker.logged("consuming again").await;
     let ids = stream(&producer, 10).await;

@@ -239,6 +239,13 @@ impl Shared {
     }
 }
 
+/// What a look at the queue has found.
+struct Look {
+    asked: Instant,
+    answer: Result<QueueStatus, BrokerError>,
+    kept: Result<(), BrokerError>,
+}
+
 struct ConsumeTask {
     shared: Arc<Shared>,
     spec: ConsumerSpec,
@@ -372,7 +379,8 @@ impl ConsumeTask {
                 _ = look.tick(), if !cancelled && looks.is_empty() => {
                     looks.push(self.look(channel, queue, Instant::now()));
                 }
-                Some((asked, answer)) = looks.next() => {
+                Some(Look { asked, answer, kept }) = looks.next() => {
+                    watch.kept(&self.spec.tag, kept);
                     let flow = &mut self.shared.lock().flow;
                     let judged = answer.and_then(|answer| watch.judge(flow, asked, answer));
                     if let Err(lost) = judged && !cancelled {
@@ -384,20 +392,15 @@ impl ConsumeTask {
     }
 
     /// Puts right what somebody deleted without ending the consumer, and asks how the queue stands.
-    async fn look(
-        &self,
-        channel: &Channel,
-        queue: &str,
-        asked: Instant,
-    ) -> (Instant, Result<QueueStatus, BrokerError>) {
+    async fn look(&self, channel: &Channel, queue: &str, asked: Instant) -> Look {
         let way = match &self.spec.queue {
             QueueSource::Named(queue) => watch::way_to(queue, &self.spec.declarations),
             QueueSource::Exclusive { bindings, .. } => bind(queue, bindings).collect(),
         };
         let limit = self.shared.link.config().heartbeat * 2;
         let ask = watch::ask(channel, queue, limit);
-        let (answer, ()) = tokio::join!(ask, watch::keep(&self.shared.link, &way));
-        (asked, answer)
+        let (answer, kept) = tokio::join!(ask, watch::keep(&self.shared.link, &way));
+        Look { asked, answer, kept }
     }
 
     async fn cancel(&self, channel: &Channel) {

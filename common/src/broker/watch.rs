@@ -83,9 +83,21 @@ impl Flow {
 #[derive(Default)]
 pub(super) struct Watch {
     suspicions: u32,
+    /// Why the broker objects could not be declared again, the last time.
+    unkept: Option<BrokerError>,
 }
 
 impl Watch {
+    /// Says once what is wrong with the broker objects and does not keep deliveries from flowing.
+    pub(super) fn kept(&mut self, consumer: &str, kept: Result<(), BrokerError>) {
+        let unkept =
+            kept.err().filter(|error| !error.is_transient() && *error != BrokerError::Closed);
+        if let Some(error) = unkept.as_ref().filter(|_| unkept != self.unkept) {
+            tracing::warn!(consumer, "the broker objects are not as they should be: {error}");
+        }
+        self.unkept = unkept;
+    }
+
     /// What an answer means that was asked for at `asked`; an error ends the consumer.
     pub(super) fn judge(
         &mut self,
@@ -127,11 +139,8 @@ pub(super) async fn ask(
 /// Declares again what would be missed without a sound: a binding that somebody deleted.
 ///
 /// Over a channel of its own, which a refusal may end.
-pub(super) async fn keep(link: &Link, wanted: &[Declaration]) {
-    let declared = async { admin::declare(&link.channel().await?, wanted).await };
-    if let Err(error) = declared.await {
-        tracing::debug!(%error, "declaring again failed");
-    }
+pub(super) async fn keep(link: &Link, wanted: &[Declaration]) -> Result<(), BrokerError> {
+    admin::declare(&link.channel().await?, wanted).await
 }
 
 /// Of `declarations`, those that messages to `queue` need: the queue, its bindings, their exchanges.
