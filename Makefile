@@ -35,7 +35,6 @@ test-cluster: ## a three-node cluster that loses nodes (needs user namespaces or
 	RUST_TEST_THREADS=1 scripts/rabbitmq-cluster run -- \
 		$(CARGO) test -p garenne-tests --features cluster -- cluster:: --nocapture $(ARGS)
 
-
 # One after the other, whatever -j says: each of them uses all cores, and the cheap ones fail first.
 ci: ## what continuous integration runs: formatting, clippy, documentation, tests
 	scripts/setup

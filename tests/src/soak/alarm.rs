@@ -11,6 +11,7 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::figure;
 use crate::harness::{PrivateNode, Warren};
 
 const CALLERS: usize = 1_000;
@@ -77,7 +78,6 @@ impl Seen {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[expect(clippy::print_stderr, reason = "figures for people")]
 async fn an_alarm_of_two_minutes_costs_no_memory_and_no_speed() {
     let node = PrivateNode::take().await;
     let warren = Warren::on(&node.url()).await;
@@ -104,13 +104,19 @@ async fn an_alarm_of_two_minutes_costs_no_memory_and_no_speed() {
     let median = before[before.len() / 2];
     let growth = most.saturating_sub(usual);
     let latest = *seen.latest.lock().unwrap();
-    eprintln!(
-        "before {before:?}/s, median {median}; during the alarm {} confirmed, {} errors, the latest \
-         after {latest:?}; memory {usual} KiB before, {growth} KiB more at most; after it {after:?}/s",
-        during.iter().sum::<usize>(),
-        seen.failed.load(Ordering::Relaxed),
+    let errors = seen.failed.load(Ordering::Relaxed);
+    figure(
+        "alarm",
+        &[
+            ("median_before_per_s", median.to_string()),
+            ("confirmed_during", during.iter().sum::<usize>().to_string()),
+            ("errors", errors.to_string()),
+            ("latest_error", format!("{latest:?}")),
+            ("growth_kib", growth.to_string()),
+            ("after_per_s", format!("{after:?}")),
+        ],
     );
-    assert!(seen.failed.load(Ordering::Relaxed) > CALLERS, "everybody heard of it");
+    assert!(errors > CALLERS, "everybody heard of it");
     assert!(latest <= DEADLINE + LATE, "{latest:?}");
     assert!(growth <= MOST_GROWTH, "{growth} KiB");
     let best = after.iter().max().unwrap();
