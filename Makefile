@@ -5,7 +5,7 @@ ARGS ?=
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster soak ci fmt fmt-check clippy doc deny bench
+.PHONY: help demo test test-cluster soak ci fmt fmt-check clippy doc deny bench verify
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,3 +64,8 @@ bench: ## throughput and latency, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup --no-tests
 	$(CARGO) build --release --bins
 	scripts/rabbitmq run -- target/release/garenne bench $(ARGS)
+
+verify: ## tasks under faults, and a certificate, on a private RabbitMQ (or on AMQP_URL)
+	scripts/setup --no-tests
+	$(CARGO) build --release --bins
+	scripts/rabbitmq run -- target/release/garenne verify $(ARGS)

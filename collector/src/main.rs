@@ -55,6 +55,9 @@ struct Flags {
     /// Print every done notice as a JSON line on stdout once it is published
     #[arg(long)]
     notify_stdout: bool,
+    /// End when the process of this id, which has started this one, is gone
+    #[arg(long, value_name = "PID", hide = true)]
+    die_with: Option<u32>,
 }
 
 impl Flags {
@@ -71,6 +74,9 @@ impl Flags {
 #[tokio::main]
 async fn main() -> ExitCode {
     let flags = Flags::parse();
+    if let Some(Err(error)) = flags.die_with.map(garenne_common::lifeline::die_with) {
+        return refuse(&error);
+    }
     let config = match Config::load(&flags.sources()) {
         Ok(config) => config,
         Err(error) => return refuse(&error),

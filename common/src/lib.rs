@@ -1,11 +1,13 @@
 //! What a Garenne task is and how it travels.
 //!
-//! The pure half ([`names`], [`task`], [`outcome`], [`printable`], [`retry`], [`topology`], [`wire`]) does no IO and
-//! knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`telemetry`]) is how every
+//! The pure half ([`names`], [`task`], [`outcome`], [`printable`], [`retry`], [`topology`], [`wire`])
+//! does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`lifeline`],
+//! [`telemetry`]) is how every
 //! Garenne process meets the outside world. Nothing lives here that only one crate needs.
 
 pub mod broker;
 pub mod config;
+pub mod lifeline;
 pub mod names;
 pub mod outcome;
 pub mod printable;

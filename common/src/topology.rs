@@ -224,6 +224,16 @@ impl Topology {
         ]
     }
 
+    /// A durable queue that keeps every done notice for `garenne verify`, through outages too, and
+    /// its binding. Nobody else may declare it: what nobody reads fills the broker.
+    pub fn notice_keeper(&self) -> [Declaration; 2] {
+        let name = format!("{}.verify.notices", self.ns);
+        [
+            Declaration::Queue { name: name.clone(), exclusive: false, arguments: quorum(vec![]) },
+            binding(self.notices_exchange(), name, "#".to_owned()),
+        ]
+    }
+
     /// A queue for what found no other. The unrouted one dead-letters, since a message that brought a
     /// TTL of its own must not vanish there either.
     fn last_resort(

@@ -52,6 +52,7 @@ mod intake;
 mod lease;
 mod outcome;
 mod settle;
+mod verify;
 mod worker;
 
 pub use context::Context;

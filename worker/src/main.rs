@@ -45,6 +45,9 @@ struct Arguments {
     /// Which log lines appear, for instance `debug` or `warn,garenne_worker=debug` [default: info,lapin=off]
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
+    /// End when the process of this id, which has started this one, is gone
+    #[arg(long, value_name = "PID", hide = true)]
+    die_with: Option<u32>,
 }
 
 const EXAMPLES: &str = "\
@@ -71,6 +74,9 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
+    if let Some(parent) = arguments.die_with {
+        garenne_common::lifeline::die_with(parent)?;
+    }
     let sources = Sources { file: arguments.config, ..Sources::default() }
         .set("broker.url", arguments.url)
         .set("broker.namespace", arguments.namespace)

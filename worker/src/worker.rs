@@ -21,6 +21,7 @@ use crate::intake::{Pipeline, intake};
 use crate::lease::LeaseTerms;
 use crate::outcome::TaskError;
 use crate::settle::{Lane, SettleCore, SettleTask, Signature};
+use crate::verify;
 
 /// How long the last confirms may take after all tasks have ended.
 const FLUSH_GRACE: Duration = Duration::from_secs(10);
@@ -174,6 +175,11 @@ impl Builder {
                 if !self.registry.contains(&name) {
                     self.add(name, handler);
                 }
+            }
+        }
+        if let Some(address) = self.config.worker.verify_ledger.clone() {
+            for (name, handler) in verify::handlers(&address)? {
+                self.add(name, handler);
             }
         }
         match self.problem {

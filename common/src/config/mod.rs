@@ -93,6 +93,8 @@ pub struct WorkerConfig {
     pub builtins: bool,
     /// Command tasks by name.
     pub commands: BTreeMap<TaskName, CommandConfig>,
+    /// The ledger of `garenne verify`, whose tasks are served if it is set.
+    pub verify_ledger: Option<String>,
 }
 
 /// A task that is an external command.
@@ -233,6 +235,24 @@ pub fn broker_pid() -> Option<u32> {
 /// The version of the broker that `scripts/rabbitmq run` has started.
 pub fn broker_version() -> Option<String> {
     std::env::var("BROKER_VERSION").ok().filter(|version| !version.is_empty())
+}
+
+/// The broker node that `scripts/rabbitmq` runs for this process, which may kill it and start it again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnNode {
+    /// Where it lives; its file `env` says how to reach it.
+    pub directory: PathBuf,
+    /// What starts it again: `SCRIPT start DIRECTORY`.
+    pub script: PathBuf,
+}
+
+/// The node that `scripts/rabbitmq run` has started for this process alone.
+pub fn own_node() -> Option<OwnNode> {
+    let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    Some(OwnNode {
+        directory: path("GARENNE_NODE_DIRECTORY")?,
+        script: path("GARENNE_NODE_SCRIPT")?,
+    })
 }
 
 impl ConfigError {

@@ -85,6 +85,7 @@ struct RawWorker {
     grace: Duration,
     builtins: bool,
     commands: BTreeMap<String, RawCommand>,
+    verify_ledger: Option<String>,
 }
 
 impl Default for RawWorker {
@@ -99,6 +100,7 @@ impl Default for RawWorker {
             grace: Duration::from_secs(30),
             builtins: true,
             commands: BTreeMap::new(),
+            verify_ledger: None,
         }
     }
 }
@@ -323,6 +325,7 @@ impl RawWorker {
             grace: self.grace,
             builtins: self.builtins,
             commands,
+            verify_ledger: self.verify_ledger,
         }
     }
 }

@@ -36,6 +36,27 @@ impl BrokerUrl {
         url.to_string()
     }
 
+    /// Host and port, to connect to.
+    pub fn address(&self) -> (String, u16) {
+        let host = self.0.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        (host, self.0.port().unwrap_or(if self.is_encrypted() { 5671 } else { 5672 }))
+    }
+
+    /// Whether it speaks TLS, which checks the host's name.
+    pub fn is_encrypted(&self) -> bool {
+        self.0.scheme() == "amqps"
+    }
+
+    /// The same broker by way of something that listens on this port of this machine.
+    #[must_use]
+    pub fn by_way_of(&self, port: u16) -> Self {
+        let mut url = self.0.clone();
+        // Neither can fail: the URL has a host, and its scheme is one that knows ports.
+        let changed = url.set_host(Some("127.0.0.1")).is_ok() && url.set_port(Some(port)).is_ok();
+        debug_assert!(changed, "an AMQP URL has a host");
+        Self(url)
+    }
+
     /// The user name, for messages.
     pub fn user(&self) -> &str {
         if self.0.username().is_empty() { "guest" } else { self.0.username() }
@@ -74,6 +95,13 @@ mod tests {
         assert_eq!(format!("{url} {url:?}"), "amqp://host:5672/v amqp://host:5672/v");
         assert!(url.expose().contains("s3cret"));
         assert!(!BrokerUrl::parse("amqp//me:s3cret@host").unwrap_err().contains("s3cret"));
+    }
+
+    #[test]
+    fn another_way_leads_to_the_same_vhost() {
+        let url = BrokerUrl::parse("amqp://me:s3cret@host/v").unwrap();
+        assert_eq!(url.address(), ("host".to_owned(), 5672));
+        assert_eq!(url.by_way_of(77).expose(), "amqp://me:s3cret@127.0.0.1:77/v");
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod screen;
 mod submit;
 mod task;
 mod topology;
+mod verify;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -119,6 +120,11 @@ enum Command {
     Demo(demo::Arguments),
     /// Measure throughput, latency and memory here and now, beside a bare client
     Bench(bench::Arguments),
+    /// Run tasks while killing workers, broker and all, and certify that nothing is lost
+    Verify(verify::Arguments),
+    /// Submit for `garenne verify`, which kills this process
+    #[command(hide = true)]
+    VerifyProducer(verify::submitter::Arguments),
     /// Print a completion script for a shell
     Completions(completions::Arguments),
 }
@@ -142,7 +148,9 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         | Command::Dead(_)
         | Command::Topology(_)
         | Command::Demo(_)
-        | Command::Bench(_) => {}
+        | Command::Bench(_)
+        | Command::Verify(_)
+        | Command::VerifyProducer(_) => {}
     }
     let context = Context::new(&cli.globals)?;
     match cli.command {
@@ -155,6 +163,8 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Topology(command) => context.or_interrupt(topology::run(&context, command)).await,
         Command::Demo(arguments) => demo::run(&context, arguments).await,
         Command::Bench(arguments) => bench::run(&context, arguments).await,
+        Command::Verify(arguments) => verify::run(&context, arguments).await,
+        Command::VerifyProducer(arguments) => verify::submitter::run(&context, arguments).await,
         // Served above.
         Command::Completions(_) | Command::Doctor(_) => Ok(Exit::Success),
     }

@@ -1,4 +1,4 @@
-//! A private Garenne for `demo` and `bench`: the sibling binaries as real processes, in a namespace of
+//! A private Garenne for `demo`, `bench` and `verify`: the sibling binaries as real processes, in a namespace of
 //! their own on the configured broker, with a directory of their own for store and logs.
 //!
 //! Nothing of it stays: [`Cluster::close`] ends the processes and deletes the broker objects. It never
@@ -6,7 +6,7 @@
 
 mod process;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use garenne_common::broker::{Admin, BrokerError, Link};
@@ -16,6 +16,7 @@ use garenne_common::wire::Question;
 use garenne_common::{Namespace, QueueName};
 use garenne_producer::Producer;
 use tempfile::TempDir;
+use tokio::process::{ChildStdin, ChildStdout};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::TaskTracker;
@@ -23,7 +24,7 @@ use tokio_util::task::TaskTracker;
 use super::context::Context;
 use super::error::CliError;
 pub(crate) use process::Process;
-use process::{Programs, Spawning};
+use process::{Pipes, Programs, Spawning};
 
 /// How long a process may take until it serves.
 const READY_WITHIN: Duration = Duration::from_secs(20);
@@ -33,6 +34,8 @@ const STOP_WITHIN: Duration = Duration::from_secs(3);
 /// Processes, broker objects and files that belong to one run of a command.
 pub(crate) struct Cluster {
     config: Config,
+    /// What the processes get by their environment, beside what they always get.
+    environment: Vec<(&'static str, String)>,
     programs: Programs,
     directory: TempDir,
     processes: Vec<Process>,
@@ -75,6 +78,7 @@ impl Cluster {
         let declared = super::topology::wanted(&config.broker.topology(), queues);
         let cluster = Self {
             config,
+            environment: vec![],
             programs,
             directory,
             processes: vec![],
@@ -108,19 +112,67 @@ impl Cluster {
         self.directory.path().join("collector.sqlite3")
     }
 
+    /// What every process started from now on gets by its environment.
+    pub(crate) fn set(&mut self, key: &'static str, value: impl Into<String>) {
+        self.environment.push((key, value.into()));
+    }
+
+    /// More broker objects that belong to this run.
+    pub(crate) async fn declare(&mut self, more: &[Declaration]) -> Result<(), CliError> {
+        self.declared.extend_from_slice(more);
+        Ok(self.admin().declare(more).await?)
+    }
+
+    /// Operations on the broker's objects.
+    pub(crate) fn admin(&self) -> Admin {
+        Admin::new(self.link.clone())
+    }
+
+    /// The names of all queues of this run.
+    pub(crate) fn queues(&self) -> Vec<String> {
+        let queues = self.declared.iter().filter_map(|declared| match declared {
+            Declaration::Queue { name, .. } => Some(name.clone()),
+            Declaration::Exchange { .. } | Declaration::Binding { .. } => None,
+        });
+        queues.collect()
+    }
+
     /// Starts a collector and waits until it answers.
     pub(crate) async fn start_collector(&mut self, producer: &Producer) -> Result<(), CliError> {
-        let mut spawning = self.spawning("Collector");
-        spawning.argument("--name", "Collector");
-        // Through the environment, because that is the same for every program.
-        spawning.environment("GARENNE__COLLECTOR__STORE", self.store());
-        let process = spawning.start(&self.programs.collector, false)?;
-        self.processes.push(process);
+        self.spawn_collector("Collector")?;
         let asked = producer.ask_within(Question::Totals, READY_WITHIN);
         tokio::select! {
             answer = asked => answer.map(drop).map_err(CliError::from),
             ended = self.ended("Collector") => Err(ended),
         }
+    }
+
+    /// Starts a collector and does not wait for it. All of them share one store.
+    pub(crate) fn spawn_collector(&mut self, name: &str) -> Result<(), CliError> {
+        self.processes.retain(|process| process.name != name);
+        let mut spawning = self.spawning(name);
+        spawning.argument("--name", name);
+        // Through the environment, because that is the same for every program.
+        spawning.environment("GARENNE__COLLECTOR__STORE", self.store());
+        self.processes.push(spawning.start(&self.programs.collector, Pipes::None)?);
+        Ok(())
+    }
+
+    /// Starts this very program with a command of its own, and gives its pipes.
+    pub(crate) fn spawn_command(
+        &mut self,
+        name: &str,
+        words: &[&str],
+    ) -> Result<(ChildStdin, ChildStdout), CliError> {
+        self.processes.retain(|process| process.name != name);
+        let mut spawning = self.spawning(name);
+        for word in words {
+            spawning.word(word);
+        }
+        let mut process = spawning.start(&self.programs.garenne, Pipes::Both)?;
+        let pipes = process.take_pipes();
+        self.processes.push(process);
+        pipes.ok_or_else(|| CliError::unusable(format!("the process {name} has no pipes")))
     }
 
     /// Starts a worker and does not wait for it. What it prints comes out of [`Self::next_line`].
@@ -135,7 +187,7 @@ impl Cluster {
             .argument("--lookahead", &spec.lookahead.to_string())
             // Whatever still runs when the command ends is not worth waiting for.
             .argument("--grace", "1s");
-        let mut process = spawning.start(&self.programs.worker, true)?;
+        let mut process = spawning.start(&self.programs.worker, Pipes::Heard)?;
         process.forward_lines(&self.readers, self.voices.0.clone());
         self.processes.push(process);
         Ok(())
@@ -157,6 +209,26 @@ impl Cluster {
     pub(crate) async fn next_line(&mut self) -> String {
         // Never `None`: this struct holds a sender.
         self.voices.1.recv().await.unwrap_or_default()
+    }
+
+    /// All processes that were started and not stopped.
+    pub(crate) fn processes(&mut self) -> &mut [Process] {
+        &mut self.processes
+    }
+
+    /// Gives up a process that has ended.
+    pub(crate) fn forget(&mut self, name: &str) {
+        self.processes.retain(|process| process.name != name);
+    }
+
+    /// Where the logs of the processes are.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Leaves the directory where it is when everything else is gone.
+    pub(crate) fn keep_directory(&mut self) {
+        self.directory.disable_cleanup(true);
     }
 
     /// A process by its name.
@@ -187,7 +259,7 @@ impl Cluster {
     /// Ends all processes, deletes the namespace's objects and the directory.
     pub(crate) async fn close(mut self, context: &Context) {
         // Workers first: a collector that is still there takes their last results.
-        self.stop(|name| name != "Collector").await;
+        self.stop(|name| !name.starts_with("Collector")).await;
         self.stop(|_| true).await;
         self.readers.close();
         drop(self.voices);
@@ -248,6 +320,9 @@ impl Cluster {
         let urls: Vec<_> = self.config.broker.urls.iter().map(BrokerUrl::expose).collect();
         // Not as an argument: those can be read by every user of the machine.
         spawning.environment("GARENNE__BROKER__URL", urls.join(","));
+        for (key, value) in &self.environment {
+            spawning.environment(key, value);
+        }
         spawning.argument("--namespace", self.namespace().as_str());
         spawning
     }

@@ -1,7 +1,8 @@
 //! One sibling binary as a child process: found, started, listened to, ended.
 //!
 //! Children stay in this process's group on purpose: a second Ctrl-C ends this process at once, and
-//! then the terminal's signal is all that ends them.
+//! then the terminal's signal ends them. Whatever else ends this process, they are told by the kernel
+//! (`--die-with`), which watches the thread that starts them: so that is done on the main thread.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
@@ -23,6 +24,8 @@ use crate::cli::error::CliError;
 pub(crate) struct Programs {
     pub(crate) worker: PathBuf,
     pub(crate) collector: PathBuf,
+    /// This program.
+    pub(crate) garenne: PathBuf,
 }
 
 impl Programs {
@@ -40,7 +43,11 @@ impl Programs {
                  `cargo build --release --bins`, or copy them there",
             ))
         };
-        Ok(Self { worker: sibling("garenne-worker")?, collector: sibling("garenne-collector")? })
+        Ok(Self {
+            worker: sibling("garenne-worker")?,
+            collector: sibling("garenne-collector")?,
+            garenne: here.clone(),
+        })
     }
 }
 
@@ -68,23 +75,42 @@ impl Spawning {
         self.environment.push((key, value.into()));
     }
 
-    /// Standard output goes nowhere unless `heard`; standard error goes to the log file.
-    pub(crate) fn start(self, program: &Path, heard: bool) -> Result<Process, CliError> {
+    pub(crate) fn word(&mut self, word: &str) -> &mut Self {
+        self.arguments.push(word.into());
+        self
+    }
+
+    /// Standard error goes to the log file, the rest where `pipes` says.
+    pub(crate) fn start(self, program: &Path, pipes: Pipes) -> Result<Process, CliError> {
         let failed = |error: std::io::Error| {
             CliError::unusable(format!("cannot start {}: {error}", program.display()))
         };
         let log = File::options().create(true).append(true).open(&self.log).map_err(failed)?;
+        let piped = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
         let child = Command::new(program)
             .args(self.arguments)
+            .arg("--die-with")
+            .arg(std::process::id().to_string())
             .envs(self.environment)
-            .stdin(Stdio::null())
-            .stdout(if heard { Stdio::piped() } else { Stdio::null() })
+            .stdin(piped(pipes == Pipes::Both))
+            .stdout(piped(pipes != Pipes::None))
             .stderr(log)
             .kill_on_drop(true)
             .spawn()
             .map_err(failed)?;
         Ok(Process { name: self.name, child, log: self.log })
     }
+}
+
+/// What of a child is connected to this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pipes {
+    /// Nothing.
+    None,
+    /// Its standard output.
+    Heard,
+    /// Its standard input too.
+    Both,
 }
 
 /// A running child.
@@ -101,6 +127,20 @@ impl Process {
         self.child.id()
     }
 
+    /// Its standard input and output, once, if they are connected.
+    pub(crate) fn take_pipes(&mut self) -> Option<(ChildStdin, ChildStdout)> {
+        self.child.stdin.take().zip(self.child.stdout.take())
+    }
+
+    /// Sends it a signal; nothing happens if it has ended.
+    pub(crate) fn signal(&self, signal: Signal) {
+        if let Some(id) = self.id().and_then(|id| i32::try_from(id).ok())
+            && let Err(error) = kill(Pid::from_raw(id), signal)
+        {
+            tracing::debug!(%error, process = self.name, %signal, "cannot signal");
+        }
+    }
+
     /// SIGKILL, and the end of it.
     pub(crate) async fn kill(&mut self) {
         if let Err(error) = self.child.kill().await {
@@ -110,12 +150,7 @@ impl Process {
 
     /// SIGTERM, and the end of it; SIGKILL after `patience`.
     pub(crate) async fn end(mut self, patience: Duration) {
-        let id = self.id().and_then(|id| i32::try_from(id).ok());
-        if let Some(id) = id
-            && let Err(error) = kill(Pid::from_raw(id), Signal::SIGTERM)
-        {
-            tracing::debug!(%error, process = self.name, "cannot terminate");
-        }
+        self.signal(Signal::SIGTERM);
         if timeout(patience, self.child.wait()).await.is_err() {
             self.kill().await;
         }

@@ -1,0 +1,225 @@
+//! What each task of a run does and how it must end: a pure function of the seed and the task's number,
+//! so that the process that submits and the one that judges agree without a word.
+
+use std::time::Duration;
+
+use garenne_common::outcome::{DeadReason, Status};
+use garenne_common::{RetryPolicy, TaskId};
+use garenne_producer::{Submission, SubmitError};
+use serde_json::{Value, json};
+
+use crate::cli::error::CliError;
+
+/// How many tasks stand together; some of these blocks are batches.
+const BLOCK: u64 = 40;
+/// How long a task that overruns may run.
+const LIMIT: Duration = Duration::from_millis(250);
+/// Attempts that a task which must succeed has beside those that are meant to fail.
+const SPARE_ATTEMPTS: u32 = 4;
+
+/// All tasks of a run.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mix {
+    pub(super) seed: u64,
+    pub(super) tasks: u64,
+}
+
+/// What is submitted at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum Unit {
+    /// A task of this number.
+    One(u64),
+    /// A batch of so many, from this number on.
+    Batch { first: u64, count: u64 },
+}
+
+/// One task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Job {
+    pub(super) index: u64,
+    /// How long its handler works.
+    millis: u64,
+    /// How long the broker holds it back.
+    pub(super) delay: Duration,
+    /// So many first attempts fail.
+    pub(super) failures: u32,
+    end: End,
+    /// Whether its effect goes under the idempotency key.
+    pub(super) keyed: bool,
+    blocking: bool,
+}
+
+/// How the attempts after the failures end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Succeed,
+    Fail,
+    Fatal,
+    Panic,
+    Overrun,
+}
+
+impl Mix {
+    /// The task of this number.
+    pub(super) fn job(self, index: u64) -> Job {
+        // Spread by the golden ratio: neighbours must not get neighbouring seeds.
+        let spread = index.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mut rng = fastrand::Rng::with_seed(self.seed ^ spread);
+        let mut job = Job {
+            index,
+            millis: rng.u64(0..3),
+            delay: Duration::ZERO,
+            failures: 0,
+            end: End::Succeed,
+            keyed: rng.u8(..10) < 7,
+            blocking: false,
+        };
+        match rng.u32(..1_000) {
+            0..60 => job.millis = rng.u64(50..=300),
+            60..100 => (job.blocking, job.millis) = (true, rng.u64(5..=50)),
+            100..170 => job.failures = rng.u32(1..=2),
+            170..190 => job.end = End::Fail,
+            190..200 => job.end = End::Fatal,
+            200..215 => job.end = End::Panic,
+            215..225 => job.end = End::Overrun,
+            225..300 => job.delay = Duration::from_millis(rng.u64(100..=5_000)),
+            _ => {}
+        }
+        job
+    }
+
+    /// The id of the task of this number; the same whoever submits it, and however often.
+    pub(super) fn id(self, index: u64) -> Result<TaskId, CliError> {
+        TaskId::new(&format!("v-{:x}-{index}", self.seed))
+            .map_err(|error| CliError::unusable(error.to_string()))
+    }
+
+    /// The number of the task of this id, if it is one of this run.
+    pub(super) fn index_of(self, id: &str) -> Option<u64> {
+        let (seed, index) = id.strip_prefix("v-")?.split_once('-')?;
+        let own = u64::from_str_radix(seed, 16) == Ok(self.seed);
+        index.parse().ok().filter(|index| own && *index < self.tasks)
+    }
+
+    /// Everything there is to submit, in order. The first block is always a batch.
+    pub(super) fn units(self) -> Vec<Unit> {
+        let mut units = vec![];
+        for first in (0..self.tasks).step_by(usize::try_from(BLOCK).unwrap_or(1)) {
+            let count = BLOCK.min(self.tasks - first);
+            let mut rng = fastrand::Rng::with_seed(self.seed.wrapping_add(first));
+            if first == 0 || rng.u8(..4) == 0 {
+                units.push(Unit::Batch { first, count });
+            } else {
+                units.extend((first..first + count).map(Unit::One));
+            }
+        }
+        units
+    }
+}
+
+impl Unit {
+    /// The numbers of its tasks.
+    pub(super) fn indices(self) -> std::ops::Range<u64> {
+        match self {
+            Self::One(index) => index..index + 1,
+            Self::Batch { first, count } => first..first + count,
+        }
+    }
+}
+
+impl Job {
+    /// The arguments that travel.
+    pub(super) fn arguments(&self) -> Value {
+        let end = match self.end {
+            End::Succeed => "succeed",
+            End::Fail => "fail",
+            End::Fatal => "fatal",
+            End::Panic => "panic",
+            End::Overrun => "overrun",
+        };
+        json!({
+            "index": self.index, "millis": self.millis, "failures": self.failures, "end": end,
+            "keyed": self.keyed,
+        })
+    }
+
+    /// What to submit.
+    pub(super) fn submission(&self, id: TaskId) -> Result<Submission<Value>, SubmitError> {
+        let name = if self.blocking { "garenne.verify_blocking" } else { "garenne.verify" };
+        let retry = RetryPolicy {
+            max_attempts: self.max_attempts(),
+            base: Duration::from_millis(150),
+            factor: 1.5,
+            max: Duration::from_secs(1),
+        };
+        let mut submission = Submission::dynamic(name, self.arguments())?
+            .id(id)
+            .delay(self.delay)
+            .retry_policy(retry);
+        if self.end == End::Overrun {
+            submission = submission.timeout(LIMIT);
+        }
+        Ok(submission)
+    }
+
+    /// The most attempts that its policy gives it.
+    pub(super) fn max_attempts(&self) -> u32 {
+        match self.end {
+            End::Succeed | End::Fatal => self.failures + SPARE_ATTEMPTS,
+            End::Fail | End::Panic => 2,
+            End::Overrun => 1,
+        }
+    }
+
+    /// How it must end.
+    pub(super) fn expected(&self) -> (Status, Option<DeadReason>) {
+        match self.end {
+            End::Succeed => (Status::Succeeded, None),
+            End::Fail => (Status::Failed, Some(DeadReason::RetriesExhausted)),
+            End::Fatal => (Status::Failed, Some(DeadReason::Fatal)),
+            End::Panic => (Status::Failed, Some(DeadReason::Panicked)),
+            End::Overrun => (Status::Failed, Some(DeadReason::TimedOut)),
+        }
+    }
+
+    /// Whether it must end as a success.
+    pub(super) fn succeeds(&self) -> bool {
+        self.end == End::Succeed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    const MIX: Mix = Mix { seed: 7, tasks: 5_000 };
+
+    #[test]
+    fn the_same_seed_is_the_same_mix() {
+        let jobs = |mix: Mix| (0..500).map(|n| mix.job(n)).collect::<Vec<_>>();
+        assert_eq!(jobs(MIX), jobs(MIX));
+        assert_ne!(jobs(MIX), jobs(Mix { seed: 8, ..MIX }));
+    }
+
+    #[test]
+    fn every_task_is_submitted_once_and_known_by_its_id() {
+        let indices: Vec<u64> = MIX.units().into_iter().flat_map(Unit::indices).collect();
+        assert_eq!(indices, (0..MIX.tasks).collect::<Vec<_>>());
+        assert!(indices.iter().all(|n| MIX.index_of(MIX.id(*n).unwrap().as_str()) == Some(*n)));
+        assert_eq!(MIX.index_of("v-7-5000"), None, "beyond the last one");
+        assert_eq!(MIX.index_of("v-8-1"), None, "of another run");
+    }
+
+    #[test]
+    fn all_kinds_occur_in_a_small_run_and_most_tasks_succeed() {
+        let jobs: Vec<_> = (0..1_000).map(|n| MIX.job(n)).collect();
+        let ends: HashSet<_> = jobs.iter().map(Job::expected).collect();
+        assert_eq!(ends.len(), 5, "{ends:?}");
+        assert!(jobs.iter().any(|job| job.blocking) && jobs.iter().any(|job| job.failures == 2));
+        assert!(jobs.iter().any(|job| !job.delay.is_zero()));
+        let good = jobs.iter().filter(|job| job.succeeds()).count();
+        assert!((900..990).contains(&good), "{good}");
+        assert!(MIX.units().iter().any(|unit| matches!(unit, Unit::Batch { .. })));
+    }
+}

@@ -1,0 +1,136 @@
+//! The tasks of `garenne verify`: handlers that end as they are told, and leave word of it in a ledger
+//! outside the system.
+//!
+//! Served only by workers that were given the ledger's address (`worker.verify_ledger`). Each execution
+//! says that it began before it does anything else, and one that is to succeed leaves an effect. The
+//! ledger speaks lines (`producer/src/cli/verify/ledger.rs`); a line counts when it is whole, so a worker
+//! that is killed has left an effect or has not.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use garenne_common::{InvalidName, Task, TaskName};
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::runtime::Handle;
+
+use crate::context::Context;
+use crate::handler::{AsyncHandler, BlockingHandler, Handler};
+use crate::outcome::TaskError;
+
+/// The handlers, all with one ledger.
+pub(crate) fn handlers(
+    address: &str,
+) -> Result<Vec<(TaskName, Arc<dyn Handler>)>, InvalidName> {
+    let ledger = Arc::new(Ledger { address: address.to_owned(), idle: Mutex::default() });
+    let patient = Arc::clone(&ledger);
+    let run = move |context: Context, task: Verify| {
+        let ledger = Arc::clone(&patient);
+        async move { perform(&ledger, &context, task).await }
+    };
+    // The same on a thread of its own, where a handler may block.
+    let block = move |context: &Context, VerifyBlocking(task): VerifyBlocking| {
+        Handle::current().block_on(perform(&ledger, context, task))
+    };
+    Ok(vec![
+        (TaskName::new(Verify::NAME)?, Arc::new(AsyncHandler::<Verify, _>::new(run))),
+        (
+            TaskName::new(VerifyBlocking::NAME)?,
+            Arc::new(BlockingHandler::<VerifyBlocking, _>::new(block)),
+        ),
+    ])
+}
+
+/// `garenne.verify`: what one task of a run is to do.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Verify {
+    /// Its number in the run; also its output.
+    index: u64,
+    /// How long it works.
+    millis: u64,
+    /// So many first attempts fail.
+    failures: u32,
+    /// How the others end.
+    end: End,
+    /// Whether its effect goes under the idempotency key.
+    keyed: bool,
+}
+
+/// How an attempt ends.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum End {
+    Succeed,
+    Fail,
+    Fatal,
+    Panic,
+    Overrun,
+}
+
+impl Task for Verify {
+    const NAME: &'static str = "garenne.verify";
+    type Output = u64;
+}
+
+/// `garenne.verify_blocking`: the same for a blocking handler.
+#[derive(Serialize, Deserialize)]
+struct VerifyBlocking(Verify);
+
+impl Task for VerifyBlocking {
+    const NAME: &'static str = "garenne.verify_blocking";
+    type Output = u64;
+}
+
+async fn perform(ledger: &Ledger, context: &Context, task: Verify) -> Result<u64, TaskError> {
+    let (index, attempt) = (task.index, context.attempt());
+    let entry = format!("{index} {attempt} {} {}", context.id(), context.worker());
+    ledger.write(&format!("run {entry}")).await?;
+    tokio::time::sleep(Duration::from_millis(task.millis)).await;
+    if attempt <= task.failures {
+        return Err(TaskError::retry("asked to fail at first"));
+    }
+    match task.end {
+        End::Succeed => {
+            let key = if task.keyed { context.idempotency_key() } else { "-" };
+            ledger.write(&format!("effect {entry} {key}")).await?;
+            Ok(index)
+        }
+        End::Fail => Err(TaskError::retry("asked to fail")),
+        End::Fatal => Err(TaskError::fatal("asked to fail for good")),
+        End::Panic => panic!("asked to panic"),
+        End::Overrun => std::future::pending().await,
+    }
+}
+
+/// The way to the ledger: connections that are used again, one at a time.
+struct Ledger {
+    address: String,
+    idle: Mutex<Vec<BufReader<TcpStream>>>,
+}
+
+impl Ledger {
+    /// Writes a line and waits until the ledger has it. A repeated effect is no error: it is what the
+    /// idempotency key is for.
+    async fn write(&self, line: &str) -> io::Result<()> {
+        let idle = self.lock().pop();
+        let mut connection = match idle {
+            Some(connection) => connection,
+            None => BufReader::new(TcpStream::connect(&self.address).await?),
+        };
+        connection.get_mut().write_all(format!("{line}\n").as_bytes()).await?;
+        let mut answer = String::new();
+        if connection.read_line(&mut answer).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // Only a connection with nothing under way goes back; a dropped attempt takes its own along.
+        self.lock().push(connection);
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<BufReader<TcpStream>>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
