@@ -21,9 +21,7 @@ use crate::handler::{AsyncHandler, BlockingHandler, Handler};
 use crate::outcome::TaskError;
 
 /// The handlers, all with one ledger.
-pub(crate) fn handlers(
-    address: &str,
-) -> Result<Vec<(TaskName, Arc<dyn Handler>)>, InvalidName> {
+pub(crate) fn handlers(address: &str) -> Result<Vec<(TaskName, Arc<dyn Handler>)>, InvalidName> {
     let ledger = Arc::new(Ledger { address: address.to_owned(), idle: Mutex::default() });
     let patient = Arc::clone(&ledger);
     let run = move |context: Context, task: Verify| {

@@ -181,7 +181,8 @@ impl Certificate {
     fn faults(&self) -> String {
         let kinds = self.planned.iter().map(|(kind, planned)| {
             let injected = self.injected.get(kind).copied().unwrap_or_default();
-            let missing = if injected < *planned { format!(" of {planned}") } else { String::new() };
+            let missing =
+                if injected < *planned { format!(" of {planned}") } else { String::new() };
             format!("{injected}{missing} {}", kind.as_str())
         });
         let kinds: Vec<_> = kinds.collect();
@@ -242,8 +243,7 @@ mod tests {
             subject: subject.to_owned(),
             what: "so".to_owned(),
         };
-        let mut all: Vec<_> =
-            (0..50).map(|n| breach(Invariant::Lost, &n.to_string())).collect();
+        let mut all: Vec<_> = (0..50).map(|n| breach(Invariant::Lost, &n.to_string())).collect();
         all.push(breach(Invariant::Process, "w"));
         let tally = tally(&all);
         assert_eq!((tally[&Invariant::Lost], tally[&Invariant::Process]), (50, 1));

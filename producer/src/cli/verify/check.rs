@@ -241,8 +241,8 @@ impl Evidence<'_> {
         let spoken: std::collections::HashSet<_> = spoken.into_iter().collect();
         let strange = self.heard.batches.values().map(|told| &told.summary);
         let strange = strange.filter(|summary| !spoken.contains(summary.batch.as_str()));
-        let bad = strange
-            .filter(|summary| summary.state != BatchState::Abandoned || summary.ended() > 0);
+        let bad =
+            strange.filter(|summary| summary.state != BatchState::Abandoned || summary.ended() > 0);
         bad.map(|summary| Violation {
             invariant: Invariant::Phantom,
             subject: format!("batch {}", summary.batch),

@@ -7,7 +7,7 @@ use garenne_common::TaskResult;
 use garenne_common::wire::{Answer, Question};
 use garenne_producer::Producer;
 use tokio::sync::watch;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::check::{Invariant, Violation};
@@ -28,8 +28,8 @@ use crate::cli::error::CliError;
 const TICK: Duration = Duration::from_millis(20);
 /// How often the collector is asked how many tasks have ended.
 const PULSE: Duration = Duration::from_millis(100);
-/// Nothing has ended for so long, though nothing is broken: it never will.
-pub(super) const STUCK: Duration = Duration::from_mins(2);
+/// How long the early look at some records may take. It is a sample; the pulse must go on.
+const GLANCE: Duration = Duration::from_secs(1);
 /// Records that are remembered as they were during the run.
 const EARLY: usize = 2_000;
 
@@ -46,6 +46,8 @@ pub(super) struct Stage {
     pub(super) nemesis: Nemesis,
     pub(super) workload: Workload,
     pub(super) batch_deadline: Duration,
+    /// Nothing has ended for so long, though nothing is broken: it never will.
+    pub(super) patience: Duration,
     pub(super) facts: Facts,
     pub(super) seen: Seen,
 }
@@ -53,8 +55,6 @@ pub(super) struct Stage {
 /// What the drive notes on its way.
 pub(super) struct Seen {
     pub(super) begun: Instant,
-    /// The longest time in which nothing ended although something could have.
-    pub(super) worst_stall: Duration,
     /// From the last repair to the end of the last task.
     pub(super) drained: Duration,
     pub(super) early: Vec<(u64, TaskResult)>,
@@ -99,12 +99,11 @@ impl Stage {
             producers.feed(&mut self.workload, self.nemesis.allowance()).await;
             self.look_after_strays()?;
             let stall = backlog.stall(self.workload.due(Instant::now()), ended);
-            self.seen.worst_stall = self.seen.worst_stall.max(stall);
             progress.show(ended, self.workload.confirmed_count(), &self.nemesis);
             if ended >= self.mix.tasks && self.workload.is_done() && self.nemesis.is_done() {
                 break;
             }
-            if stall > STUCK && self.nemesis.present().is_empty() {
+            if stall > self.patience && self.nemesis.present().is_empty() {
                 self.note_stuck(ended);
                 break;
             }
@@ -124,9 +123,10 @@ impl Stage {
             invariant: Invariant::Liveness,
             subject: "the run".to_owned(),
             what: format!(
-                "{ended} of {} tasks ended, {} confirmed, then nothing for {STUCK:?}",
+                "{ended} of {} tasks ended, {} confirmed, then nothing for {:?}",
                 self.mix.tasks,
-                self.workload.confirmed_count()
+                self.workload.confirmed_count(),
+                self.patience
             ),
         });
     }
@@ -174,9 +174,8 @@ impl Stage {
 
     fn all_batches_told(&self) -> bool {
         self.listener.read(|heard| {
-            let told = |fate: &BatchFate| {
-                fate.id.as_ref().is_none_or(|id| heard.batches.contains_key(id))
-            };
+            let told =
+                |fate: &BatchFate| fate.id.as_ref().is_none_or(|id| heard.batches.contains_key(id));
             self.workload.batches.values().all(told)
         })
     }
@@ -206,7 +205,7 @@ impl Backlog {
 /// Asks the collector, again and again, how many tasks have ended, and for some of their records.
 async fn ask(producer: Producer, mix: Mix, told: watch::Sender<Pulse>) {
     let mut rng = fastrand::Rng::with_seed(mix.seed);
-    let patience = Duration::from_secs(2);
+    let patience = Duration::from_secs(1);
     loop {
         if let Ok(Answer::Totals { results, .. }) =
             producer.ask_within(Question::Totals, patience).await
@@ -214,7 +213,7 @@ async fn ask(producer: Producer, mix: Mix, told: watch::Sender<Pulse>) {
             told.send_modify(|pulse| pulse.ended = results);
             let full = told.borrow().early.len() >= EARLY;
             let ids: Vec<_> = (0..20).filter_map(|_| mix.id(rng.u64(..mix.tasks)).ok()).collect();
-            if !full && let Ok(records) = producer.results(&ids).await {
+            if !full && let Ok(Ok(records)) = timeout(GLANCE, producer.results(&ids)).await {
                 let records = records.into_iter();
                 let records = records.filter_map(|r| Some((mix.index_of(r.id.as_str())?, r)));
                 told.send_modify(|pulse| pulse.early.extend(records));

@@ -292,9 +292,10 @@ impl Nemesis {
 impl Repair {
     fn concerns(&self, process: &str) -> bool {
         match self {
-            Self::Worker(name) | Self::Collector(name) | Self::Producer(name) | Self::Thaw(name) => {
-                name == process
-            }
+            Self::Worker(name)
+            | Self::Collector(name)
+            | Self::Producer(name)
+            | Self::Thaw(name) => name == process,
             Self::Speak | Self::ThawBroker | Self::AwaitDeath(_) | Self::AwaitBroker(_) => false,
         }
     }

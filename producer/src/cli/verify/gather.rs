@@ -52,9 +52,9 @@ pub(super) async fn letters(
     mix: Mix,
     records: &[Option<TaskResult>],
 ) -> Result<HashMap<u64, Option<DeadSummary>>, CliError> {
-    let failed = (0..).zip(records).filter(|(_, record)| {
-        record.as_ref().is_some_and(|record| record.reason.is_some())
-    });
+    let failed = (0..)
+        .zip(records)
+        .filter(|(_, record)| record.as_ref().is_some_and(|record| record.reason.is_some()));
     let asked = stream::iter(failed.take(LETTERS).map(|(n, _)| n)).map(async |n: u64| {
         let id = mix.id(n)?;
         Ok((n, patiently(async || producer.dead(&id).await).await?))

@@ -20,9 +20,12 @@ mod producers;
 mod progress;
 mod proxy;
 mod stage;
+mod stall;
 pub(crate) mod submitter;
 mod verdict;
 mod workload;
+
+use std::time::Duration;
 
 use clap::Args;
 
@@ -75,6 +78,9 @@ pub(crate) struct Arguments {
     /// How many collector processes, all with one store
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=10))]
     collectors: u8,
+    /// How long nothing may end, with nothing broken, until the run counts as stuck
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = super::options::duration)]
+    patience: Duration,
     /// Leave the store and the logs of the processes, and say where
     #[arg(long)]
     keep: bool,

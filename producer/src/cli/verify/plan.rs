@@ -66,15 +66,31 @@ impl Kind {
 /// One thing to break. `pick` chooses among the victims there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fault {
-    KillWorker { pick: usize, away: Duration },
-    KillCollector { pick: usize, away: Duration },
-    KillProducer { pick: usize },
-    CutOne { pick: usize },
+    KillWorker {
+        pick: usize,
+        away: Duration,
+    },
+    KillCollector {
+        pick: usize,
+        away: Duration,
+    },
+    KillProducer {
+        pick: usize,
+    },
+    CutOne {
+        pick: usize,
+    },
     CutAll,
     /// Connections stay open and nothing passes.
     Silence(Duration),
-    KillBroker { away: Duration },
-    Freeze { victim: Victim, pick: usize, away: Duration },
+    KillBroker {
+        away: Duration,
+    },
+    Freeze {
+        victim: Victim,
+        pick: usize,
+        away: Duration,
+    },
 }
 
 /// Who is frozen.

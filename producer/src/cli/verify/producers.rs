@@ -121,7 +121,8 @@ impl Producers {
         match said {
             Said::Confirmed(index) => drop(seat.units.remove(&Unit::One(index))),
             Said::Sealed(at) | Said::Unsealed(at) => {
-                seat.units.retain(|unit| !matches!(unit, Unit::Batch { first, .. } if *first == at));
+                seat.units
+                    .retain(|unit| !matches!(unit, Unit::Batch { first, .. } if *first == at));
             }
             Said::Opened { .. } => {}
         }

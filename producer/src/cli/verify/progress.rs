@@ -46,7 +46,8 @@ impl Progress {
         bar.set_message(state.clone());
         if bar.is_hidden() {
             let tasks = self.tasks;
-            self.output.remark(format_args!("{confirmed} confirmed, {ended} of {tasks} ended, {state}"));
+            self.output
+                .remark(format_args!("{confirmed} confirmed, {ended} of {tasks} ended, {state}"));
         }
     }
 

@@ -33,6 +33,7 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 pub(super) struct Setting {
     mix: Mix,
     crew: Crew,
+    patience: Duration,
     kinds: Vec<Kind>,
     left_out: BTreeMap<Kind, &'static str>,
     url: BrokerUrl,
@@ -61,10 +62,10 @@ impl Setting {
         let url = url.ok_or_else(|| CliError::unusable("no broker URL is configured"))?;
         let node = Node::behind(&url);
         let (kinds, left_out) = arguments.faults.resolve(|kind| match kind {
-            Kind::Broker if node.is_none() => Err(
-                "the broker is not this command's to kill: run it under \
-                 `scripts/rabbitmq run -- garenne verify …`, or `make verify`",
-            ),
+            Kind::Broker if node.is_none() => {
+                Err("the broker is not this command's to kill: run it under \
+                 `scripts/rabbitmq run -- garenne verify …`, or `make verify`")
+            }
             Kind::Connection if url.is_encrypted() => {
                 Err("a TLS connection cannot be led over another line: use an amqp:// URL")
             }
@@ -82,7 +83,8 @@ impl Setting {
         );
         let mix = Mix { seed, tasks: arguments.tasks };
         let left_out = left_out.into_iter().collect();
-        Ok(Self { mix, crew, kinds, left_out, url, node, repeat })
+        let patience = arguments.patience;
+        Ok(Self { mix, crew, patience, kinds, left_out, url, node, repeat })
     }
 
     /// Starts everything but the producers, and waits until it is ready.
@@ -128,10 +130,7 @@ impl Setting {
         }
         self.ready(cluster, &config.broker, &producer).await?;
         let before = bounds::measure(cluster);
-        let node = Node::behind(&self.url).filter(|_| {
-            self.kinds.contains(&Kind::Broker) || self.kinds.contains(&Kind::Freeze)
-        });
-        let own_broker = node.is_some() && self.node.is_some();
+        let own_broker = self.node.is_some();
         let schedule = Schedule::new(self.mix.seed, self.mix.tasks, &self.kinds, own_broker);
         context.output.remark(format_args!(
             "verify: seed {}, {} tasks, {} faults, namespace {}",
@@ -147,8 +146,7 @@ impl Setting {
             started_at: Timestamp::now(),
             before,
         };
-        let nemesis = Nemesis::new(schedule, node);
-        Ok(Parts { listener, ledger, proxy, producer, nemesis, batch_deadline, facts })
+        Ok(Parts { listener, ledger, proxy, producer, schedule, batch_deadline, facts })
     }
 
     /// Waits until the collectors answer and every worker consumes.
@@ -182,7 +180,10 @@ impl Setting {
                 sleep(Duration::from_millis(20)).await;
             }
         }
-        Ok(producer.ask_within(garenne_common::wire::Question::Totals, READY_WITHIN).await.map(drop)?)
+        Ok(producer
+            .ask_within(garenne_common::wire::Question::Totals, READY_WITHIN)
+            .await
+            .map(drop)?)
     }
 }
 
@@ -192,23 +193,19 @@ struct Parts {
     ledger: Ledger,
     proxy: Option<Proxy>,
     producer: Producer,
-    nemesis: Nemesis,
+    schedule: Schedule,
     batch_deadline: Duration,
     facts: Facts,
 }
 
 impl Parts {
     fn stage(self, setting: Setting, cluster: Cluster) -> Stage {
-        let Self { listener, ledger, proxy, producer, nemesis, batch_deadline, facts } = self;
-        let Setting { mix, crew, .. } = setting;
+        let Self { listener, ledger, proxy, producer, schedule, batch_deadline, facts } = self;
+        let Setting { mix, crew, patience, node, .. } = setting;
+        let nemesis = Nemesis::new(schedule, node);
         let workload = Workload::new(mix);
-        let seen = Seen {
-            begun: Instant::now(),
-            worst_stall: Duration::ZERO,
-            drained: Duration::ZERO,
-            early: vec![],
-            noted: vec![],
-        };
+        let seen =
+            Seen { begun: Instant::now(), drained: Duration::ZERO, early: vec![], noted: vec![] };
         Stage {
             mix,
             cluster,
@@ -220,6 +217,7 @@ impl Parts {
             nemesis,
             workload,
             batch_deadline,
+            patience,
             facts,
             seen,
         }
@@ -231,7 +229,9 @@ impl Stage {
     pub(super) async fn close(mut self, context: &Context, keep: bool) {
         self.nemesis.mend_all(&mut self.cluster, &self.crew, self.proxy.as_ref()).await;
         drop(self.listener);
-        tokio::time::timeout(Duration::from_secs(2), self.producer.close()).await.unwrap_or_default();
+        tokio::time::timeout(Duration::from_secs(2), self.producer.close())
+            .await
+            .unwrap_or_default();
         if keep {
             self.cluster.keep_directory();
             let place = self.cluster.directory().display();

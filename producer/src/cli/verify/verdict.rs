@@ -1,6 +1,6 @@
 //! From the run to its certificate: looks at what is left, and puts everything before the judge.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use garenne_common::config::broker_version;
 use garenne_common::wire::BatchState;
@@ -14,6 +14,7 @@ use super::gather;
 use super::producers::PRODUCERS;
 use super::progress::Progress;
 use super::proxy::Proxy;
+use super::stall;
 use crate::cli::error::CliError;
 
 /// Lines of history that a breach is shown with.
@@ -93,9 +94,8 @@ fn disturbances(stage: &Stage) -> Vec<Instant> {
 }
 
 fn counts(stage: &Stage, records: &[Option<TaskResult>], repeated_results: u64) -> Counts {
-    let ended = |status| {
-        records.iter().flatten().filter(|record| record.status == status).count() as u64
-    };
+    let ended =
+        |status| records.iter().flatten().filter(|record| record.status == status).count() as u64;
     let mut counts = Counts {
         confirmed: stage.workload.confirmed_count(),
         resubmitted: stage.workload.resubmitted(),
@@ -160,11 +160,22 @@ fn certify(
         left_out: stage.facts.left_out.clone(),
         counts,
         breaches,
-        worst_stall_seconds: stage.seen.worst_stall.as_secs_f64(),
+        worst_stall_seconds: worst_stall(stage, records).as_secs_f64(),
         drained_seconds: stage.seen.drained.as_secs_f64(),
         processes,
         violations: shown.collect(),
     }
+}
+
+/// By the times at which handlers ended, which are this machine's as well as all others here.
+fn worst_stall(stage: &Stage, records: &[Option<TaskResult>]) -> Duration {
+    let confirmed = (0..).zip(&stage.workload.confirmed);
+    let due = confirmed.filter_map(|(n, at)| {
+        Some((*at)?.saturating_duration_since(stage.seen.begun) + stage.mix.job(n).delay)
+    });
+    let ended = records.iter().flatten();
+    let ended = ended.map(|record| record.finished_at.since(stage.facts.started_at));
+    stall::worst(due.collect(), ended.collect())
 }
 
 /// What is known of a task, in order.

@@ -46,7 +46,10 @@ pub(super) struct BatchFate {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Said {
     Confirmed(u64),
-    Opened { first: u64, id: String },
+    Opened {
+        first: u64,
+        id: String,
+    },
     Sealed(u64),
     /// The sealing failed in a way that leaves open whether it happened.
     Unsealed(u64),
