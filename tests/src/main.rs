@@ -44,3 +44,4 @@ mod shutdown;
 mod soak;
 mod tidy;
 mod topology_loss;
+mod verify;

@@ -50,6 +50,12 @@ impl PrivateNode {
         self.node().variable("AMQP_URL")
     }
 
+    /// What tells a program that it may kill this node and start it again.
+    pub(crate) fn environment(&self) -> Vec<(&'static str, String)> {
+        let names = ["GARENNE_NODE_DIRECTORY", "GARENNE_NODE_SCRIPT", "BROKER_VERSION"];
+        names.map(|name| (name, self.node().variable(name))).to_vec()
+    }
+
     /// Kills the broker as a power cut would, and waits until it is gone.
     pub(crate) async fn kill(&self) {
         let pid = self.signal(Signal::SIGKILL);

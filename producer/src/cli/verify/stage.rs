@@ -132,6 +132,7 @@ impl Setting {
         let before = bounds::measure(cluster);
         let own_broker = self.node.is_some();
         let schedule = Schedule::new(self.mix.seed, self.mix.tasks, &self.kinds, own_broker);
+        tracing::info!(namespace = %cluster.namespace(), "ready");
         context.output.remark(format_args!(
             "verify: seed {}, {} tasks, {} faults, namespace {}",
             self.mix.seed,
