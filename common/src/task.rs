@@ -70,6 +70,8 @@ pub struct Options {
     pub retry: RetryPolicy,
     /// The longest one attempt may run; the worker's default when absent.
     pub timeout: Option<Duration>,
+    /// When the attempt is told to come to an end; it may still return until `timeout` is over.
+    pub soft_timeout: Option<Duration>,
     /// A task that has not started by then is given up.
     pub expires_at: Option<Timestamp>,
     /// Higher goes first where the broker knows priorities (quorum queues from RabbitMQ 4.0).

@@ -125,6 +125,13 @@ impl<O> Submission<O> {
         self
     }
 
+    /// When a running attempt is told to come to an end: `Context::cancelled` completes, a command
+    /// gets SIGTERM. It may still return a result until [`timeout`](Self::timeout).
+    pub fn soft_timeout(mut self, timeout: Duration) -> Self {
+        self.options.soft_timeout = Some(timeout);
+        self
+    }
+
     /// Given up unless it starts within this time, counted from the submission; must be longer than
     /// the delay, by more than the 1/16 that the delay may take longer.
     pub fn expires_in(mut self, span: Duration) -> Self {
@@ -199,6 +206,11 @@ impl<O> Submission<O> {
         if self.options.timeout.is_some_and(|limit| limit < Duration::from_millis(1)) {
             return refuse("a timeout below 1 ms lets no attempt succeed".to_owned());
         }
+        if let (Some(soft), Some(hard)) = (self.options.soft_timeout, self.options.timeout)
+            && soft >= hard
+        {
+            return refuse(format!("a soft timeout of {soft:?} comes after the timeout of {hard:?}"));
+        }
         match self.expires_in {
             Some(Duration::ZERO) => refuse("it expires before it can start".to_owned()),
             Some(span) if span <= self.delay => refuse(format!(
@@ -270,6 +282,7 @@ mod tests {
             .retry_policy(RetryPolicy::NONE)
             .retries(5)
             .timeout(Duration::from_secs(9))
+            .soft_timeout(Duration::from_secs(8))
             .expires_in(Duration::from_mins(1))
             .priority(3)
             .codec(Codec::Json)
@@ -280,6 +293,7 @@ mod tests {
         assert_eq!((task.queue.as_str(), task.args.codec), ("gpu", Codec::Json));
         assert_eq!(task.options.retry, RetryPolicy::retries(5));
         assert_eq!(task.options.timeout, Some(Duration::from_secs(9)));
+        assert_eq!(task.options.soft_timeout, Some(Duration::from_secs(8)));
         assert_eq!(
             task.options.expires_at,
             Some(task.submitted_at.unwrap().plus(Duration::from_mins(1)))
@@ -305,6 +319,7 @@ mod tests {
         assert!(refused(task().delay(second).expires_in(second)).contains("delay"));
         assert!(refused(task().expires_in(Duration::ZERO)).contains("expires"));
         assert!(refused(task().timeout(Duration::ZERO)).contains("timeout"));
+        assert!(refused(task().timeout(second).soft_timeout(second)).contains("soft"));
         let policy =
             |max_attempts, factor| RetryPolicy { max_attempts, factor, ..RetryPolicy::DEFAULT };
         assert!(refused(task().retry_policy(policy(0, 2.0))).contains("max_attempts"));

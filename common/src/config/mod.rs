@@ -89,6 +89,12 @@ pub struct WorkerConfig {
     pub lease_term: Duration,
     /// How long a stopping worker lets tasks finish.
     pub grace: Duration,
+    /// How long a command or an isolated attempt may take to end after it was told to.
+    pub kill_grace: Duration,
+    /// How often the process that runs a task may die before the task is given up.
+    pub crash_budget: u32,
+    /// Whether `garenne.crash` is served, with which anybody who submits can kill this worker.
+    pub faults: bool,
     /// Whether `garenne.*`, `text.*` and `file.*` are served.
     pub builtins: bool,
     /// Command tasks by name.
@@ -215,6 +221,14 @@ impl Config {
         namespace.clone_into(&mut raw.broker.namespace);
         raw.check()
     }
+}
+
+/// Set by a worker for its children that run isolated attempts.
+pub const ISOLATED_BY: &str = "GARENNE_ISOLATED_BY";
+
+/// The worker, by its process id, that started this process to run isolated attempts.
+pub fn isolated_by() -> Option<u32> {
+    std::env::var(ISOLATED_BY).ok()?.parse().ok()
 }
 
 /// Whether the user asked for no colours (<https://no-color.org>).

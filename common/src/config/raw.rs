@@ -83,6 +83,10 @@ struct RawWorker {
     lease_term: Duration,
     #[serde(with = "humantime_serde")]
     grace: Duration,
+    #[serde(with = "humantime_serde")]
+    kill_grace: Duration,
+    crash_budget: u32,
+    faults: bool,
     builtins: bool,
     commands: BTreeMap<String, RawCommand>,
     verify_ledger: Option<String>,
@@ -98,6 +102,9 @@ impl Default for RawWorker {
             task_timeout: Duration::from_mins(20),
             lease_term: Duration::from_mins(1),
             grace: Duration::from_secs(30),
+            kill_grace: Duration::from_secs(5),
+            crash_budget: 3,
+            faults: false,
             builtins: true,
             commands: BTreeMap::new(),
             verify_ledger: None,
@@ -306,6 +313,8 @@ impl RawWorker {
         problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
         let fine = self.lease_term >= Duration::from_secs(3);
         problems.ensure(fine, "worker.lease_term: must be at least 3s");
+        let fine = (1..=100).contains(&self.crash_budget);
+        problems.ensure(fine, "worker.crash_budget: must be between 1 and 100");
         let mut commands = BTreeMap::new();
         for (name, command) in self.commands {
             let key = format!("worker.commands.{name:?}");
@@ -323,6 +332,9 @@ impl RawWorker {
             task_timeout: self.task_timeout,
             lease_term: self.lease_term,
             grace: self.grace,
+            kill_grace: self.kill_grace,
+            crash_budget: self.crash_budget,
+            faults: self.faults,
             builtins: self.builtins,
             commands,
             verify_ledger: self.verify_ledger,

@@ -5,6 +5,7 @@
 //! names a codec crate; nothing here names lapin.
 
 pub mod codec;
+pub mod crash;
 pub mod dead;
 pub mod frames;
 mod headers;
@@ -18,6 +19,7 @@ pub mod report;
 pub mod task;
 
 pub use codec::{Codec, CodecError, Payload};
+pub use crash::CrashRecord;
 pub use dead::DeadLetter;
 pub use lease::{Fence, Lease, LeaseChange, LeaseNote};
 pub use letters::{

@@ -53,6 +53,9 @@ fn encode_headers(task: &TaskMessage) -> Vec<(HeaderName, HeaderValue)> {
     if let Some(timeout) = task.options.timeout {
         list.push(span(headers::TIMEOUT, timeout));
     }
+    if let Some(timeout) = task.options.soft_timeout {
+        list.push(span(headers::SOFT_TIMEOUT, timeout));
+    }
     if let Some(at) = task.options.expires_at {
         list.push(int(headers::EXPIRES_AT, at.as_millis()));
     }
@@ -227,6 +230,7 @@ fn decode_options(message: &Message) -> Result<Options, Malformed> {
     Ok(Options {
         retry,
         timeout: millis(message, headers::TIMEOUT)?,
+        soft_timeout: millis(message, headers::SOFT_TIMEOUT)?,
         expires_at: number(message, headers::EXPIRES_AT)?.map(Timestamp::from_millis),
         priority: message.properties.priority,
     })
@@ -359,6 +363,7 @@ mod tests {
                     options: Options {
                         retry,
                         timeout: timeout.map(|ms| Duration::from_millis(ms.into())),
+                        soft_timeout: at.map(|ms| Duration::from_millis(ms.into())),
                         expires_at: at.map(|ms| Timestamp::from_millis(ms.into())),
                         priority,
                     },
@@ -389,12 +394,12 @@ mod tests {
         fn no_message_makes_the_decoder_panic(
             kind in any::<Option<String>>(), id in any::<Option<String>>(),
             content_type in any::<Option<String>>(), body in any::<Vec<u8>>(),
-            values in prop::collection::vec(any_header(), 11),
+            values in prop::collection::vec(any_header(), 12),
         ) {
             let names = [
                 headers::ATTEMPT, headers::MAX_ATTEMPTS, headers::RETRY_BASE, headers::RETRY_FACTOR,
                 headers::RETRY_MAX, headers::TIMEOUT, headers::EXPIRES_AT, headers::BATCH,
-                headers::SUBMITTED_AT, headers::TRACEPARENT, headers::REPLY_FORMAT,
+                headers::SUBMITTED_AT, headers::TRACEPARENT, headers::REPLY_FORMAT, headers::SOFT_TIMEOUT,
             ];
             let properties = Properties { kind, message_id: id, content_type, ..Properties::default() };
             let headers = names.into_iter().map(HeaderName::from).zip(values).collect();

@@ -22,6 +22,9 @@ pub(crate) struct TaskOptions {
     /// The longest one attempt may run [default: the worker's]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) timeout: Option<Duration>,
+    /// Tell a running attempt to come to an end by then; it may return until --timeout
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) soft_timeout: Option<Duration>,
     /// Give it up if it has not started by then from now
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) expires: Option<Duration>,

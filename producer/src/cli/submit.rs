@@ -105,6 +105,9 @@ pub(crate) fn submission(
     if let Some(timeout) = options.timeout {
         submission = submission.timeout(timeout);
     }
+    if let Some(timeout) = options.soft_timeout {
+        submission = submission.soft_timeout(timeout);
+    }
     if let Some(expires) = options.expires {
         submission = submission.expires_in(expires);
     }
