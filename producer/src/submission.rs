@@ -209,7 +209,9 @@ impl<O> Submission<O> {
         if let (Some(soft), Some(hard)) = (self.options.soft_timeout, self.options.timeout)
             && soft >= hard
         {
-            return refuse(format!("a soft timeout of {soft:?} comes after the timeout of {hard:?}"));
+            return refuse(format!(
+                "a soft timeout of {soft:?} comes after the timeout of {hard:?}"
+            ));
         }
         match self.expires_in {
             Some(Duration::ZERO) => refuse("it expires before it can start".to_owned()),

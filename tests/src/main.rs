@@ -35,6 +35,7 @@ mod long_tasks;
 mod malformed;
 mod options;
 mod permissions;
+mod poison;
 mod redelivery;
 mod retry_and_delay;
 mod round_trip;
@@ -43,5 +44,6 @@ mod shutdown;
 #[cfg(feature = "soak")]
 mod soak;
 mod tidy;
+mod time_limits;
 mod topology_loss;
 mod verify;

@@ -63,8 +63,7 @@ async fn a_small_run_holds_whatever_dies() {
 async fn a_loss_is_found_and_named() {
     let node = PrivateNode::take().await;
     let warren = Warren::on(&node.url()).await;
-    let arguments =
-        ["--tasks", "1500", "--faults", "none", "--patience", "8s", "--output", "json"];
+    let arguments = ["--tasks", "1500", "--faults", "none", "--patience", "8s", "--output", "json"];
     let mut command = verify(&warren, &node, &arguments);
     // So that its namespace is said while it runs.
     command.arg("-v");

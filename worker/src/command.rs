@@ -8,6 +8,8 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use garenne_common::config::{CommandConfig, CommandOutput};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
@@ -41,6 +43,10 @@ impl Handler for CommandHandler {
             run(&config, &context).await
         })
     }
+
+    fn is_process(&self) -> bool {
+        true
+    }
 }
 
 async fn run(config: &CommandConfig, context: &Context) -> Result<garenne_common::Payload, Fault> {
@@ -50,8 +56,16 @@ async fn run(config: &CommandConfig, context: &Context) -> Result<garenne_common
         })?;
     let filled = config.argv.iter().map(|part| fill(part, &args));
     let filled = filled.collect::<Result<Vec<_>, _>>().map_err(Fault::BadArguments)?;
-    let child = spawn(config, &filled, context)?;
-    let output = talk(child, config.stdin.then(|| args.to_string())).await?;
+    let group = spawn(config, &filled, context)?;
+    let id = group.id;
+    let mut talk = std::pin::pin!(talk(group, config.stdin.then(|| args.to_string())));
+    let output = tokio::select! {
+        output = &mut talk => output,
+        () = context.cancelled() => {
+            signal(id, Signal::SIGTERM);
+            talk.await.map_err(told_to_end)
+        }
+    }?;
     output_value(config.output, output).and_then(|value| encode(context.task().args.codec, &value))
 }
 
@@ -116,12 +130,28 @@ impl Group {
     }
 
     fn kill(&mut self) {
-        let Some(id) = self.id.take() else { return };
-        let group = nix::unistd::Pid::from_raw(id);
-        if let Err(error) = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL) {
-            // The usual case: nobody is left in it.
-            tracing::trace!(%error, "no process of the command to kill");
+        signal(self.id.take(), Signal::SIGKILL);
+    }
+}
+
+fn signal(group: Option<i32>, signal: Signal) {
+    let Some(id) = group else { return };
+    if let Err(error) = killpg(Pid::from_raw(id), signal) {
+        // The usual case: nobody is left in it.
+        tracing::trace!(%error, "no process of the command gets the signal");
+    }
+}
+
+/// What a program says that was told to end is no word on the task itself.
+fn told_to_end(fault: Fault) -> Fault {
+    match fault {
+        Fault::Failed(error) => {
+            Fault::Failed(TaskError::retry(format!("told to end: {}", error.message())))
         }
+        other @ (Fault::BadArguments(_)
+        | Fault::Panicked(_)
+        | Fault::Interrupted
+        | Fault::Crashed(_)) => other,
     }
 }
 

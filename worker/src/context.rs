@@ -10,20 +10,33 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFuture};
 pub struct Context {
     task: Arc<TaskMessage>,
     worker: Arc<str>,
-    redelivered: bool,
-    fence: Option<u64>,
+    facts: Facts,
+    /// The attempt is over, whatever the handler does.
+    over: CancellationToken,
+    /// The attempt should end; so it does when it is over.
     cancelled: CancellationToken,
 }
 
+/// What is known of an execution besides its task.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Facts {
+    pub(crate) redelivered: bool,
+    /// Crashes charged to the task so far.
+    pub(crate) crashes: u32,
+    /// Its number, if it runs under a lease.
+    pub(crate) fence: Option<u64>,
+}
+
 impl Context {
+    /// `over` is cancelled at the end of the attempt.
     pub(crate) fn new(
         task: Arc<TaskMessage>,
         worker: Arc<str>,
-        redelivered: bool,
-        fence: Option<u64>,
-        cancelled: CancellationToken,
+        facts: Facts,
+        over: CancellationToken,
     ) -> Self {
-        Self { task, worker, redelivered, fence, cancelled }
+        let cancelled = over.child_token();
+        Self { task, worker, facts, over, cancelled }
     }
 
     /// The task's id; the same over all attempts.
@@ -61,7 +74,7 @@ impl Context {
 
     /// Whether the broker had delivered this very message before, to anybody.
     pub fn redelivered(&self) -> bool {
-        self.redelivered
+        self.facts.redelivered
     }
 
     /// The number of this execution, if the task runs under a lease: higher than that of every earlier
@@ -73,7 +86,12 @@ impl Context {
     /// writer out. Tasks without a lease have no such number: use
     /// [`idempotency_key`](Self::idempotency_key) there.
     pub fn fence(&self) -> Option<u64> {
-        self.fence
+        self.facts.fence
+    }
+
+    /// How often a process has died while it ran this task alone, in any attempt.
+    pub fn crashes(&self) -> u32 {
+        self.facts.crashes
     }
 
     /// The name under which this worker signs its results.
@@ -81,9 +99,11 @@ impl Context {
         &self.worker
     }
 
-    /// Completes when the attempt should end: its time is up, or the worker gives up waiting for it.
+    /// Completes when the attempt should end: its soft time limit has passed, its time is up, or the
+    /// worker gives up waiting for it.
     ///
-    /// An async handler is dropped right after; a blocking one is not and should look at
+    /// After a soft limit the handler may still return its result until the time is up. Otherwise an
+    /// async handler is dropped right after; a blocking one is not and should look at
     /// [`is_cancelled`](Self::is_cancelled) from time to time.
     pub fn cancelled(&self) -> WaitForCancellationFuture<'_> {
         self.cancelled.cancelled()
@@ -98,8 +118,19 @@ impl Context {
         &self.task
     }
 
+    /// Asks the handler to come to an end.
     pub(crate) fn cancel(&self) {
         self.cancelled.cancel();
+    }
+
+    /// The attempt is over: what the handler returns from now on counts for nothing.
+    pub(crate) fn end(&self) {
+        self.over.cancel();
+    }
+
+    /// Completes when the attempt is over.
+    pub(crate) fn over(&self) -> WaitForCancellationFuture<'_> {
+        self.over.cancelled()
     }
 }
 
@@ -122,6 +153,6 @@ impl Context {
             submitted_at: None,
             traceparent: None,
         };
-        Self::new(Arc::new(task), Arc::from("w"), false, None, CancellationToken::new())
+        Self::new(Arc::new(task), Arc::from("w"), Facts::default(), CancellationToken::new())
     }
 }

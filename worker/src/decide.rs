@@ -5,7 +5,7 @@ use std::time::Duration;
 use garenne_common::topology::MAX_DELAY;
 use garenne_common::{DeadReason, RetryPolicy};
 
-use crate::outcome::{Disposition, Outcome, Retryable, TaskError};
+use crate::outcome::{Crash, Disposition, Outcome, Retryable, TaskError};
 
 /// The disposition of attempt number `attempt` (the first is 1) that ended in `outcome`.
 ///
@@ -27,7 +27,21 @@ pub fn decide(outcome: Outcome, attempt: u32, policy: &RetryPolicy, jitter: f64)
             let error = format!("the handler panicked: {message}");
             again(attempt, policy, wait(), DeadReason::Panicked, error)
         }
+        Outcome::Crashed(crash) => crashed(&crash, policy, jitter),
     }
+}
+
+/// The crash budget alone counts here: a crash costs no attempt.
+fn crashed(crash: &Crash, policy: &RetryPolicy, jitter: f64) -> Disposition {
+    let (count, budget) = (crash.record.count, crash.budget);
+    if count < budget {
+        return Disposition::Again { after: policy.delay_after(count, jitter) };
+    }
+    let error = format!(
+        "its process died {count} times (crash budget {budget}), last by {}:\n{}",
+        crash.how, crash.record.log
+    );
+    Disposition::DeadLetter { reason: DeadReason::Crashed, error }
 }
 
 fn failed(failure: &TaskError, attempt: u32, policy: &RetryPolicy, wait: Duration) -> Disposition {
@@ -59,6 +73,7 @@ fn again(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use garenne_common::wire::CrashRecord;
     use garenne_common::{Codec, Payload};
 
     const POLICY: RetryPolicy = RetryPolicy { max_attempts: 2, ..RetryPolicy::DEFAULT };
@@ -70,7 +85,10 @@ mod tests {
     fn dead_after(attempt: u32, outcome: Outcome) -> Option<DeadReason> {
         match decide(outcome, attempt, &POLICY, 1.0) {
             Disposition::DeadLetter { reason, .. } => Some(reason),
-            Disposition::Complete(_) | Disposition::Retry { .. } | Disposition::Requeue => None,
+            Disposition::Complete(_)
+            | Disposition::Retry { .. }
+            | Disposition::Again { .. }
+            | Disposition::Requeue => None,
         }
     }
 
@@ -98,13 +116,34 @@ mod tests {
     fn a_first_failure_waits_by_the_policy_or_as_the_handler_says() {
         let retry = |outcome| match decide(outcome, 1, &POLICY, 1.0) {
             Disposition::Retry { after, .. } => Some(after),
-            Disposition::Complete(_) | Disposition::DeadLetter { .. } | Disposition::Requeue => {
-                None
-            }
+            Disposition::Complete(_)
+            | Disposition::Again { .. }
+            | Disposition::DeadLetter { .. }
+            | Disposition::Requeue => None,
         };
         assert_eq!(retry(Outcome::Failed(TaskError::retry("no"))), Some(Duration::from_secs(1)));
         let later = TaskError::retry_after(Duration::from_mins(1), "busy");
         assert_eq!(retry(Outcome::Failed(later)), Some(Duration::from_mins(1)));
+    }
+
+    #[test]
+    fn crashes_have_a_budget_of_their_own() {
+        let crash = |count, budget| {
+            let log = "at w: signal SIGABRT".to_owned();
+            let record = CrashRecord { count, log };
+            Outcome::Crashed(Crash { record, budget, how: "signal SIGABRT".to_owned() })
+        };
+        for attempt in [1, 99] {
+            let again = decide(crash(2, 3), attempt, &POLICY, 1.0);
+            assert_eq!(again, Disposition::Again { after: Duration::from_secs(2) });
+            let Disposition::DeadLetter { reason, error } =
+                decide(crash(3, 3), attempt, &POLICY, 1.0)
+            else {
+                panic!()
+            };
+            assert_eq!(reason, DeadReason::Crashed);
+            assert!(error.contains("died 3 times") && error.contains("SIGABRT"), "{error}");
+        }
     }
 
     #[test]

@@ -10,32 +10,89 @@ use crate::context::Context;
 use crate::handler::{Fault, Handler, Slot, panic_message};
 use crate::outcome::Outcome;
 
-/// Runs the handler until it ends, for at most `limit`, or until `abort`.
+/// How long a process may take to end when its whole worker is giving up waiting.
+const SHORT_GRACE: Duration = Duration::from_millis(500);
+
+/// How long an attempt may take.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// When the handler is asked to come to an end.
+    pub(crate) soft: Option<Duration>,
+    /// When the attempt is over.
+    pub(crate) hard: Duration,
+    /// How long after that a process may take to end before it is killed.
+    pub(crate) grace: Duration,
+}
+
+/// Runs the handler until it ends, for at most its hard limit, or until `abort`.
 pub(crate) async fn execute(
     handler: &dyn Handler,
     context: &Context,
     slot: Slot,
-    limit: Duration,
+    limits: Limits,
     abort: &CancellationToken,
 ) -> Outcome {
     // The call itself runs user code too (an async function's synchronous beginning), hence the
     // async block. What a panic leaves behind is dropped with the attempt.
     let attempt = async { handler.run(context.clone(), slot).await };
-    let attempt = AssertUnwindSafe(attempt).catch_unwind();
-    let outcome = tokio::select! {
-        ended = attempt => match ended {
-            Ok(Ok(output)) => Outcome::Succeeded(output),
-            Ok(Err(Fault::BadArguments(error))) => Outcome::BadArguments(error),
-            Ok(Err(Fault::Failed(error))) => Outcome::Failed(error),
-            Ok(Err(Fault::Panicked(message))) => Outcome::Panicked(message),
-            Err(panic) => Outcome::Panicked(panic_message(&*panic)),
-        },
-        () = tokio::time::sleep(limit) => Outcome::TimedOut(limit),
-        () = abort.cancelled() => Outcome::Interrupted,
+    let mut attempt = std::pin::pin!(AssertUnwindSafe(attempt).catch_unwind());
+    let mut hard = std::pin::pin!(tokio::time::sleep(limits.hard));
+    let soft = limits.soft.filter(|soft| *soft < limits.hard);
+    let warning = async {
+        match soft {
+            Some(soft) => tokio::time::sleep(soft).await,
+            None => std::future::pending().await,
+        }
+    };
+    let mut warning = std::pin::pin!(warning);
+    let mut warned = false;
+    let outcome = loop {
+        tokio::select! {
+            ended = &mut attempt => {
+                // For what an async handler has spawned.
+                context.end();
+                return outcome(ended);
+            }
+            () = &mut warning, if !warned => {
+                warned = true;
+                context.cancel();
+            }
+            () = &mut hard => break Outcome::TimedOut(limits.hard),
+            () = abort.cancelled() => break Outcome::Interrupted,
+        }
     };
     // For a blocking handler that goes on, and for what an async one has spawned.
-    context.cancel();
+    context.end();
+    if handler.is_process() {
+        // One that was told in time has had its time.
+        let grace = if warned { Duration::ZERO } else { limits.grace };
+        let patience = async {
+            abort.cancelled().await;
+            tokio::time::sleep(SHORT_GRACE).await;
+        };
+        // The next attempt must not meet this one, so it is waited for; whatever it still says comes
+        // too late. What has not ended then is killed by dropping it.
+        tokio::select! {
+            _ = attempt => {}
+            () = tokio::time::sleep(grace) => {}
+            () = patience => {}
+        }
+    }
     outcome
+}
+
+type Ended = Result<Result<garenne_common::Payload, Fault>, Box<dyn std::any::Any + Send>>;
+
+fn outcome(ended: Ended) -> Outcome {
+    match ended {
+        Ok(Ok(output)) => Outcome::Succeeded(output),
+        Ok(Err(Fault::BadArguments(error))) => Outcome::BadArguments(error),
+        Ok(Err(Fault::Failed(error))) => Outcome::Failed(error),
+        Ok(Err(Fault::Panicked(message))) => Outcome::Panicked(message),
+        Ok(Err(Fault::Interrupted)) => Outcome::Interrupted,
+        Ok(Err(Fault::Crashed(crash))) => Outcome::Crashed(crash),
+        Err(panic) => Outcome::Panicked(panic_message(&*panic)),
+    }
 }
 
 #[cfg(test)]
@@ -43,10 +100,9 @@ mod tests {
     use super::*;
     use crate::handler::{AsyncHandler, BlockingHandler};
     use crate::outcome::TaskError;
+    use crate::slots::Slots;
     use garenne_common::{Codec, Payload, Task};
     use serde::{Deserialize, Serialize};
-    use std::sync::Arc;
-    use tokio::sync::Semaphore;
 
     #[derive(Serialize, Deserialize)]
     struct Number(i64);
@@ -56,14 +112,18 @@ mod tests {
         type Output = i64;
     }
 
+    fn limits(soft: Option<Duration>, hard: Duration) -> Limits {
+        Limits { soft, hard, grace: Duration::ZERO }
+    }
+
     async fn run(handler: &dyn Handler, args: &str) -> Outcome {
-        let slots = Arc::new(Semaphore::new(1));
-        let slot = Arc::new(Arc::clone(&slots).acquire_owned().await.unwrap());
+        let slots = Slots::new(1);
+        let slot = slots.one().await.unwrap();
         let abort = CancellationToken::new();
-        let limit = Duration::from_millis(200);
-        let outcome = execute(handler, &Context::of_args(args), slot, limit, &abort).await;
+        let limits = limits(None, Duration::from_secs(2));
+        let outcome = execute(handler, &Context::of_args(args), slot, limits, &abort).await;
         // Whatever the outcome, an async handler leaves its slot free.
-        drop(slots.acquire().await.unwrap());
+        drop(slots.all().await.unwrap());
         outcome
     }
 
@@ -102,10 +162,26 @@ mod tests {
         let handler = AsyncHandler::<Number, _>::new(behave);
         let abort = CancellationToken::new();
         abort.cancel();
-        let slot = Arc::new(Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap());
+        let slot = Slots::new(1).one().await.unwrap();
         let context = Context::of_args("-2");
-        let outcome = execute(&handler, &context, slot, Duration::from_secs(9), &abort).await;
+        let limits = limits(None, Duration::from_secs(9));
+        let outcome = execute(&handler, &context, slot, limits, &abort).await;
         assert_eq!(outcome, Outcome::Interrupted);
         assert!(context.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_soft_limit_asks_and_the_handler_may_still_answer() {
+        let asked = AsyncHandler::<Number, _>::new(async |context: Context, Number(number)| {
+            context.cancelled().await;
+            Ok(number)
+        });
+        let soft = Duration::from_millis(20);
+        let limits = limits(Some(soft), Duration::from_secs(20));
+        let slot = Slots::new(1).one().await.unwrap();
+        let context = Context::of_args("5");
+        let abort = CancellationToken::new();
+        let outcome = execute(&asked, &context, slot, limits, &abort).await;
+        assert!(matches!(outcome, Outcome::Succeeded(_)), "{outcome:?}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use garenne_common::wire::{self, Message};
+use garenne_common::wire::{self, CrashRecord, Message};
 use garenne_common::{DeadReason, QueueName, TaskMessage, TaskName, Timestamp};
 
 /// What a delivery turned out to be.
@@ -28,6 +28,9 @@ pub(crate) fn inspect<H>(
         Ok(None) => return Verdict::AssignId,
         Err(malformed) => return refuse(DeadReason::Malformed, malformed.to_string()),
     };
+    if let Err(malformed) = CrashRecord::read(message) {
+        return refuse(DeadReason::Malformed, malformed.to_string());
+    }
     if let Some(at) = task.options.expires_at.filter(|at| *at <= now) {
         return refuse(DeadReason::Expired, format!("it expired at {at} before it could start"));
     }

@@ -6,26 +6,26 @@ use std::marker::PhantomData;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use crate::context::Context;
+use crate::outcome::{Crash, TaskError};
+pub(crate) use crate::slots::Slot;
 use garenne_common::wire::MAX_BODY_BYTES;
 use garenne_common::{Payload, Task, TaskName};
-use tokio::sync::OwnedSemaphorePermit;
-
-use crate::context::Context;
-use crate::outcome::TaskError;
 
 /// Results travel in bundles, and a bundle must fit into a message with room for the rest of it.
 const MAX_OUTPUT_BYTES: usize = MAX_BODY_BYTES - 1024 * 1024;
-
-/// The slot that an attempt occupies. Whoever still computes holds it.
-pub(crate) type Slot = Arc<OwnedSemaphorePermit>;
 
 /// Why a handler gave no output.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Fault {
     BadArguments(String),
     Failed(TaskError),
-    /// A blocking handler panicked on its own thread.
+    /// It panicked, on a thread or in a process of its own.
     Panicked(String),
+    /// It could not be finished, for no fault of its own.
+    Interrupted,
+    /// The process that ran it died.
+    Crashed(Crash),
 }
 
 pub(crate) type Running = Pin<Box<dyn Future<Output = Result<Payload, Fault>> + Send>>;
@@ -34,6 +34,14 @@ pub(crate) type Running = Pin<Box<dyn Future<Output = Result<Payload, Fault>> + 
 pub(crate) trait Handler: Send + Sync {
     /// Begins an attempt. The slot is free again when every holder has dropped it.
     fn run(&self, context: Context, slot: Slot) -> Running;
+
+    /// Whether attempts run in a process of their own.
+    ///
+    /// Such an attempt cannot harm this process, and it can be waited for after its end was decided:
+    /// it ends by itself when told, and dropping it kills what is left.
+    fn is_process(&self) -> bool {
+        false
+    }
 }
 
 /// All handlers of a worker.

@@ -44,20 +44,25 @@ mod builtin;
 mod command;
 mod context;
 mod decide;
+mod doors;
 mod execute;
+mod faults;
 mod guard;
 mod handler;
 mod inflight;
 mod intake;
+mod isolate;
 mod lease;
 mod outcome;
 mod settle;
+mod slots;
+mod suspect;
 mod verify;
 mod worker;
 
 pub use context::Context;
 pub use decide::decide;
-pub use outcome::{Disposition, Outcome, Retryable, TaskError};
+pub use outcome::{Crash, Disposition, Outcome, Retryable, TaskError};
 pub use worker::{Builder, Running, Worker, WorkerError};
 
 /// What a worker decides, without its IO: what the pipeline above is made of.

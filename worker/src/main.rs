@@ -39,6 +39,9 @@ struct Arguments {
     /// How long a stopping worker lets tasks finish [default: 30s]
     #[arg(long, value_name = "DURATION")]
     grace: Option<String>,
+    /// Serve `garenne.crash`, with which anybody who submits tasks can kill this worker
+    #[arg(long)]
+    faults: bool,
     /// What log lines look like: human or json [default: human]
     #[arg(long, value_name = "FORMAT")]
     log_format: Option<String>,
@@ -85,6 +88,7 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         .set("worker.lookahead", arguments.lookahead)
         .set("worker.name", arguments.name)
         .set("worker.grace", arguments.grace)
+        .set("worker.faults", arguments.faults.then_some(true))
         .set("log.format", arguments.log_format)
         .set("log.filter", arguments.log);
     let config = Config::load(&sources)?;
@@ -99,7 +103,9 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
 async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let (mut terminate, mut interrupt) =
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let worker = Worker::builder(config).build()?;
+    let Some(worker) = Worker::builder(config).build()?.isolate().await else {
+        return Ok(());
+    };
     let running = tokio::select! {
         running = worker.start() => running?,
         _ = terminate.recv() => return Ok(()),

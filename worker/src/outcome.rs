@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use garenne_common::wire::CrashRecord;
 use garenne_common::{DeadReason, Payload};
 
 /// What happened to one attempt.
@@ -20,8 +21,21 @@ pub enum Outcome {
     TimedOut(Duration),
     /// The handler panicked with this message.
     Panicked(String),
+    /// The process that ran it died.
+    Crashed(Crash),
     /// The worker is stopping and could not wait any longer.
     Interrupted,
+}
+
+/// The death of a process that ran one attempt and nothing else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Crash {
+    /// All crashes charged to the task, this one included.
+    pub record: CrashRecord,
+    /// How many are too many.
+    pub budget: u32,
+    /// Which signal or exit code ended the process.
+    pub how: String,
 }
 
 /// What becomes of the message.
@@ -35,6 +49,11 @@ pub enum Disposition {
         after: Duration,
         /// What went wrong.
         error: String,
+    },
+    /// The same attempt goes to the delay queues, to be run again; then it is acknowledged.
+    Again {
+        /// How long it waits.
+        after: Duration,
     },
     /// It goes to the dead letters; then it is acknowledged.
     DeadLetter {

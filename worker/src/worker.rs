@@ -8,16 +8,19 @@ use garenne_common::broker::{
 };
 use garenne_common::config::Config;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::builtin;
 use crate::command::CommandHandler;
 use crate::context::Context;
+use crate::doors::Doors;
+use crate::faults;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
 use crate::intake::{Pipeline, intake};
+use crate::isolate::{self, Isolation};
 use crate::lease::LeaseTerms;
 use crate::outcome::TaskError;
 use crate::settle::{Lane, SettleCore, SettleTask, Signature};
@@ -49,6 +52,8 @@ pub enum WorkerError {
 pub struct Worker {
     config: Config,
     registry: Registry,
+    /// Whether this program may be started again to run suspects.
+    isolating: bool,
 }
 
 /// Collects handlers; made by [`Worker::builder`].
@@ -68,11 +73,29 @@ impl Worker {
         builder
     }
 
+    /// From now on suspects run in child processes; to be called by a program that is a worker.
+    ///
+    /// A suspect is a task that was delivered before and never settled: its worker may have died of it.
+    /// A child process is this very program, started again with the same arguments and environment. It
+    /// does what the program does until it gets here, too; then it serves the worker that started it,
+    /// until that is gone, and the answer is `None`: the program should end.
+    ///
+    /// Without this call no program is ever started again. Suspects then run in this process, and those
+    /// that have been delivered often, alone.
+    pub async fn isolate(mut self) -> Option<Self> {
+        if isolate::is_child() {
+            isolate::serve(self.registry).await;
+            return None;
+        }
+        self.isolating = true;
+        Some(self)
+    }
+
     /// Connects, declares its queues and begins to take tasks.
     ///
     /// While the broker is merely away it waits; it fails only for what a person must mend.
     pub async fn start(self) -> Result<Running, WorkerError> {
-        let Self { config, registry } = self;
+        let Self { config, registry, isolating } = self;
         let worker = &config.worker;
         let identity = config.identity(worker.name.as_deref());
         let queues = worker.queues.iter().map(QueueName::as_str).collect::<Vec<_>>().join(",");
@@ -104,7 +127,12 @@ impl Worker {
         );
         let signature = Arc::new(signature);
         let settlers: Vec<_> = consumers.iter().map(Consumer::settler).collect();
-        let tasks = TaskTracker::new();
+        let (stop, abort, tasks) =
+            (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+        let isolation = isolating.then(|| Isolation::new(worker.slots));
+        if let Some(isolation) = &isolation {
+            tasks.spawn(Arc::clone(isolation).sweep(abort.clone()));
+        }
         tasks.spawn(
             SettleTask {
                 inbox,
@@ -119,17 +147,19 @@ impl Worker {
             signature,
             lanes,
             inflight,
-            slots: Arc::new(Semaphore::new(worker.slots)),
+            doors: Doors::new(worker.slots, isolation, worker.crash_budget),
             settle,
             task_timeout: worker.task_timeout,
+            kill_grace: worker.kill_grace,
             lease: LeaseTerms {
                 term: worker.lease_term,
                 patience: config.broker.consumer_timeout,
                 link: Some(consume.clone()),
             },
-            stop: CancellationToken::new(),
-            abort: CancellationToken::new(),
+            stop: stop.clone(),
+            abort: abort.clone(),
             attempts: TaskTracker::new(),
+            watchers: TaskTracker::new(),
         });
         let intakes = TaskTracker::new();
         for (queue, consumer) in consumers.into_iter().enumerate() {
@@ -138,8 +168,6 @@ impl Worker {
         intakes.close();
         tasks.close();
         tracing::info!("ready");
-        let stop = pipeline.stop.clone();
-        let abort = pipeline.abort.clone();
         let grace = worker.grace;
         Ok(Running { pipeline, settlers, intakes, tasks, publisher, consume, stop, abort, grace })
     }
@@ -182,10 +210,14 @@ impl Builder {
                 self.add(name, handler);
             }
         }
+        if self.config.worker.builtins && self.config.worker.faults {
+            let (name, handler) = faults::handler()?;
+            self.add(name, handler);
+        }
         match self.problem {
             Some(problem) => Err(problem),
             None if self.registry.names().is_empty() => Err(WorkerError::NoHandler),
-            None => Ok(Worker { config: self.config, registry: self.registry }),
+            None => Ok(Worker { config: self.config, registry: self.registry, isolating: false }),
         }
     }
 
@@ -248,6 +280,11 @@ impl Running {
         lanes.map(|(lane, settler)| (lane.queue.clone(), settler.health())).collect()
     }
 
+    /// Slots that are lost to blocking handlers that go on although their attempts have ended.
+    pub fn lost_slots(&self) -> usize {
+        self.pipeline.doors.slots.lost()
+    }
+
     /// Stops without losing anything. The order matters:
     ///
     /// 1. Intake ends: the broker is told to send no more, and what waits here goes back to it.
@@ -270,6 +307,8 @@ impl Running {
         }
         abort.cancel();
         pipeline.attempts.wait().await;
+        pipeline.watchers.close();
+        pipeline.watchers.wait().await;
         // The last sender goes, so the settling task ends when everything is confirmed.
         drop(pipeline);
         if tokio::time::timeout(FLUSH_GRACE, tasks.wait()).await.is_err() {

@@ -31,13 +31,11 @@ impl CrashRecord {
     /// One crash more: `how` the process of `worker` ended.
     pub fn charged(mut self, at: Timestamp, worker: &str, how: &str) -> Self {
         self.count = self.count.saturating_add(1);
-        if !self.log.is_empty() {
-            self.log.push('\n');
-        }
-        self.log.push_str(&format!("{at} {worker}: {how}"));
+        let line = format!("{at} {worker}: {how}");
+        self.log = if self.log.is_empty() { line } else { format!("{}\n{line}", self.log) };
         while self.log.len() > MAX_LOG_BYTES {
             match self.log.split_once('\n') {
-                Some((_, newer)) => self.log = newer.to_owned(),
+                Some((_, newer)) => self.log = newer.into(),
                 // One line alone that long: a worker may have any name.
                 None => self.log = self.log.chars().take(MAX_LOG_BYTES / 4).collect(),
             }
@@ -54,9 +52,11 @@ impl CrashRecord {
     }
 }
 
-/// Whether a message bears a mark of earlier deliveries or crashes; a cheap look, without decoding.
+/// Whether a message bears a mark of earlier deliveries, crashes or a lapsed lease; a cheap look, without decoding.
 pub fn is_marked(message: &Message) -> bool {
-    message.header(headers::CRASHES).is_some() || deliveries(message) > 0
+    message.header(headers::CRASHES).is_some()
+        || super::lease::has_lapsed(message)
+        || deliveries(message) > 0
 }
 
 /// How often the broker has delivered this very message before.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 /// A whole message: properties, headers, body.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -16,7 +17,7 @@ pub struct Message {
 }
 
 /// AMQP's basic properties. `delivery_mode` is not among them: everything is persistent.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Properties {
     /// MIME type of the body.
     pub content_type: Option<String>,
@@ -44,7 +45,7 @@ pub struct Properties {
 pub type HeaderName = Cow<'static, str>;
 
 /// A header value.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum HeaderValue {
     /// Text.
     Text(String),

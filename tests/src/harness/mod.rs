@@ -12,6 +12,7 @@ mod foreign;
 mod process;
 mod proxy;
 pub(crate) mod raw;
+mod supervisor;
 mod warren;
 
 pub(crate) use amqp::{Amqp, message};
@@ -20,6 +21,7 @@ pub(crate) use eventually::{Soon, eventually, soon};
 pub(crate) use foreign::Foreign;
 pub(crate) use process::{Ended, Process, finish};
 pub(crate) use proxy::Proxy;
+pub(crate) use supervisor::supervise;
 pub(crate) use warren::{Service, Warren};
 
 use std::path::PathBuf;

@@ -18,6 +18,7 @@ use garenne_common::{
 use super::order::{Settlement, Subject, Successor, Then};
 use crate::inflight::DeliveryRef;
 use crate::outcome::Disposition;
+use crate::suspect;
 
 /// An attempt that ended, as settling needs to know it.
 pub struct Ended {
@@ -83,8 +84,9 @@ impl Signature {
                 }
                 self.dead(subject, &letter)
             }
+            Disposition::Again { after } => self.again(ended, subject, after),
             Disposition::Requeue => match &ended.lease {
-                None => Settlement::bare(subject, Successor::HandBack),
+                None => self.hand_back(subject, &ended.message, &task.queue),
                 Some(fence) => self.hand_back_leased(ended, subject, fence),
             },
         }
@@ -129,6 +131,39 @@ impl Signature {
             then: Then::MayReturn,
             notes: vec![lease_note(task, fence, LeaseChange::Released, at)],
             ..Settlement::bare(subject, successor)
+        }
+    }
+
+    /// The order that gives deliveries back to their queue, without a trace on a message that would
+    /// look guilty by it.
+    pub(crate) fn hand_back(
+        &self,
+        subject: Subject,
+        message: &Message,
+        queue: &QueueName,
+    ) -> Settlement {
+        if !suspect::counts_high(message) {
+            return Settlement::bare(subject, Successor::HandBack);
+        }
+        let message = wire::task::for_republish(message);
+        let (outgoing, _) = self.delayed(queue, message, suspect::RENEWAL);
+        let successor = Successor::Message(outgoing);
+        Settlement { then: Then::MayReturn, ..Settlement::bare(subject, successor) }
+    }
+
+    /// The order that sends the same attempt again, under a fresh count of the broker's.
+    fn again(&self, ended: &Ended, subject: Subject, after: Duration) -> Settlement {
+        let (task, at) = (&ended.task, ended.finished_at);
+        let mut message = wire::task::for_republish(&ended.message);
+        let release = ended.lease.as_ref().map(|fence| {
+            wire::lease::set_fence(&mut message, fence.number);
+            lease_note(task, fence, LeaseChange::Released, at)
+        });
+        let (outgoing, _) = self.delayed(&task.queue, message, after);
+        Settlement {
+            then: Then::MayReturn,
+            notes: release.into_iter().collect(),
+            ..Settlement::bare(subject, Successor::Message(outgoing))
         }
     }
 
@@ -177,14 +212,7 @@ impl Signature {
         if let Some(fence) = &ended.lease {
             wire::lease::set_fence(&mut message, fence.number);
         }
-        let (outgoing, after) = match self.topology.delay_route(after) {
-            None => (self.to_tasks(&task.queue, message), Duration::ZERO),
-            Some(route) => {
-                let message = wire::task::with_delay_marks(&message, &route.marks);
-                let routing_key = task.queue.to_string();
-                (Outgoing { exchange: route.exchange, routing_key, message }, route.delay)
-            }
-        };
+        let (outgoing, after) = self.delayed(&task.queue, message, after);
         let release =
             ended.lease.as_ref().map(|fence| lease_note(task, fence, LeaseChange::Released, at));
         let note = Report::Retrying(RetryNote {
@@ -240,6 +268,23 @@ impl Signature {
     ) -> DeadLetter {
         let letter = DeadLetter::new(message, queue.as_str(), reason, error, &self.worker);
         DeadLetter { at, ..letter }
+    }
+
+    /// The way that a message takes that is to arrive after a while, and how long that is.
+    fn delayed(
+        &self,
+        queue: &QueueName,
+        message: Message,
+        after: Duration,
+    ) -> (Outgoing, Duration) {
+        match self.topology.delay_route(after) {
+            None => (self.to_tasks(queue, message), Duration::ZERO),
+            Some(route) => {
+                let message = wire::task::with_delay_marks(&message, &route.marks);
+                let routing_key = queue.to_string();
+                (Outgoing { exchange: route.exchange, routing_key, message }, route.delay)
+            }
+        }
     }
 
     fn to_tasks(&self, queue: &QueueName, message: Message) -> Outgoing {

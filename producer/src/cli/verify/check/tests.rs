@@ -1,7 +1,7 @@
 //! Each breach is found in evidence that is sound but for it, and sound evidence has none.
 
 use super::*;
-use garenne_common::wire::{Notice, Payload, TaskSummary};
+use garenne_common::wire::{LetterState, Notice, Payload, TaskSummary};
 use garenne_common::{BatchId, Codec, QueueName, TaskName, Timestamp};
 
 use super::super::mix::Unit;
@@ -183,6 +183,14 @@ fn letter(mix: Mix, n: u64) -> DeadSummary {
         at: Timestamp::from_millis(2),
         body_bytes: 1,
         args: Some(mix.job(n).arguments()),
+        batch: None,
+        state: LetterState::Dead,
+        started_at: None,
+        replay_of: None,
+        replays: 0,
+        replayed_as: None,
+        replayed_at: None,
+        message: None,
     }
 }
 
