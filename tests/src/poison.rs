@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use garenne_common::broker::{Consumer, ConsumerSpec, Link, QueueSource};
 use garenne_common::wire::HeaderValue;
 use garenne_common::{DeadReason, QueueName, RetryPolicy, Status};
@@ -27,8 +28,10 @@ fn crash(args: Value) -> Submission<Value> {
     Submission::dynamic("garenne.crash", args).unwrap().retry_policy(QUICK)
 }
 
-/// One in so many tasks aborts its process, under three workers that are started again when they die;
-/// whether it all ended as it should, and how long it took.
+/// One in so many tasks aborts its process, under three workers that are started again when they die.
+///
+/// All of them wait already when the workers start; checks that each ends as it should, and answers how
+/// long that took.
 pub(crate) async fn measure(
     tasks: u32,
     one_in: Option<u32>,
@@ -37,37 +40,35 @@ pub(crate) async fn measure(
 ) -> Duration {
     let warren = Warren::new().await;
     let _collector = warren.collector().start().await;
+    let producer = warren.producer().await;
+    let batch = producer.batch().await.unwrap();
+    let is_poison = |number: u32| one_in.is_some_and(|one_in| number % one_in == one_in / 2);
+    let submissions = (0..tasks).map(async |number| {
+        let task = if is_poison(number) {
+            crash(json!({ "how": "abort" }))
+        } else {
+            Submission::dynamic("garenne.sleep", json!({ "millis": millis })).unwrap()
+        };
+        batch.submit_detached(task.retry_policy(QUICK)).await.unwrap();
+    });
+    futures_util::stream::iter(submissions).buffer_unordered(100).collect::<()>().await;
+    let sealed = batch.seal().await.unwrap();
+    let begun = tokio::time::Instant::now();
     let workers = supervise(3, |number| {
         let name = format!("w{number}");
         worker(&warren, &name).set("worker.slots", slots).set("worker.lookahead", slots)
     });
-    let work = async {
-        let producer = warren.producer().await;
-        let begun = tokio::time::Instant::now();
-        let batch = producer.batch().await.unwrap();
-        let mut poison: u64 = 0;
-        for number in 0..tasks {
-            let task = if one_in.is_some_and(|one_in| number % one_in == one_in / 2) {
-                poison += 1;
-                crash(json!({ "how": "abort" }))
-            } else {
-                Submission::dynamic("garenne.sleep", json!({ "millis": millis })).unwrap()
-            };
-            batch.submit_detached(task.retry_policy(QUICK)).await.unwrap();
-        }
-        let sealed = batch.seal().await.unwrap();
-        let summary = sealed.wait().within(10 * PATIENCE, "all tasks end").await.unwrap();
-        let took = begun.elapsed();
-        let (total, good) = (u64::from(tasks), u64::from(tasks) - poison);
-        assert_eq!((summary.total, summary.succeeded, summary.failed), (Some(total), good, poison));
-        let reasons: Vec<String> = warren.rows("SELECT DISTINCT reason FROM dead_letters");
-        assert!(reasons.iter().all(|reason| reason == "crashed"), "{reasons:?}");
-        took
-    };
-    tokio::select! {
+    let summary = tokio::select! {
         () = workers => unreachable!("the supervisor never ends"),
-        took = work => took,
-    }
+        summary = sealed.wait().within(10 * PATIENCE, "all tasks end") => summary.unwrap(),
+    };
+    let took = begun.elapsed();
+    let poison = u64::try_from((0..tasks).filter(|number| is_poison(*number)).count()).unwrap();
+    let (total, good) = (u64::from(tasks), u64::from(tasks) - poison);
+    assert_eq!((summary.total, summary.succeeded, summary.failed), (Some(total), good, poison));
+    let reasons: Vec<String> = warren.rows("SELECT DISTINCT reason FROM dead_letters");
+    assert!(reasons.iter().all(|reason| reason == "crashed"), "{reasons:?}");
+    took
 }
 
 #[tokio::test(flavor = "multi_thread")]
