@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use garenne_common::broker::{Consumer, ConsumerSpec, Link, QueueSource};
-use garenne_common::wire::HeaderValue;
+use garenne_common::wire::{HeaderValue, TaskState};
 use garenne_common::{DeadReason, QueueName, RetryPolicy, Status};
 use garenne_producer::Submission;
 use nix::sys::signal::Signal;
@@ -132,7 +132,7 @@ async fn the_evidence_is_shown_and_other_ends_have_their_names() {
             assert!(shown.contains(part), "{part}: {shown}");
         }
         let state = producer.task_state(&id).await.unwrap();
-        assert!(matches!(state, garenne_common::wire::TaskState::Finished { .. }), "{state:?}");
+        assert!(matches!(state, TaskState::Finished { .. }), "{state:?}");
     }
 }
 
@@ -148,6 +148,36 @@ async fn a_task_that_recovers_from_its_crashes_succeeds() {
     let result = amqp.results().await.result().within(PATIENCE, "it recovers").await;
     assert_eq!((result.status, result.attempt), (Status::Succeeded, 1));
     assert_eq!(result.output.unwrap().to_json_value(), json!({ "crashes": 2 }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_under_a_lease_is_charged_like_any_other() {
+    let warren = Warren::new().await;
+    let _collector = warren.collector().start().await;
+    let amqp = warren.amqp().await;
+    for (id, times) in [("recovers", 2), ("never", 99)] {
+        let args = json!({ "how": "abort", "times": times });
+        let mut task = message("garenne.crash", id, &args);
+        task.set_header("x-garenne-crashes", HeaderValue::Int(1));
+        task.set_header("x-garenne-retry-base-ms", HeaderValue::Int(50));
+        amqp.task(task).await;
+    }
+    // Any time limit is too long for that.
+    let _worker = worker(&warren, "w").set("broker.consumer_timeout", "1s").start().await;
+    let producer = warren.producer().await;
+    for (id, expected) in [("recovers", None), ("never", Some(DeadReason::Crashed))] {
+        let id = garenne_common::TaskId::new(id).unwrap();
+        let result = eventually(PATIENCE, "it has ended", async || {
+            match producer.task_state(&id).await.unwrap() {
+                TaskState::Finished { result } => Some(result),
+                _ => None,
+            }
+        })
+        .await;
+        assert_eq!((result.reason, result.attempt), (expected, 1), "{result:?}");
+    }
+    let leases: Vec<String> = warren.rows("SELECT id FROM leases");
+    assert!(leases.is_empty(), "{leases:?}");
 }
 
 /// The processes that a process has started, by their parent in `/proc`.

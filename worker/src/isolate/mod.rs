@@ -55,8 +55,11 @@ pub(crate) struct Isolation {
     idle: Mutex<Vec<Process>>,
 }
 
-/// The right to use one child process.
-pub(crate) type PlaceInChild = OwnedSemaphorePermit;
+/// The right to use one child process, and the process, unless it could not be started.
+pub(crate) struct Place {
+    turn: OwnedSemaphorePermit,
+    process: Option<Process>,
+}
 
 impl Isolation {
     /// For a worker with so many slots: two children per core at most, since each is a whole process.
@@ -66,9 +69,15 @@ impl Isolation {
         Arc::new(Self { places: Arc::new(Semaphore::new(places)), idle: Mutex::default() })
     }
 
-    /// Waits for its turn. `None` never happens while this lives.
-    pub(crate) async fn place(&self) -> Option<PlaceInChild> {
-        Arc::clone(&self.places).acquire_owned().await.ok()
+    /// Waits for its turn and for a child that is ready: starting one must not use up an attempt's
+    /// time. `None` never happens while this lives.
+    pub(crate) async fn place(&self) -> Option<Place> {
+        let turn = Arc::clone(&self.places).acquire_owned().await.ok()?;
+        let process = self.process().await;
+        if let Err(error) = &process {
+            tracing::error!(%error, "no child process for an isolated attempt");
+        }
+        Some(Place { turn, process: process.ok() })
     }
 
     /// Ends children that have nothing to do, until `stop`, and then all of them.
@@ -113,7 +122,7 @@ pub(crate) struct Isolated {
     pub(crate) record: CrashRecord,
     pub(crate) budget: u32,
     /// Taken by the one attempt.
-    pub(crate) place: Mutex<Option<PlaceInChild>>,
+    pub(crate) place: Mutex<Option<Place>>,
 }
 
 impl Handler for Isolated {
@@ -122,8 +131,9 @@ impl Handler for Isolated {
         let budget = self.budget;
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).take();
         Box::pin(async move {
-            let _held = (slot, place);
-            attempt(&isolation, &context).await.map_err(|end| match end {
+            let _slot = slot;
+            let (process, _turn) = place.map(|place| (place.process, place.turn)).unzip();
+            attempt(&isolation, process.flatten(), &context).await.map_err(|end| match end {
                 End::Fault(fault) => fault,
                 End::Died(how) => {
                     let record = record.charged(Timestamp::now(), context.worker(), &how);
@@ -145,10 +155,18 @@ enum End {
     Died(String),
 }
 
-async fn attempt(isolation: &Isolation, context: &Context) -> Result<Payload, End> {
+async fn attempt(
+    isolation: &Isolation,
+    mut ready: Option<Process>,
+    context: &Context,
+) -> Result<Payload, End> {
     let order = Order::Run(Box::new(job(context)));
     for _ in 0..STARTS {
-        let begun = begin(isolation, &order, &context.task().args.bytes).await;
+        let process = match ready.take() {
+            Some(process) => Ok(process),
+            None => isolation.process().await,
+        };
+        let begun = begin(process, &order, &context.task().args.bytes).await;
         let mut process = match begun {
             Ok(process) => process,
             Err(error) => {
@@ -185,8 +203,12 @@ fn job(context: &Context) -> Job {
 }
 
 /// Hands the task to a child and waits until that has begun with it.
-async fn begin(isolation: &Isolation, order: &Order, args: &[u8]) -> std::io::Result<Process> {
-    let mut process = isolation.process().await?;
+async fn begin(
+    process: std::io::Result<Process>,
+    order: &Order,
+    args: &[u8],
+) -> std::io::Result<Process> {
+    let mut process = process?;
     process.tell(order, args).await?;
     match process.next().await? {
         (Answer::Started, _) => Ok(process),
