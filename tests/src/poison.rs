@@ -176,7 +176,7 @@ async fn a_crash_under_a_lease_is_charged_like_any_other() {
         .await;
         assert_eq!((result.reason, result.attempt), (expected, 1), "{result:?}");
     }
-    let leases: Vec<String> = warren.rows("SELECT id FROM leases");
+    let leases: Vec<String> = warren.rows("SELECT id FROM leases WHERE state = 'held'");
     assert!(leases.is_empty(), "{leases:?}");
 }
 
