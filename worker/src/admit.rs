@@ -5,7 +5,7 @@ use std::sync::Arc;
 use garenne_common::{TaskMessage, TaskName};
 
 use crate::guard::{self, Verdict};
-use crate::inflight::{Begin, Inflight};
+use crate::inflight::{Begin, Inflight, Key};
 use crate::settle::{Arrival, Settlement, Signature, Subject, Successor};
 
 /// What becomes of a delivery; `H` is how the caller names a handler.
@@ -35,7 +35,7 @@ pub fn admit<H>(
             return settle(signature.refusal(arrival, reason, &error));
         }
     };
-    match inflight.begin(&(task.id.clone(), task.attempt), delivery) {
+    match inflight.begin(&Key::of(&task, message), delivery) {
         Begin::Run => Admission::Run(task, handler),
         Begin::Adopted => {
             tracing::info!(id = %task.id, "adopted a redelivery");

@@ -8,14 +8,36 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, PoisonError};
 
-use garenne_common::TaskId;
 use garenne_common::broker::DeliveryTag;
+use garenne_common::wire::Message;
+use garenne_common::wire::lease::fence_of;
+use garenne_common::{TaskId, TaskMessage};
 
 /// How many settled attempts are remembered: more than prefetch ever allows to be under way.
 const REMEMBERED: usize = 16_384;
 
-/// An attempt of a task.
-pub type Key = (TaskId, u32);
+/// An attempt of a task, as one message asks for it.
+///
+/// The fence is that of the message: an attempt that is asked for again after its lease has lapsed is
+/// another one, and must run although the first was, or is being, run here.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// Which task.
+    pub id: TaskId,
+    /// Which attempt of it.
+    pub attempt: u32,
+    /// The last execution under a lease that the message knows of.
+    pub fence: u64,
+}
+
+impl Key {
+    /// What this message asks for.
+    pub fn of(task: &TaskMessage, message: &Message) -> Self {
+        // What cannot be read counts as none, as it does where an execution begins.
+        let fence = fence_of(message).unwrap_or(0);
+        Self { id: task.id.clone(), attempt: task.attempt, fence }
+    }
+}
 
 /// A delivery of one of the worker's queues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +138,10 @@ impl Inflight {
 mod tests {
     use super::*;
 
+    fn key() -> Key {
+        Key { id: TaskId::generate(), attempt: 1, fence: 0 }
+    }
+
     fn delivery(epoch: u64) -> DeliveryRef {
         DeliveryRef { queue: 0, tag: DeliveryTag { epoch, number: 1 } }
     }
@@ -123,7 +149,7 @@ mod tests {
     #[test]
     fn a_redelivery_of_what_runs_is_adopted_and_settled_with_it() {
         let inflight = Inflight::default();
-        let key = (TaskId::generate(), 1);
+        let key = key();
         assert_eq!(inflight.begin(&key, delivery(1)), Begin::Run);
         assert_eq!(inflight.begin(&key, delivery(2)), Begin::Adopted);
         assert_eq!(inflight.settled(&key), [delivery(1), delivery(2)]);
@@ -133,15 +159,18 @@ mod tests {
     #[test]
     fn another_attempt_is_another_thing() {
         let inflight = Inflight::default();
-        let id = TaskId::generate();
-        inflight.settled(&(id.clone(), 1));
-        assert_eq!(inflight.begin(&(id, 2), delivery(1)), Begin::Run);
+        let key = key();
+        inflight.settled(&key);
+        let next = Key { attempt: 2, ..key.clone() };
+        assert_eq!(inflight.begin(&next, delivery(1)), Begin::Run);
+        let lapsed = Key { fence: 1, ..key };
+        assert_eq!(inflight.begin(&lapsed, delivery(2)), Begin::Run);
     }
 
     #[test]
     fn what_the_collector_has_is_acknowledged_while_it_runs_on() {
         let inflight = Inflight::default();
-        let key = (TaskId::generate(), 1);
+        let key = key();
         inflight.begin(&key, delivery(1));
         assert_eq!(inflight.handed_over(&key), [delivery(1)]);
         assert_eq!(inflight.begin(&key, delivery(2)), Begin::Settled);
@@ -151,7 +180,7 @@ mod tests {
     #[test]
     fn what_was_handed_back_may_come_again() {
         let inflight = Inflight::default();
-        let key = (TaskId::generate(), 1);
+        let key = key();
         inflight.begin(&key, delivery(1));
         assert_eq!(inflight.forgotten(&key), [delivery(1)]);
         assert_eq!(inflight.begin(&key, delivery(1)), Begin::Run);
@@ -161,7 +190,7 @@ mod tests {
     fn the_memory_is_bounded() {
         let inflight = Inflight::default();
         for _ in 0..REMEMBERED + 10 {
-            inflight.settled(&(TaskId::generate(), 1));
+            inflight.settled(&key());
         }
         assert_eq!(inflight.lock().settled.len(), REMEMBERED);
     }

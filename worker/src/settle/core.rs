@@ -72,6 +72,8 @@ pub(super) struct Claim {
 #[derive(Debug)]
 struct Published {
     claims: Vec<Claim>,
+    /// Said when it is confirmed: a note that a task has gone on must not outlive the message.
+    notes: Vec<Report>,
     is_bundle: bool,
 }
 
@@ -124,16 +126,20 @@ impl SettleCore {
         if let Some((to, report)) = reply {
             self.reply(to, report, actions);
         }
-        for note in notes {
-            self.bundle.add(note);
-        }
         match successor {
             Successor::Result(report) => {
+                self.add(notes);
                 self.bundle.add(report);
                 self.bundle.claims.push(claim);
             }
-            Successor::Message(outgoing) => self.publish(outgoing, vec![claim], false, actions),
-            Successor::Confirmed => self.acknowledge([claim], actions),
+            Successor::Message(outgoing) => {
+                let claims = vec![claim];
+                self.publish(outgoing, Published { claims, notes, is_bundle: false }, actions);
+            }
+            Successor::Confirmed => {
+                self.add(notes);
+                self.acknowledge([claim], actions);
+            }
             Successor::HandBack => self.hand_back(&claim.subject, actions),
         }
     }
@@ -158,7 +164,9 @@ impl SettleCore {
         match wire::report::encode(&reports, &self.worker) {
             Ok(message) => {
                 let (exchange, routing_key) = (self.results.clone(), self.results.clone());
-                self.publish(Outgoing { exchange, routing_key, message }, claims, true, actions);
+                let outgoing = Outgoing { exchange, routing_key, message };
+                let published = Published { claims, notes: vec![], is_bundle: true };
+                self.publish(outgoing, published, actions);
             }
             // Plain data always encodes; if it ever does not, the tasks come again elsewhere.
             Err(error) => {
@@ -172,11 +180,15 @@ impl SettleCore {
 
     /// The broker's word on a successor. [`flush`](Self::flush) must follow.
     pub fn answered(&mut self, ticket: Ticket, answer: Answer, actions: &mut Vec<Action>) {
-        let Some(Published { claims, is_bundle }) = self.published.remove(&ticket) else { return };
+        let Some(published) = self.published.remove(&ticket) else { return };
+        let Published { claims, notes, is_bundle } = published;
         self.claims_under_way -= claims.len();
         self.bundles_under_way -= usize::from(is_bundle);
         match answer {
-            Answer::Confirmed => self.acknowledge(claims, actions),
+            Answer::Confirmed => {
+                self.add(notes);
+                self.acknowledge(claims, actions);
+            }
             // No successor, no acknowledgement: the broker delivers the tasks again.
             Answer::Unknown => {}
             Answer::Impossible => {
@@ -209,19 +221,19 @@ impl SettleCore {
         }
     }
 
+    fn add(&mut self, notes: Vec<Report>) {
+        for note in notes {
+            self.bundle.add(note);
+        }
+    }
+
     /// Publishes a successor; its confirm settles the claims.
-    fn publish(
-        &mut self,
-        outgoing: Outgoing,
-        claims: Vec<Claim>,
-        is_bundle: bool,
-        actions: &mut Vec<Action>,
-    ) {
+    fn publish(&mut self, outgoing: Outgoing, published: Published, actions: &mut Vec<Action>) {
         self.last_ticket += 1;
         let ticket = Ticket(self.last_ticket);
-        self.claims_under_way += claims.len();
-        self.bundles_under_way += usize::from(is_bundle);
-        self.published.insert(ticket, Published { claims, is_bundle });
+        self.claims_under_way += published.claims.len();
+        self.bundles_under_way += usize::from(published.is_bundle);
+        self.published.insert(ticket, published);
         actions.push(Action::Publish { ticket, outgoing });
     }
 

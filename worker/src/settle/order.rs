@@ -50,7 +50,7 @@ pub struct Settlement {
     pub successor: Successor,
     /// What that means for the attempt.
     pub then: Then,
-    /// For the collector, not waited for.
+    /// For the collector, said when the successor is confirmed; nothing waits for them.
     pub notes: Vec<Report>,
     /// For whoever asked for the result itself; best effort and never part of settling.
     pub reply: Option<(ReplyTo, Report)>,

@@ -16,7 +16,7 @@ use garenne_common::{
 };
 
 use super::order::{Settlement, Subject, Successor, Then};
-use crate::inflight::DeliveryRef;
+use crate::inflight::{DeliveryRef, Key};
 use crate::outcome::Disposition;
 use crate::suspect;
 
@@ -61,7 +61,7 @@ impl Signature {
     /// Turns a disposition into the order that carries it out; does nothing yet.
     pub fn settlement(&self, ended: &Ended, disposition: Disposition) -> Settlement {
         let task = &ended.task;
-        let subject = Subject::Attempt((task.id.clone(), task.attempt));
+        let subject = Subject::Attempt(Key::of(task, &ended.message));
         match disposition {
             Disposition::Complete(output) => {
                 let result = self.result(ended, output);
@@ -110,7 +110,7 @@ impl Signature {
         };
         let (results, message) = (self.topology.results(), lease.encode());
         let outgoing = Outgoing { exchange: results.clone(), routing_key: results, message };
-        let subject = Subject::Attempt((task.id.clone(), task.attempt));
+        let subject = Subject::Attempt(Key::of(task, &lease.message));
         let successor = Successor::Message(outgoing);
         Settlement { then: Then::RunsOn, ..Settlement::bare(subject, successor) }
     }

@@ -2,11 +2,11 @@
 
 use garenne_common::broker::DeliveryTag;
 use garenne_common::{
-    Codec, Namespace, Payload, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp,
+    BatchId, Codec, Namespace, Payload, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp,
 };
 
 use super::*;
-use crate::inflight::Begin;
+use crate::inflight::{Begin, Key};
 
 /// A core with one queue, and what it wants done.
 struct Desk {
@@ -55,8 +55,8 @@ impl Desk {
     }
 }
 
-fn key(id: &str) -> (TaskId, u32) {
-    (TaskId::new(id).unwrap(), 1)
+fn key(id: &str) -> Key {
+    Key { id: TaskId::new(id).unwrap(), attempt: 1, fence: 0 }
 }
 
 fn result(id: &str) -> Successor {
@@ -138,6 +138,20 @@ fn what_is_no_result_does_not_wait_for_a_bundle() {
     desk.settle("b", result("b"));
     let ticket = published(&desk.settle("c", message()), "g.delay.00");
     assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(3, false)]);
+}
+
+#[test]
+fn what_is_said_of_a_successor_is_said_when_it_is_confirmed() {
+    let mut desk = Desk::new();
+    desk.begin("a");
+    let batch = BatchId::new("b").unwrap();
+    let note = Report::BatchSealed { batch, count: 1, at: Timestamp::from_millis(1) };
+    let retry = Settlement::bare(Subject::Attempt(key("a")), message());
+    let actions = desk.settle_all([Settlement { notes: vec![note], ..retry }]);
+    let ticket = published(&actions, "g.delay.00");
+    let actions = desk.answer(ticket, Answer::Confirmed);
+    assert_eq!(acked(&actions), [(1, false)]);
+    published(&actions[1..], "g.results");
 }
 
 #[test]
