@@ -41,6 +41,7 @@ mod retry_and_delay;
 mod round_trip;
 mod several_urls;
 mod shutdown;
+mod simulation;
 #[cfg(feature = "soak")]
 mod soak;
 mod tidy;

@@ -1,0 +1,302 @@
+//! A worker process: the real decisions of `garenne_worker::protocol`, and a driver that may be
+//! interrupted between any two of its actions.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use garenne_common::broker::Outgoing;
+use garenne_common::wire::lease::next_fence;
+use garenne_common::wire::{Fence, HeaderValue, Message};
+use garenne_common::{QueueName, TaskId, TaskMessage, TaskName, Timestamp};
+use garenne_worker::protocol::{
+    Action, Admission, Answer, Arrival, DeliveryRef, Ended, Inflight, Key, Lane, SettleCore,
+    Settlement, Signature, Subject, Successor, Ticket, admit,
+};
+use garenne_worker::{Disposition, Outcome, decide};
+
+use super::books::verify;
+use super::channel::Delivery;
+use super::collector::LEASE_TERM;
+use super::env::Env;
+use super::mutation::Mutation;
+use super::script::{MAX_ATTEMPTS, Script, id_of};
+
+const QUEUES: [&str; 2] = ["default", "cpu"];
+const SETTLED_AT_ONCE: usize = 4;
+
+pub(super) struct Worker {
+    pub(super) name: String,
+    pub(super) up: bool,
+    pub(super) stopping: bool,
+    /// One for each queue.
+    pub(super) consumers: Vec<usize>,
+    pub(super) publisher: usize,
+    lanes: Arc<Vec<Lane>>,
+    inflight: Arc<Inflight>,
+    signature: Signature,
+    core: SettleCore,
+    slots: usize,
+    running: Vec<Running>,
+    inbox: VecDeque<Settlement>,
+    answers: VecDeque<(Ticket, Answer)>,
+    todo: VecDeque<Action>,
+    tickets: HashMap<u64, Ticket>,
+    /// What this process has run, which it must not run again.
+    seen: HashSet<Key>,
+    /// What the broker wrote on messages, for [`Mutation::KeepDeathMarks`].
+    deaths: HashMap<String, HeaderValue>,
+}
+
+struct Running {
+    task: Arc<TaskMessage>,
+    message: Message,
+    redelivered: bool,
+    started_at: Timestamp,
+    lease: Option<Fence>,
+}
+
+impl Worker {
+    pub(super) fn start(env: &mut Env, name: String, script: &Script) -> Self {
+        let names = QUEUES.map(|name| QueueName::new(name).unwrap());
+        let share = script.prefetch;
+        let queues = names.iter().map(|name| env.topology.task_queue(name)).collect::<Vec<_>>();
+        let consumers = queues.iter().map(|queue| env.consume(queue, share)).collect();
+        let lanes = Arc::new(names.into_iter().map(Lane::new).collect::<Vec<_>>());
+        let inflight = Arc::<Inflight>::default();
+        let topology = (*env.topology).clone();
+        let signature = Signature { topology, worker: Arc::from(name.as_str()) };
+        let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);
+        Self {
+            name,
+            up: true,
+            stopping: false,
+            consumers,
+            publisher: env.publisher(),
+            lanes,
+            inflight,
+            signature,
+            core,
+            slots: script.slots,
+            running: vec![],
+            inbox: VecDeque::new(),
+            answers: VecDeque::new(),
+            todo: VecDeque::new(),
+            tickets: HashMap::new(),
+            seen: HashSet::new(),
+            deaths: HashMap::new(),
+        }
+    }
+
+    /// Does one small thing, or the broker does one for it; `false` if there is nothing to do.
+    pub(super) fn step(&mut self, env: &mut Env) -> Result<bool, String> {
+        let first = env.random.usize(..9);
+        for turn in (0..9).map(|n| (first + n) % 9) {
+            let done = match turn {
+                0 | 1 => self.receive(turn, env)?,
+                2 => self.end_attempt(env),
+                3 | 4 => self.drive(env),
+                5 | 6 => env.serve_consumer(self.consumers[turn - 5])?,
+                7 => env.serve_publisher(self.publisher)?,
+                _ => self.hear(env),
+            };
+            if done {
+                return Ok(true);
+            }
+        }
+        Ok(self.stopping && self.leave(env))
+    }
+
+    fn receive(&mut self, queue: usize, env: &mut Env) -> Result<bool, String> {
+        if self.running.len() >= self.slots && !self.stopping {
+            return Ok(false);
+        }
+        let Some(delivery) = env.broker.consumers[self.consumers[queue]].inbound.pop_front() else {
+            return Ok(false);
+        };
+        let at = DeliveryRef { queue, tag: delivery.tag };
+        self.lanes[queue].delivered(at.tag);
+        if self.stopping {
+            let acks = env.is(Mutation::DrainAcks);
+            let successor = if acks { Successor::Confirmed } else { Successor::HandBack };
+            self.inbox.push_back(Settlement::bare(Subject::Delivery(at), successor));
+            return Ok(true);
+        }
+        self.admit(at, delivery, env)?;
+        Ok(true)
+    }
+
+    fn admit(&mut self, at: DeliveryRef, delivery: Delivery, env: &mut Env) -> Result<(), String> {
+        let Delivery { message, redelivered, .. } = delivery;
+        let message = Arc::unwrap_or_clone(message);
+        let queue = &self.lanes[at.queue].queue;
+        let arrival = Arrival { delivery: at, message: &message, queue, at: env.at() };
+        let find = |name: &TaskName| (name.as_str() == "sim.work").then_some(());
+        if env.is(Mutation::NoAdoption) {
+            self.forget(&message);
+        }
+        match admit(arrival, find, &self.inflight, &self.signature) {
+            Admission::Run(task, ()) => {
+                let key = Key::of(&task, &message);
+                env.note(|env| format!("{} runs {}", self.name, env.books.label(&key)));
+                env.books.runs(&task.id, task.attempt, env.now)?;
+                verify(self.seen.insert(key.clone()), || format!("P8: {key:?} runs again here"))?;
+                if let Some(marks) = message.header("x-death") {
+                    self.deaths.insert(task.id.to_string(), marks.clone());
+                }
+                let leased = env.books.work(&task.id).is_some_and(|work| work.leased);
+                let lease = leased.then(|| Fence::begin(next_fence(&message).unwrap_or(1)));
+                if let Some(fence) = &lease {
+                    self.inbox.push_back(self.signature.lease(&task, &message, fence, LEASE_TERM));
+                }
+                let started_at = env.at();
+                self.running.push(Running { task, message, redelivered, started_at, lease });
+            }
+            Admission::Adopted => {}
+            Admission::Settle(settlement) => self.inbox.push_back(*settlement),
+        }
+        Ok(())
+    }
+
+    fn forget(&self, message: &Message) {
+        let Some(id) = id_of(message).and_then(|id| TaskId::new(id).ok()) else { return };
+        for attempt in 1..=MAX_ATTEMPTS {
+            self.inflight.forgotten(&Key { id: id.clone(), attempt, fence: 0 });
+        }
+    }
+
+    fn end_attempt(&mut self, env: &mut Env) -> bool {
+        if self.running.is_empty() {
+            return false;
+        }
+        let place = env.random.usize(..self.running.len());
+        if let Running { task, lease: Some(fence), .. } = &self.running[place]
+            && env.random.u8(..4) == 0
+        {
+            self.inbox.push_back(Signature::renewal(task, fence, env.at()));
+            return true;
+        }
+        let Running { task, message, redelivered, started_at, lease } =
+            self.running.swap_remove(place);
+        // The grace period of a stopping worker may be over.
+        let interrupted = self.stopping && env.random.bool();
+        if interrupted && lease.is_some() {
+            env.books.may_double(&message);
+        }
+        let work = env.books.work(&task.id);
+        let outcome = match work.filter(|_| !interrupted) {
+            Some(work) => work.outcome(task.attempt),
+            None => Outcome::Interrupted,
+        };
+        let jitter = env.random.f64();
+        let disposition = decide(outcome, task.attempt, &task.options.retry, jitter);
+        if let Disposition::Retry { after, .. } = &disposition {
+            let until = env.at().plus(*after).as_millis();
+            env.books.waits(&task.id, task.attempt + 1, until);
+        }
+        let key = Key::of(&task, &message);
+        env.note(|env| format!("{} ended {}", self.name, env.books.label(&key)));
+        let finished_at = env.at();
+        let ended = Ended { task, message, redelivered, started_at, finished_at, lease };
+        self.inbox.push_back(self.signature.settlement(&ended, disposition));
+        true
+    }
+
+    /// One turn of the settling task: carries out an action, or asks the core for more of them.
+    fn drive(&mut self, env: &mut Env) -> bool {
+        if let Some(action) = self.todo.pop_front() {
+            self.carry_out(action, env);
+            return true;
+        }
+        let mut actions = vec![];
+        if let Some((ticket, answer)) = self.answers.pop_front() {
+            self.core.answered(ticket, answer, &mut actions);
+        } else if self.inbox.is_empty() {
+            return false;
+        } else {
+            let many = env.random.usize(1..=self.inbox.len().min(SETTLED_AT_ONCE));
+            for settlement in self.inbox.drain(..many) {
+                self.core.settle(settlement, &mut actions);
+            }
+        }
+        self.core.flush(&mut actions);
+        self.todo.extend(actions);
+        true
+    }
+
+    fn carry_out(&mut self, action: Action, env: &mut Env) {
+        match action {
+            Action::Publish { ticket, outgoing } => {
+                let outgoing = self.spoil(outgoing, env);
+                let number = env.send(self.publisher, outgoing);
+                if env.is(Mutation::AckBeforeConfirm) {
+                    self.answers.push_back((ticket, Answer::Confirmed));
+                } else {
+                    self.tickets.insert(number, ticket);
+                }
+            }
+            Action::Reply(_) => {}
+            Action::Acknowledge { lane, ack } => {
+                let multiple = ack.multiple || env.is(Mutation::AckTooMuch);
+                let check = !env.is(Mutation::NoEpochCheck);
+                env.broker.consumers[self.consumers[lane]].ack(ack.tag, multiple, check);
+            }
+            Action::HandBack(at) => {
+                env.broker.consumers[self.consumers[at.queue]].requeue(at.tag);
+            }
+        }
+    }
+
+    /// Plants the mistakes that are made in publishing.
+    fn spoil(&self, mut outgoing: Outgoing, env: &Env) -> Outgoing {
+        let message = &mut outgoing.message;
+        let is_task = message.header("x-garenne-attempt").is_some()
+            && outgoing.exchange != env.topology.dead();
+        if is_task && env.is(Mutation::SameAttemptAgain) {
+            message.set_header("x-garenne-attempt", HeaderValue::Int(1));
+        }
+        let marks = id_of(message).and_then(|id| self.deaths.get(id)).cloned();
+        if let Some(marks) = marks.filter(|_| is_task && env.is(Mutation::KeepDeathMarks)) {
+            message.set_header("x-death", marks);
+        }
+        outgoing
+    }
+
+    fn hear(&mut self, env: &mut Env) -> bool {
+        let Some(number) = env.confirm(self.publisher) else { return false };
+        if let Some(ticket) = self.tickets.remove(&number) {
+            self.answers.push_back((ticket, Answer::Confirmed));
+        }
+        true
+    }
+
+    /// Ends a worker that was told to stop and has nothing left to do.
+    fn leave(&mut self, env: &mut Env) -> bool {
+        let links = self.consumers.iter().all(|consumer| env.broker.consumers[*consumer].is_idle());
+        let work = self.running.is_empty() && self.inbox.is_empty() && self.todo.is_empty();
+        if !links || !work || !self.core.is_idle() {
+            return false;
+        }
+        env.note(|_| format!("{} leaves", self.name));
+        self.consumers.iter().for_each(|consumer| env.lose_consumer(*consumer, true));
+        self.up = false;
+        true
+    }
+
+    /// The channels of the connection that publishes end; what was sent goes again.
+    pub(super) fn lose_publisher(&mut self, env: &mut Env) -> Result<(), String> {
+        env.lose_publisher(self.publisher)?;
+        if env.is(Mutation::LostConfirmCounts) {
+            let tickets = self.tickets.drain().map(|(_, ticket)| (ticket, Answer::Confirmed));
+            self.answers.extend(tickets);
+        }
+        Ok(())
+    }
+
+    /// The process dies.
+    pub(super) fn kill(&mut self, env: &mut Env) -> Result<(), String> {
+        env.lose_publisher(self.publisher)?;
+        self.consumers.iter().for_each(|consumer| env.lose_consumer(*consumer, true));
+        self.up = false;
+        Ok(())
+    }
+}
