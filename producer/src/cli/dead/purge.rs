@@ -13,7 +13,8 @@ const EXAMPLES: &str = "\
 Examples:
   garenne dead purge 0192f0c1-…
   garenne dead purge --until 7days --dry-run
-  garenne dead export --until 7days --file old.jsonl && garenne dead purge --until 7days --yes
+  garenne dead export --until 7days --file old.jsonl \\
+    && garenne dead purge --until 7days --yes
 
 The letters are deleted; that their tasks failed stays on record, and batches
 keep their counts. A task that no worker knew (unknown_task) has no such record
