@@ -15,7 +15,7 @@ use crate::handler::{AsyncHandler, BlockingHandler, Handler};
 use crate::outcome::TaskError;
 
 /// A handler and the name that finds it.
-type Named = (TaskName, Arc<dyn Handler>);
+pub(crate) type Named = (TaskName, Arc<dyn Handler>);
 
 /// All built-in handlers.
 pub(crate) fn handlers() -> Result<Vec<Named>, InvalidName> {

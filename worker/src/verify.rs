@@ -16,12 +16,13 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 
+use crate::builtin::Named;
 use crate::context::Context;
-use crate::handler::{AsyncHandler, BlockingHandler, Handler};
+use crate::handler::{AsyncHandler, BlockingHandler};
 use crate::outcome::TaskError;
 
 /// The handlers, all with one ledger.
-pub(crate) fn handlers(address: &str) -> Result<Vec<(TaskName, Arc<dyn Handler>)>, InvalidName> {
+pub(crate) fn handlers(address: &str) -> Result<Vec<Named>, InvalidName> {
     let ledger = Arc::new(Ledger { address: address.to_owned(), idle: Mutex::default() });
     let patient = Arc::clone(&ledger);
     let run = move |context: Context, task: Verify| {

@@ -86,14 +86,14 @@ impl Spawning {
             CliError::unusable(format!("cannot start {}: {error}", program.display()))
         };
         let log = File::options().create(true).append(true).open(&self.log).map_err(failed)?;
-        let piped = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
+        let stream = |wanted: bool| if wanted { Stdio::piped() } else { Stdio::null() };
         let child = Command::new(program)
             .args(self.arguments)
             .arg("--die-with")
             .arg(std::process::id().to_string())
             .envs(self.environment)
-            .stdin(piped(pipes == Pipes::Both))
-            .stdout(piped(pipes != Pipes::None))
+            .stdin(stream(pipes == Pipes::Both))
+            .stdout(stream(pipes != Pipes::None))
             .stderr(log)
             .kill_on_drop(true)
             .spawn()

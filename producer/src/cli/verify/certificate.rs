@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::bounds;
 use super::check::{Invariant, Violation};
-use super::plan::Kind;
+use super::plan::{Kind, LeftOut};
 use crate::cli::output::{Paint, facts};
 
 /// Breaches that are shown one by one.
@@ -31,7 +31,7 @@ pub(super) struct Certificate {
     pub(super) versions: Versions,
     pub(super) injected: BTreeMap<Kind, u64>,
     pub(super) planned: BTreeMap<Kind, u64>,
-    pub(super) left_out: BTreeMap<Kind, &'static str>,
+    pub(super) left_out: LeftOut,
     pub(super) counts: Counts,
     /// Breaches by invariant, all of them, zeros included.
     pub(super) breaches: BTreeMap<Invariant, u64>,
@@ -167,7 +167,8 @@ impl Certificate {
         } else {
             text.push_str(&paint.red("DOES NOT HOLD"));
             text.push_str(&self.shown());
-            text.push_str(&format!("\n\nagain: {}", self.repeat));
+            text.push_str("\n\nagain: ");
+            text.push_str(&self.repeat);
         }
         text
     }

@@ -110,7 +110,7 @@ impl Stage {
         }
         let healed = self.nemesis.healed_at.unwrap_or(self.seen.begun);
         self.seen.drained = healed.elapsed();
-        self.seen.early = pulse.borrow().early.clone();
+        self.seen.early.clone_from(&pulse.borrow().early);
         drop(asking);
         producers.finish().await;
         let crew = self.crew;

@@ -117,16 +117,12 @@ impl Heard {
 }
 
 fn tell<K: Eq + std::hash::Hash, T: PartialEq>(to: &mut HashMap<K, Told<T>>, key: K, summary: T) {
-    match to.get_mut(&key) {
-        Some(told) => {
-            told.times += 1;
-            if told.summary != summary {
-                told.other = Some(summary);
-            }
+    if let Some(told) = to.get_mut(&key) {
+        told.times += 1;
+        if told.summary != summary {
+            told.other = Some(summary);
         }
-        None => {
-            let told = Told { summary, times: 1, other: None, at: Instant::now() };
-            to.insert(key, told);
-        }
+    } else {
+        to.insert(key, Told { summary, times: 1, other: None, at: Instant::now() });
     }
 }

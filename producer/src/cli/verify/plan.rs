@@ -177,16 +177,18 @@ fn fault(kind: Kind, number: u64, own_broker: bool, rng: &mut fastrand::Rng) -> 
         Kind::Broker => Fault::KillBroker { away },
         Kind::Freeze => {
             let victim = match number % 4 {
-                0 => Victim::Worker,
                 1 => Victim::Collector,
                 2 if own_broker => Victim::Broker,
-                2 => Victim::Worker,
-                _ => Victim::Producer,
+                3 => Victim::Producer,
+                _ => Victim::Worker,
             };
             Fault::Freeze { victim, pick, away: frozen }
         }
     }
 }
+
+/// Kinds that are not possible, and why.
+pub(super) type LeftOut = BTreeMap<Kind, &'static str>;
 
 /// What `--faults` says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -226,8 +228,8 @@ impl Wanted {
     pub(super) fn resolve(
         &self,
         possible: impl Fn(Kind) -> Result<(), &'static str>,
-    ) -> Result<(Vec<Kind>, Vec<(Kind, &'static str)>), CliError> {
-        let mut left_out = vec![];
+    ) -> Result<(Vec<Kind>, LeftOut), CliError> {
+        let mut left_out = LeftOut::new();
         let mut kinds = vec![];
         let asked = match self {
             Self::All => &Kind::ALL[..],
@@ -236,7 +238,7 @@ impl Wanted {
         for kind in asked {
             match possible(*kind) {
                 Ok(()) => kinds.push(*kind),
-                Err(reason) if *self == Self::All => left_out.push((*kind, reason)),
+                Err(reason) if *self == Self::All => drop(left_out.insert(*kind, reason)),
                 Err(reason) => {
                     let message = format!("no faults of the kind {} here", kind.as_str());
                     return Err(CliError::unusable(message).help(reason));
@@ -296,7 +298,7 @@ mod tests {
     fn all_leaves_out_what_cannot_be_and_a_list_insists() {
         let possible = |kind| if kind == Kind::Broker { Err("not ours") } else { Ok(()) };
         let (kinds, left_out) = "all".parse::<Wanted>().unwrap().resolve(possible).unwrap();
-        assert_eq!((kinds.len(), left_out), (5, vec![(Kind::Broker, "not ours")]));
+        assert_eq!((kinds.len(), left_out), (5, [(Kind::Broker, "not ours")].into()));
         let error = "worker,broker".parse::<Wanted>().unwrap().resolve(possible).unwrap_err();
         assert_eq!(error.help.as_deref(), Some("not ours"));
         assert_eq!("none".parse::<Wanted>().unwrap(), Wanted::Only(vec![]));

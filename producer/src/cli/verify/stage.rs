@@ -17,10 +17,10 @@ use super::ledger::Ledger;
 use super::listener::Listener;
 use super::mix::Mix;
 use super::node::Node;
-use super::plan::{Kind, Schedule};
+use super::plan::{Kind, LeftOut, Schedule};
 use super::proxy::Proxy;
 use super::workload::Workload;
-use crate::cli::cluster::Cluster;
+use crate::cli::cluster::{Cluster, Process};
 use crate::cli::context::Context;
 use crate::cli::error::CliError;
 
@@ -35,7 +35,7 @@ pub(super) struct Setting {
     crew: Crew,
     patience: Duration,
     kinds: Vec<Kind>,
-    left_out: BTreeMap<Kind, &'static str>,
+    left_out: LeftOut,
     url: BrokerUrl,
     node: Option<Node>,
     repeat: String,
@@ -44,7 +44,7 @@ pub(super) struct Setting {
 /// What a run was, for its certificate.
 pub(super) struct Facts {
     pub(super) schedule: BTreeMap<Kind, u64>,
-    pub(super) left_out: BTreeMap<Kind, &'static str>,
+    pub(super) left_out: LeftOut,
     pub(super) repeat: String,
     pub(super) started_at: Timestamp,
     /// What the processes held before the first task.
@@ -69,7 +69,12 @@ impl Setting {
             Kind::Connection if url.is_encrypted() => {
                 Err("a TLS connection cannot be led over another line: use an amqp:// URL")
             }
-            _ => Ok(()),
+            Kind::Worker
+            | Kind::Collector
+            | Kind::Producer
+            | Kind::Connection
+            | Kind::Broker
+            | Kind::Freeze => Ok(()),
         })?;
         let crew = Crew {
             workers: usize::from(arguments.workers),
@@ -82,7 +87,6 @@ impl Setting {
             arguments.tasks, crew.workers, crew.collectors
         );
         let mix = Mix { seed, tasks: arguments.tasks };
-        let left_out = left_out.into_iter().collect();
         let patience = arguments.patience;
         Ok(Self { mix, crew, patience, kinds, left_out, url, node, repeat })
     }
@@ -170,7 +174,7 @@ impl Setting {
                 if usize::try_from(consumers).is_ok_and(|consumers| consumers >= wanted) {
                     break;
                 }
-                let ended = cluster.processes().iter_mut().find_map(|one| one.complaint());
+                let ended = cluster.processes().iter_mut().find_map(Process::complaint);
                 if let Some(error) = ended {
                     return Err(error);
                 }

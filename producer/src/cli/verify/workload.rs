@@ -259,7 +259,9 @@ mod tests {
         }
         assert!(!workload.is_done(), "the batches are not sealed");
         let firsts: Vec<u64> = workload.batches.keys().copied().collect();
-        firsts.into_iter().for_each(|first| workload.heard(&Said::Sealed(first), now));
+        for first in firsts {
+            workload.heard(&Said::Sealed(first), now);
+        }
         assert!(workload.is_done());
         assert!(workload.batches[&0].must_be_done(Duration::from_secs(15)));
     }

@@ -4,7 +4,7 @@ use super::*;
 use garenne_common::wire::{LetterState, Notice, Payload, TaskSummary};
 use garenne_common::{BatchId, Codec, QueueName, TaskName, Timestamp};
 
-use super::super::mix::Unit;
+use super::super::mix::{Job, Unit};
 use super::super::workload::{Said, Workload};
 
 const TASKS: u64 = 400;
@@ -104,7 +104,7 @@ impl Case {
     }
 
     /// The first task outside of batches for which this holds.
-    fn alone(&self, wanted: impl Fn(&super::super::mix::Job) -> bool) -> u64 {
+    fn alone(&self, wanted: impl Fn(&Job) -> bool) -> u64 {
         let records = (0..).zip(self.records.iter().flatten());
         let alone = records.filter(|(_, record)| record.batch.is_none());
         alone.map(|(n, _)| n).find(|n| wanted(&self.mix.job(*n))).unwrap()
@@ -202,7 +202,7 @@ fn a_sound_run_has_no_breach() {
 #[test]
 fn a_lost_task_is_found() {
     let mut case = Case::sound();
-    let n = case.alone(|job| job.succeeds());
+    let n = case.alone(Job::succeeds);
     *case.record(n) = None;
     case.totals.results -= 1;
     assert_eq!(case.only(), Invariant::Lost);
@@ -247,7 +247,7 @@ fn a_changed_outcome_is_found_by_an_early_look_and_by_its_notice() {
 #[test]
 fn an_outcome_that_the_handler_did_not_bring_about_is_found() {
     let mut case = Case::sound();
-    let n = case.alone(|job| job.succeeds());
+    let n = case.alone(Job::succeeds);
     let output = Payload::encode(Codec::Json, &(n + 1)).unwrap();
     case.record(n).as_mut().unwrap().output = Some(output);
     assert_eq!(case.only(), Invariant::WrongOutcome);
@@ -262,7 +262,7 @@ fn a_second_effect_and_a_missing_one_are_found() {
     assert_eq!(case.only(), Invariant::SecondEffect);
 
     let mut case = Case::sound();
-    let n = case.alone(|job| job.succeeds());
+    let n = case.alone(Job::succeeds);
     case.book.effects.remove(&n);
     assert_eq!(case.only(), Invariant::MissingEffect);
 }
