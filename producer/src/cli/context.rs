@@ -18,6 +18,11 @@ use super::error::{CliError, Exit};
 use super::output::{Output, Paint};
 use super::screen::Screen;
 
+/// A command speaks for itself; log lines are for when something is odd. lapin calls every refusal an
+/// error, which our own sentence explains better; why a message could not be published, the command
+/// itself says in one sentence.
+pub(crate) const FILTER: &str = "warn,garenne_common::broker::publisher=error,lapin=off";
+
 /// How long taking leave of the broker may take.
 const CLOSE: Duration = Duration::from_secs(5);
 
@@ -36,9 +41,10 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    /// Loads the configuration, starts logging and listening to signals.
-    pub(crate) fn new(globals: &Globals) -> Result<Self, CliError> {
-        let config = load(globals)?;
+    /// Loads the configuration, starts logging and listening to signals. `filter` says which lines
+    /// appear unless the user says otherwise.
+    pub(crate) fn new(globals: &Globals, filter: &str) -> Result<Self, CliError> {
+        let config = load(globals, filter)?;
         let (screen, output) = (Screen::default(), Output { format: globals.output });
         let lines = screen.clone();
         telemetry::init_to(&config.log, move || lines.writer());
@@ -104,7 +110,7 @@ impl Context {
     }
 }
 
-fn load(globals: &Globals) -> Result<Config, CliError> {
+fn load(globals: &Globals, quiet: &str) -> Result<Config, CliError> {
     let deadline = humantime::format_duration(globals.deadline);
     let filter = match globals.verbose {
         0 => None,
@@ -123,10 +129,6 @@ fn load(globals: &Globals) -> Result<Config, CliError> {
         .set("broker.publish_timeout", Some(&deadline))
         .set("log.filter", filter)
         .set("log.format", format);
-    // A command speaks for itself; log lines are for when something is odd. lapin calls every refusal
-    // an error, which our own sentence explains better.
-    // The command itself says, in one sentence, why it could not publish.
-    let quiet = "warn,garenne_common::broker::publisher=error,lapin=off";
     Ok(Config::load_over(&[("log.filter", quiet)], &sources)?)
 }
 

@@ -119,7 +119,7 @@ impl Report {
 pub(crate) async fn run(globals: &Globals, arguments: &Arguments) -> Result<Exit, CliError> {
     let output = Output { format: globals.output };
     let mut report = Report { output, paint: Paint::for_stdout(), checks: vec![] };
-    let context = match Context::new(globals) {
+    let context = match Context::new(globals, super::context::FILTER) {
         Ok(context) => context,
         Err(error) => {
             report.add(Check::bad("configuration", error))?;

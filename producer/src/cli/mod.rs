@@ -152,7 +152,23 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         | Command::Verify(_)
         | Command::VerifyProducer(_) => {}
     }
-    let context = Context::new(&cli.globals)?;
+    let filter = match &cli.command {
+        // It breaks connections all the time; that each comes back is no news there.
+        Command::Verify(_) => "error,lapin=off",
+        Command::Completions(_)
+        | Command::Doctor(_)
+        | Command::Submit(_)
+        | Command::Map(_)
+        | Command::Task(_)
+        | Command::Batch(_)
+        | Command::Notices(_)
+        | Command::Dead(_)
+        | Command::Topology(_)
+        | Command::Demo(_)
+        | Command::Bench(_)
+        | Command::VerifyProducer(_) => context::FILTER,
+    };
+    let context = Context::new(&cli.globals, filter)?;
     match cli.command {
         Command::Submit(arguments) => submit::run(&context, arguments).await,
         Command::Map(arguments) => map::run(&context, arguments).await,

@@ -38,6 +38,7 @@ pub(crate) struct Cluster {
     environment: Vec<(&'static str, String)>,
     programs: Programs,
     directory: TempDir,
+    keeps_directory: bool,
     processes: Vec<Process>,
     declared: Vec<Declaration>,
     link: Link,
@@ -81,6 +82,7 @@ impl Cluster {
             environment: vec![],
             programs,
             directory,
+            keeps_directory: false,
             processes: vec![],
             declared,
             link,
@@ -228,7 +230,7 @@ impl Cluster {
 
     /// Leaves the directory where it is when everything else is gone.
     pub(crate) fn keep_directory(&mut self) {
-        self.directory.disable_cleanup(true);
+        self.keeps_directory = true;
     }
 
     /// A process by its name.
@@ -278,7 +280,10 @@ impl Cluster {
                 .output
                 .remark(format_args!("not all of {namespace}.* could be deleted: {error}"));
         }
-        if let Err(error) = self.directory.close() {
+        if self.keeps_directory {
+            // Asked for; nothing of ours refers to it any more.
+            drop(self.directory.keep());
+        } else if let Err(error) = self.directory.close() {
             context.output.remark(format_args!("a temporary directory stays: {error}"));
         }
     }
