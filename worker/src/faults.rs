@@ -9,12 +9,13 @@ use garenne_common::{InvalidName, Task, TaskName};
 use nix::sys::signal::{Signal, kill};
 use serde::{Deserialize, Serialize};
 
+use crate::builtin::Named;
 use crate::context::Context;
-use crate::handler::{BlockingHandler, Handler};
+use crate::handler::BlockingHandler;
 use crate::outcome::TaskError;
 
 /// The handler and the name that finds it.
-pub(crate) fn handler() -> Result<(TaskName, Arc<dyn Handler>), InvalidName> {
+pub(crate) fn handler() -> Result<Named, InvalidName> {
     Ok((TaskName::new(Crash::NAME)?, Arc::new(BlockingHandler::<Crash, _>::new(crash))))
 }
 
