@@ -7,7 +7,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use garenne_common::broker::{BrokerError, Consumer, ConsumerSpec, Link, QueueSource};
+use garenne_common::broker::{
+    BrokerError, Consumer, ConsumerSpec, Health, Link, QueueSource, Settler,
+};
 use garenne_common::topology::Topology;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{Message, Report, RetryNote};
@@ -25,6 +27,8 @@ const BUFFER: u16 = 512;
 /// Everything that waits for a message from outside.
 pub(crate) struct Replies {
     link: Link,
+    /// Nothing is settled by it (replies are read without acknowledgements); it knows what is wrong.
+    settler: Settler,
     /// `None` while there is no queue: nothing can be answered then.
     queue: watch::Sender<Option<ReplyQueue>>,
     outstanding: Mutex<Outstanding>,
@@ -80,6 +84,7 @@ impl Replies {
         consumer.ready().await?;
         let replies = Arc::new(Self {
             link,
+            settler: consumer.settler(),
             queue: watch::Sender::new(None),
             outstanding: Mutex::default(),
             questions: Mutex::default(),
@@ -104,6 +109,9 @@ impl Replies {
     }
 
     async fn why_no_queue(&self) -> BrokerError {
+        if let Health::Down(Some(error)) = self.settler.health() {
+            return error;
+        }
         // The link may be busy connecting, hence the limit.
         match timeout(Duration::from_millis(50), self.link.open()).await {
             Ok(Err(error)) => error,

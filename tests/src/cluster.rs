@@ -119,20 +119,19 @@ async fn nothing_was_lost(warren: &Warren, what: &str, confirmed: Confirmed) {
     let Confirmed { ids, worst_stall, errors, .. } = confirmed;
     let amqp = warren.amqp().await;
     let names = warren.config().broker.topology();
-    let mut missing = usize::MAX;
-    let end = Instant::now() + COMES_BACK;
-    while missing > 0 {
-        let ended: HashSet<String> = warren.rows("SELECT id FROM results").into_iter().collect();
-        missing = ids.iter().filter(|id| !ended.contains(id.as_str())).count();
-        if Instant::now() > end {
-            let tasks = amqp.admin.queue_status(&names.task_queue(&QueueName::default())).await;
-            let results = amqp.admin.queue_status(&names.results()).await;
-            panic!(
-                "{missing} of {} have not ended; tasks {tasks:?}, results {results:?}",
-                ids.len()
-            );
+    let mut missing = ids.len();
+    let all_ended = async {
+        while missing > 0 {
+            let rows: Vec<String> = warren.rows("SELECT id FROM results");
+            let ended: HashSet<String> = rows.into_iter().collect();
+            missing = ids.iter().filter(|id| !ended.contains(id.as_str())).count();
+            tokio::time::sleep(Duration::from_secs(1)).await;
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+    };
+    if tokio::time::timeout(COMES_BACK, all_ended).await.is_err() {
+        let tasks = amqp.admin.queue_status(&names.task_queue(&QueueName::default())).await;
+        let results = amqp.admin.queue_status(&names.results()).await;
+        panic!("{missing} of {} have not ended; tasks {tasks:?}, results {results:?}", ids.len());
     }
     let dead: i64 = warren.rows("SELECT count(*) FROM dead_letters").pop().unwrap();
     eprintln!(
