@@ -31,6 +31,10 @@ const HEALTH_CHECK: Duration = Duration::from_millis(500);
 /// A channel that lasted so long was a success, whatever ended it.
 const STABLE: Duration = Duration::from_secs(5);
 
+/// A confirm that is not there after so many deadlines will not come: the messages go over another
+/// channel, under their old ids.
+const PATIENCE: u32 = 2;
+
 /// So many channels may end while one message is alone on them.
 const STRIKES: u32 = 3;
 
@@ -79,6 +83,8 @@ struct Job {
     outgoing: Outgoing,
     /// How many channels ended while this message was alone on them.
     strikes: u32,
+    /// When it was last written to a channel.
+    written: Option<Instant>,
     /// `None` for messages that nobody waits for and that are not sent again.
     answer: Option<oneshot::Sender<Result<(), BrokerError>>>,
 }
@@ -132,13 +138,13 @@ impl Publisher {
     /// Hands a message over and returns before it is confirmed; waits only for room in the window.
     pub async fn send(&self, outgoing: Outgoing) -> Result<Receipt, BrokerError> {
         let (tx, answer) = oneshot::channel();
-        self.hand_over(Job { outgoing, strikes: 0, answer: Some(tx) }).await?;
+        self.hand_over(Job { outgoing, strikes: 0, written: None, answer: Some(tx) }).await?;
         Ok(Receipt { answer })
     }
 
     /// Sends a message once without caring what becomes of it; waits only for room in the window.
     pub async fn send_and_forget(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
-        self.hand_over(Job { outgoing, strikes: 0, answer: None }).await
+        self.hand_over(Job { outgoing, strikes: 0, written: None, answer: None }).await
     }
 
     /// How long [`publish`](Self::publish) waits.
@@ -279,6 +285,8 @@ impl PublishTask {
     /// Publishes over one channel until it is lost or there is nothing left to do.
     async fn pump(&mut self, channel: &Channel) -> End {
         let (mut window, begun) = (Window::default(), Instant::now());
+        // A blocked broker owes no confirm.
+        let mut quiet_since = begun;
         let mut health = tokio::time::interval(HEALTH_CHECK);
         health.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -308,6 +316,14 @@ impl PublishTask {
                         return self.give_back(window, lost);
                     }
                     self.shared.watch_alarm();
+                    if self.shared.link.is_blocked() {
+                        quiet_since = Instant::now();
+                    }
+                    // A cluster that lost a node may forget confirms on a channel that looks well.
+                    let patience = PATIENCE * self.shared.deadline;
+                    if window.oldest(quiet_since).is_some_and(|age| age > patience) {
+                        return self.give_back(window, BrokerError::Unconfirmed(patience));
+                    }
                     if begun.elapsed() >= STABLE {
                         self.shared.mended();
                     }
@@ -351,7 +367,9 @@ impl PublishTask {
     /// large for this broker, say). Then all go one at a time, and the one that is alone on a channel
     /// when it ends, and once more, is given up, or it would keep all others from being published.
     fn give_back(&mut self, window: Window, lost: BrokerError) -> End {
-        let (alone, barren) = (window.len() == 1, !window.confirmed_any);
+        // Silence is the broker's fault, not a message's.
+        let silent = matches!(lost, BrokerError::Unconfirmed(_));
+        let (alone, barren) = (window.len() == 1 && !silent, !window.confirmed_any);
         for (_, mut job) in window.jobs.into_iter().rev() {
             job.strikes += u32::from(alone && barren);
             if job.strikes >= STRIKES {
@@ -396,11 +414,17 @@ impl Window {
         self.jobs.is_empty()
     }
 
+    /// How long the oldest message has waited for its confirm, counted from `since` at the earliest.
+    fn oldest(&self, since: Instant) -> Option<Duration> {
+        let (_, job) = self.jobs.first_key_value()?;
+        Some(job.written?.max(since).elapsed())
+    }
+
     /// Writes one message. A message that AMQP cannot carry fails alone; anything else is the channel.
     async fn publish(
         &mut self,
         channel: &Channel,
-        job: Job,
+        mut job: Job,
         shared: &Shared,
     ) -> Result<(), (Job, BrokerError)> {
         let out = &job.outgoing;
@@ -425,6 +449,7 @@ impl Window {
             Ok(confirm) => {
                 let number = self.next;
                 self.next += 1;
+                job.written = Some(Instant::now());
                 self.jobs.insert(number, job);
                 self.confirms.push(Box::pin(async move { (number, confirm.await) }));
                 Ok(())
