@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use crate::harness::{Process, Service, Warren, eventually, root};
 
 const NODES: [&str; 3] = ["1", "2", "3"];
-const CALLERS: usize = 8;
+const CALLERS: usize = 4;
 /// The nodes of a cluster notice a cut after about 9 s.
 const CUT: Duration = Duration::from_secs(15);
 const COMES_BACK: Duration = Duration::from_secs(90);
@@ -108,8 +108,10 @@ async fn crew(warren: &Warren) -> (Process, Process, Producer) {
     config.broker.heartbeat = Duration::from_secs(2);
     config.broker.connect_timeout = Duration::from_secs(2);
     config.broker.publish_timeout = Duration::from_secs(5);
-    let (worker, collector) =
-        tokio::join!(impatient(warren.worker()).start(), impatient(warren.collector()).start());
+    let (worker, collector) = tokio::join!(
+        impatient(warren.worker().set("worker.slots", 32)).start(),
+        impatient(warren.collector()).start()
+    );
     (worker, collector, Producer::connect(&config).await.unwrap())
 }
 
@@ -119,19 +121,21 @@ async fn nothing_was_lost(warren: &Warren, what: &str, confirmed: Confirmed) {
     let Confirmed { ids, worst_stall, errors, .. } = confirmed;
     let amqp = warren.amqp().await;
     let names = warren.config().broker.topology();
-    let mut missing = ids.len();
-    let all_ended = async {
-        while missing > 0 {
-            let rows: Vec<String> = warren.rows("SELECT id FROM results");
-            let ended: HashSet<String> = rows.into_iter().collect();
-            missing = ids.iter().filter(|id| !ended.contains(id.as_str())).count();
-            tokio::time::sleep(Duration::from_secs(1)).await;
+    let (mut missing, mut progress) = (ids.len(), Instant::now());
+    while missing > 0 {
+        let rows: Vec<String> = warren.rows("SELECT id FROM results");
+        let ended: HashSet<String> = rows.into_iter().collect();
+        let left = ids.iter().filter(|id| !ended.contains(id.as_str())).count();
+        if left < missing {
+            (missing, progress) = (left, Instant::now());
         }
-    };
-    if tokio::time::timeout(COMES_BACK, all_ended).await.is_err() {
-        let tasks = amqp.admin.queue_status(&names.task_queue(&QueueName::default())).await;
-        let results = amqp.admin.queue_status(&names.results()).await;
-        panic!("{missing} of {} have not ended; tasks {tasks:?}, results {results:?}", ids.len());
+        // A backlog may take long on a busy machine; only standing still is a failure.
+        if progress.elapsed() > COMES_BACK {
+            let tasks = amqp.admin.queue_status(&names.task_queue(&QueueName::default())).await;
+            let results = amqp.admin.queue_status(&names.results()).await;
+            panic!("{missing} of {} never ended; tasks {tasks:?}, results {results:?}", ids.len());
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
     }
     let dead: i64 = warren.rows("SELECT count(*) FROM dead_letters").pop().unwrap();
     eprintln!(
