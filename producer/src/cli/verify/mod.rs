@@ -1,6 +1,6 @@
 //! `garenne verify`: whether Garenne keeps its promises here and now, while its processes die.
 //!
-//! A run is a workload and a schedule of faults, both from one seed; real processes in a [`Cluster`] of
+//! A run is a workload and a schedule of faults, both from one seed; real processes in a `Cluster` of
 //! its own, behind a line that can be cut; a ledger outside the system; and a judgement of everything
 //! that was seen. Nothing is measured for its speed (`garenne bench` does that).
 
