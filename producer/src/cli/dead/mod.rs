@@ -23,7 +23,7 @@ Examples:
   garenne dead show 0192f0c1-…                         all that is known of one
   garenne dead replay --task 'mail.*' --dry-run        what would be sent again
   garenne dead replay --task 'mail.*' --rate 50        and send it, 50 a second
-  garenne dead export --until 7days > old.jsonl        keep the old ones in a file,
+  garenne dead export --until 7days > old.jsonl        keep the old ones,
   garenne dead purge --until 7days                     and delete them
 
 All filters must hold at once; ids may stand in their place. Exit codes: 0 done,
