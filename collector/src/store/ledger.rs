@@ -87,7 +87,10 @@ impl Ledger for SqliteLedger<'_> {
         // A parked task may die for good later, or be parked again after a replay. But the same letter
         // once more must not park again what was sent to the workers meanwhile.
         let known = self.letter(&letter.id)?;
-        if known.is_some_and(|(reason, at)| reason.is_final() || at == letter.at) {
+        let is_known = |(reason, at): (DeadReason, _)| {
+            reason.is_final() || (reason, at) == (letter.reason, letter.at)
+        };
+        if known.is_some_and(is_known) {
             return Ok(());
         }
         let envelope = seal_envelope(&letter.message);
