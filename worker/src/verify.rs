@@ -67,6 +67,8 @@ enum End {
     Fatal,
     Panic,
     Overrun,
+    /// The process dies of it.
+    Crash,
 }
 
 impl Task for Verify {
@@ -101,6 +103,7 @@ async fn perform(ledger: &Ledger, context: &Context, task: Verify) -> Result<u64
         End::Fatal => Err(TaskError::fatal("asked to fail for good")),
         End::Panic => panic!("asked to panic"),
         End::Overrun => std::future::pending().await,
+        End::Crash => std::process::abort(),
     }
 }
 

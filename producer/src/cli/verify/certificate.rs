@@ -69,6 +69,8 @@ pub(super) struct Counts {
     pub(super) unkeyed_repeats: u64,
     pub(super) repeated_results: u64,
     pub(super) repeated_notices: u64,
+    /// Workers that died of a task, before anybody could suspect it.
+    pub(super) poisoned_workers: u64,
     /// Connections to the broker that were made in all.
     pub(super) connections: u64,
 }
@@ -209,7 +211,8 @@ impl Certificate {
         let counts = &self.counts;
         format!(
             "{} of {} executions ({:.3} %), {} effects refused by key, {} without a key\n\
-             {} resubmissions, {} results, {} notices, {} connections made",
+             {} resubmissions, {} results, {} notices, {} connections made; \
+             {} workers died of a task",
             counts.duplicate_executions,
             counts.executions,
             100.0 * counts.duplicate_rate,
@@ -219,6 +222,7 @@ impl Certificate {
             counts.repeated_results,
             counts.repeated_notices,
             counts.connections,
+            counts.poisoned_workers,
         )
     }
 

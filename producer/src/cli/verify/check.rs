@@ -172,7 +172,9 @@ impl Evidence<'_> {
             let (status, reason) = job.expected();
             let output: Option<u64> =
                 record.output.as_ref().and_then(|output| output.decode().ok());
+            let error = record.error.as_deref().unwrap_or_default();
             let fine = record.status == status
+                && job.evidence().is_none_or(|evidence| error.contains(&evidence))
                 && record.reason == reason
                 && (!job.succeeds() || output == Some(n))
                 && (!job.succeeds() || record.attempt > job.failures)
@@ -319,14 +321,15 @@ impl Evidence<'_> {
     fn attempts(&self) -> Vec<Violation> {
         let mut found = vec![];
         for (n, runs) in &self.book.runs {
-            let most = self.mix.job(*n).max_attempts();
+            let job = self.mix.job(*n);
+            let most = job.most_executions();
             let handed = usize::try_from(*n).ok().and_then(|n| self.handed.get(n)).copied();
             let last = runs.iter().map(|run| run.at).max().unwrap_or(self.begun);
             let disturbed = self.disturbances.partition_point(|at| *at <= last);
             let chains = u64::from(handed.unwrap_or(1)) + disturbed as u64;
-            let beyond = runs.iter().any(|run| run.attempt > most);
+            let beyond = runs.iter().any(|run| run.attempt > job.max_attempts());
             if beyond || runs.len() as u64 > u64::from(most) * chains {
-                let what = format!("{} executions, {most} attempts allowed", runs.len());
+                let what = format!("{} executions, {most} allowed for each delivery", runs.len());
                 found.push(self.breach(Invariant::Attempts, *n, what));
             }
         }

@@ -16,6 +16,10 @@ const BLOCK: u64 = 40;
 const LIMIT: Duration = Duration::from_millis(250);
 /// Attempts that a task which must succeed has beside those that are meant to fail.
 const SPARE_ATTEMPTS: u32 = 4;
+/// How often the process of a task may die; the workers of a run get the same.
+pub(super) const CRASH_BUDGET: u32 = 3;
+/// This task kills the process that runs it, in a run of any size.
+const POISON: u64 = 41;
 
 /// All tasks of a run.
 #[derive(Debug, Clone, Copy)]
@@ -57,6 +61,7 @@ enum End {
     Fatal,
     Panic,
     Overrun,
+    Crash,
 }
 
 impl Mix {
@@ -83,7 +88,11 @@ impl Mix {
             200..215 => job.end = End::Panic,
             215..225 => job.end = End::Overrun,
             225..300 => job.delay = Duration::from_millis(rng.u64(100..=5_000)),
+            300 => job.end = End::Crash,
             _ => {}
+        }
+        if index == POISON {
+            job.end = End::Crash;
         }
         job
     }
@@ -136,6 +145,7 @@ impl Job {
             End::Fatal => "fatal",
             End::Panic => "panic",
             End::Overrun => "overrun",
+            End::Crash => "crash",
         };
         json!({
             "index": self.index, "millis": self.millis, "failures": self.failures, "end": end,
@@ -167,8 +177,24 @@ impl Job {
         match self.end {
             End::Succeed | End::Fatal => self.failures + SPARE_ATTEMPTS,
             End::Fail | End::Panic => 2,
-            End::Overrun => 1,
+            End::Overrun | End::Crash => 1,
         }
+    }
+
+    /// How often one message of it runs at most: a crash costs no attempt, and the first one, of a task
+    /// that nobody suspects, is not charged.
+    pub(super) fn most_executions(&self) -> u32 {
+        self.max_attempts() + if self.crashes() { CRASH_BUDGET } else { 0 }
+    }
+
+    /// Whether it kills the process that runs it.
+    pub(super) fn crashes(&self) -> bool {
+        self.end == End::Crash
+    }
+
+    /// What its final error must say.
+    pub(super) fn evidence(&self) -> Option<String> {
+        self.crashes().then(|| format!("died {CRASH_BUDGET} times"))
     }
 
     /// How it must end.
@@ -179,6 +205,7 @@ impl Job {
             End::Fatal => (Status::Failed, Some(DeadReason::Fatal)),
             End::Panic => (Status::Failed, Some(DeadReason::Panicked)),
             End::Overrun => (Status::Failed, Some(DeadReason::TimedOut)),
+            End::Crash => (Status::Failed, Some(DeadReason::Crashed)),
         }
     }
 
@@ -215,7 +242,7 @@ mod tests {
     fn all_kinds_occur_in_a_small_run_and_most_tasks_succeed() {
         let jobs: Vec<_> = (0..1_000).map(|n| MIX.job(n)).collect();
         let ends: HashSet<_> = jobs.iter().map(Job::expected).collect();
-        assert_eq!(ends.len(), 5, "{ends:?}");
+        assert_eq!(ends.len(), 6, "{ends:?}");
         assert!(jobs.iter().any(|job| job.blocking) && jobs.iter().any(|job| job.failures == 2));
         assert!(jobs.iter().any(|job| !job.delay.is_zero()));
         let good = jobs.iter().filter(|job| job.succeeds()).count();

@@ -15,7 +15,7 @@ use super::drive::{Seen, Stage};
 use super::faults::Nemesis;
 use super::ledger::Ledger;
 use super::listener::Listener;
-use super::mix::Mix;
+use super::mix::{CRASH_BUDGET, Mix};
 use super::node::Node;
 use super::plan::{Kind, LeftOut, Schedule};
 use super::proxy::Proxy;
@@ -121,6 +121,7 @@ impl Setting {
         };
         cluster.set("GARENNE__BROKER__HEARTBEAT", seconds(HEARTBEAT));
         cluster.set("GARENNE__PRODUCER__BATCH_DEADLINE", seconds(batch_deadline));
+        cluster.set("GARENNE__WORKER__CRASH_BUDGET", CRASH_BUDGET.to_string());
         cluster.set("GARENNE__WORKER__VERIFY_LEDGER", ledger.address());
         if let Some(proxy) = &proxy {
             cluster.set("GARENNE__BROKER__URL", self.url.by_way_of(proxy.port()).expose());
@@ -209,8 +210,13 @@ impl Parts {
         let Setting { mix, crew, patience, node, .. } = setting;
         let nemesis = Nemesis::new(schedule, node);
         let workload = Workload::new(mix);
-        let seen =
-            Seen { begun: Instant::now(), drained: Duration::ZERO, early: vec![], noted: vec![] };
+        let seen = Seen {
+            begun: Instant::now(),
+            drained: Duration::ZERO,
+            early: vec![],
+            noted: vec![],
+            poisoned: 0,
+        };
         Stage {
             mix,
             cluster,

@@ -102,6 +102,7 @@ fn counts(stage: &Stage, records: &[Option<TaskResult>], repeated_results: u64) 
         succeeded: ended(Status::Succeeded),
         failed: ended(Status::Failed),
         repeated_results,
+        poisoned_workers: stage.seen.poisoned,
         connections: stage.proxy.as_ref().map_or(0, |proxy| proxy.made().len() as u64),
         ..Counts::default()
     };

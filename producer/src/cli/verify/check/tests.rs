@@ -133,7 +133,7 @@ fn record(mix: Mix, n: u64, batch: Option<&str>) -> TaskResult {
         batch: batch.map(|id| BatchId::new(id).unwrap()),
         status,
         output: job.succeeds().then(|| Payload::encode(Codec::Json, &n).unwrap()),
-        error: reason.map(|_| "asked to".to_owned()),
+        error: reason.map(|_| job.evidence().unwrap_or_else(|| "asked to".to_owned())),
         reason,
         attempt: if job.succeeds() { job.failures + 1 } else { 1 },
         redelivered: false,
@@ -250,6 +250,14 @@ fn an_outcome_that_the_handler_did_not_bring_about_is_found() {
     let n = case.alone(Job::succeeds);
     let output = Payload::encode(Codec::Json, &(n + 1)).unwrap();
     case.record(n).as_mut().unwrap().output = Some(output);
+    assert_eq!(case.only(), Invariant::WrongOutcome);
+}
+
+#[test]
+fn another_number_of_crashes_than_the_budget_is_found() {
+    let mut case = Case::sound();
+    let n = case.alone(Job::crashes);
+    case.record(n).as_mut().unwrap().error = Some("its process died 2 times".to_owned());
     assert_eq!(case.only(), Invariant::WrongOutcome);
 }
 
