@@ -39,8 +39,9 @@ What happens: workers, collectors and producers start as real processes, in a
 namespace of their own, and reach the broker over a line that can be cut. They
 run N tasks of many kinds: quick, slow, blocking, delayed, failing at first or
 for good, panicking, overrunning, killing their process, in batches. Meanwhile
-they are killed, cut off and frozen, and the broker too, where scripts/rabbitmq has started it for
-this command. Handlers leave word in a ledger outside the system.
+they are killed, cut off and frozen, and the broker too, where
+scripts/rabbitmq has started it for this command. Handlers leave word in a
+ledger outside the system.
 
 What is checked at the end: no confirmed task lost, nothing that nobody
 submitted, one outcome a task, one effect where the idempotency key is used,
