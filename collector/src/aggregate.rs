@@ -13,7 +13,7 @@ use garenne_common::wire::lease::execution_of;
 use garenne_common::wire::{
     DeadLetter, Fence, Lease, LeaseNote, Message, Notice, Report, RetryNote,
 };
-use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
+use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
 
 use crate::batch::Batch;
 use crate::group::{Group, Letter};
@@ -48,6 +48,12 @@ pub trait Ledger {
     fn save_batch(&mut self, batch: &Batch) -> Result<(), Self::Error>;
     /// Puts a notice into the outbox.
     fn add_notice(&mut self, notice: &Notice) -> Result<(), Self::Error>;
+    /// Notes that a task waits for a worker that knows it.
+    fn park(&mut self, letter: &DeadLetter) -> Result<(), Self::Error>;
+    /// Forgets what was wished or waited for about a task: it has ended.
+    fn task_over(&mut self, id: &TaskId) -> Result<(), Self::Error>;
+    /// Forgets what was wished about a batch: it is done.
+    fn batch_over(&mut self, id: &BatchId) -> Result<(), Self::Error>;
     /// Puts a task that goes back to the broker into the second outbox.
     fn add_resend(&mut self, resend: &Resend) -> Result<(), Self::Error>;
     /// How a task's lease stands, if it ever had one.
@@ -131,6 +137,10 @@ impl<L: Ledger> Run<'_, L> {
             Report::Finished(result) => {
                 if self.finished(result)? == Inserted::Fresh {
                     self.ledger.hide_letter(&result.id)?;
+                    if result.status == Status::Cancelled {
+                        // A lapsed lease must not bring back what was cancelled.
+                        self.ledger.drop_lease(&result.id)?;
+                    }
                 }
             }
             Report::Retrying(note) => {
@@ -206,7 +216,11 @@ impl<L: Ledger> Run<'_, L> {
             None => self.ledger.final_status(&letter.id)?,
         };
         let late = ended_as.is_some_and(|status| status != Status::Failed);
-        self.ledger.keep_letter(letter, late)
+        self.ledger.keep_letter(letter, late)?;
+        if ended_as.is_none() && letter.reason == DeadReason::UnknownTask {
+            self.ledger.park(letter)?;
+        }
+        Ok(())
     }
 
     fn finished(&mut self, result: &TaskResult) -> Result<Inserted, L::Error> {
@@ -216,6 +230,7 @@ impl<L: Ledger> Run<'_, L> {
             return Ok(inserted);
         }
         self.done.fresh += 1;
+        self.ledger.task_over(&result.id)?;
         match &result.batch {
             Some(id) => {
                 let at = result.finished_at;
@@ -245,6 +260,7 @@ impl<L: Ledger> Run<'_, L> {
             let notice = batch.settle();
             self.ledger.save_batch(&batch)?;
             if let Some(notice) = notice {
+                self.ledger.batch_over(&batch.id)?;
                 self.notice(&notice)?;
             }
         }

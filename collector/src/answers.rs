@@ -3,12 +3,14 @@
 //! Whoever asks, asks again if no answer comes; so nothing here waits for a confirm, and nothing here
 //! can hold up the commits.
 
+use std::sync::Arc;
+
 use garenne_common::broker::{Consumer, Delivery, Outgoing, Publisher, Settler};
 use garenne_common::wire::{
-    Answer, CodecError, DeadLetter, Message, Question, Report, report, task,
+    Answer, CancelIntent, CodecError, Control, DeadLetter, Message, Question, Report, report, task,
 };
 use garenne_common::{DeadReason, QueueName, ReplyFormat, ReplyTo, TaskId, TaskResult};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::group::{Group, Letter};
@@ -22,6 +24,10 @@ pub(crate) const APP_ID: &str = concat!("garenne-collector/", env!("CARGO_PKG_VE
 pub(crate) const QUERIES_PREFETCH: u16 = 64;
 /// A question names, and a list shows, at most so many.
 const MAX_ITEMS: usize = 1_000;
+/// Wishes to cancel in one answer; the worker asks for the next page.
+const CANCELS_PAGE: usize = 2_000;
+/// What is kept of the reason for a cancellation.
+const MAX_REASON_CHARS: usize = 500;
 /// An answer stays well below the broker's limit for a message; the asker asks again for the rest.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 /// Replies that wait for the publisher; more are dropped.
@@ -33,6 +39,10 @@ pub(crate) struct Answers<S> {
     pub(crate) letters: Letters<S>,
     pub(crate) questions: Consumer,
     pub(crate) publisher: Publisher,
+    /// The exchange by which workers hear of wishes to cancel.
+    pub(crate) control: String,
+    /// Wakes whoever ends cancelled tasks that no worker has.
+    pub(crate) cancelled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -102,6 +112,17 @@ impl<S: Store> Answers<S> {
             Question::DeadBody { id, offset } => self.letters.body(id, offset).await?,
             Question::DeadReplay { letters, plan } => self.letters.replay(letters, plan).await?,
             Question::DeadPurge { ids } => self.letters.purge(ids).await?,
+            Question::Cancel { ids, reason } => self.cancel(ids, reason, message).await?,
+            Question::CancelBatch { id, reason } => {
+                let done = self.store.cancel_batch(id, why(reason, message)).await?;
+                self.broadcast(done.intent.into_iter().collect()).await;
+                Answer::CancelBatch { state: done.state, batch: done.summary }
+            }
+            Question::Cancels { after } => {
+                let (intents, newest) = store.cancels(after, CANCELS_PAGE).await?;
+                let more = intents.len() == CANCELS_PAGE;
+                Answer::Cancels { intents, more, newest }
+            }
             Question::Totals => {
                 let totals = store.totals().await?;
                 Answer::Totals {
@@ -121,6 +142,34 @@ impl<S: Store> Answers<S> {
         Ok(Answer::Task { state, replayed_as, replay_of })
     }
 
+    async fn cancel(
+        &self,
+        ids: Vec<TaskId>,
+        reason: Option<String>,
+        asked: &Message,
+    ) -> Result<Answer, Refusal> {
+        if ids.len() > MAX_ITEMS {
+            return Err(Refusal::TooMany(ids.len()));
+        }
+        let done = self.store.cancel(ids, why(reason, asked)).await?;
+        self.broadcast(done.intents).await;
+        Ok(Answer::Cancel { tasks: done.tasks })
+    }
+
+    /// Tells all workers. Best effort: whoever does not hear it asks for it (`Question::Cancels`).
+    async fn broadcast(&self, intents: Vec<CancelIntent>) {
+        if intents.is_empty() {
+            return;
+        }
+        let control = Control::Cancel(intents);
+        let (routing_key, message) = (control.key().to_owned(), control.encode(APP_ID));
+        let outgoing = Outgoing { exchange: self.control.clone(), routing_key, message };
+        if let Err(error) = self.publisher.send_and_forget(outgoing).await {
+            tracing::debug!(%error, "a cancellation was not broadcast");
+        }
+        self.cancelled.notify_one();
+    }
+
     async fn results(&self, ids: Vec<TaskId>, correlation: &str) -> Result<Message, Refusal> {
         if ids.len() > MAX_ITEMS {
             return Err(Refusal::TooMany(ids.len()));
@@ -131,6 +180,16 @@ impl<S: Store> Answers<S> {
         message.properties.correlation_id = Some(correlation.to_owned());
         Ok(message)
     }
+}
+
+/// The reason that people will see, of a bounded length.
+fn why(reason: Option<String>, asked: &Message) -> String {
+    let reason = reason.filter(|reason| !reason.trim().is_empty());
+    let reason = reason.unwrap_or_else(|| {
+        let by = asked.properties.app_id.as_deref().unwrap_or("somebody");
+        format!("cancelled by {by}")
+    });
+    reason.chars().take(MAX_REASON_CHARS).collect()
 }
 
 /// Tells those who wait for a task's reply that the task found no queue. Every other reply is the
@@ -145,15 +204,21 @@ impl Replies {
         (Self(replies), outgoing)
     }
 
+    /// Replies to whoever waits for a task that ended here, if anybody does.
+    pub(crate) fn tell(&self, Letter { letter, result }: &Letter) {
+        let Some(result) = result else { return };
+        let reply = reply(letter, result);
+        if reply.is_some_and(|reply| self.0.try_send(reply).is_err()) {
+            tracing::debug!(task = %result.id, "a reply was dropped");
+        }
+    }
+
     /// Replies to those unrouted tasks of a group that have ended by it.
     pub(crate) fn tell_unrouted(&self, group: &Group, given_up: &[TaskId]) {
-        for Letter { letter, result } in &group.letters {
-            let Some(result) = result else { continue };
-            if letter.reason == DeadReason::Unrouted && given_up.contains(&result.id) {
-                let reply = reply(letter, result);
-                if reply.is_some_and(|reply| self.0.try_send(reply).is_err()) {
-                    tracing::debug!(task = %result.id, "a reply was dropped");
-                }
+        for letter in &group.letters {
+            let Some(result) = &letter.result else { continue };
+            if letter.letter.reason == DeadReason::Unrouted && given_up.contains(&result.id) {
+                self.tell(letter);
             }
         }
     }

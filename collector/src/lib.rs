@@ -10,7 +10,8 @@
 //! 6. `relay` publishes what waits in the outboxes: `notices`, and tasks to be sent again (`resends`).
 //!
 //! Beside it, `answers` answers questions, `deadlines` ends batches that their producer left
-//! behind, and `retention` deletes what is old. [`Collector`] starts and stops all of them.
+//! behind, `release` lets parked tasks go that a `live` worker knows, and `retention` deletes what is
+//! old. [`Collector`] starts and stops all of them.
 //!
 //! The collector runs no task and retries none: it only hears how they ended.
 
@@ -22,9 +23,11 @@ pub mod group;
 mod keeper;
 pub mod lease;
 mod letters;
+mod live;
 mod notices;
 mod pipeline;
 mod relay;
+mod release;
 mod resends;
 mod retention;
 mod service;

@@ -24,6 +24,7 @@ use crate::pipeline::{
     Committer, DEAD_PREFETCH, Intake, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
 };
 use crate::relay::Relay;
+use crate::release::{HEARTBEATS_BUFFER, Releaser};
 use crate::resends::Resends;
 use crate::retention::Retention;
 use crate::store::{SqliteStore, StoreError};
@@ -83,7 +84,7 @@ impl Collector {
             stop_taking: CancellationToken::new(),
             stop_all: CancellationToken::new(),
         };
-        collector.spawn(config, name, (sources, questions), copies);
+        collector.spawn(config, &name, (sources, questions), copies);
         tracing::info!("collecting");
         Ok(collector)
     }
@@ -91,12 +92,13 @@ impl Collector {
     fn spawn(
         &mut self,
         config: &Config,
-        by: String,
+        by: &str,
         (sources, questions): (Sources, Consumer),
         copies: Option<mpsc::Sender<Notice>>,
     ) {
         let topology = config.broker.topology();
         let (outbox_filled, resends_filled) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let cancelled = Arc::new(Notify::new());
         let (replies, outgoing) = Replies::channel();
         // One parcel may wait: the next group gathers while one commits.
         let (to_committer, parcels) = mpsc::channel(1);
@@ -106,14 +108,14 @@ impl Collector {
             sources,
             group_size: config.collector.group_size,
             linger: config.collector.group_linger,
-            by,
+            by: by.to_owned(),
             stop: self.stop_taking.clone(),
             parcels: to_committer,
         };
         let committer = Committer {
             store: self.store.clone(),
             parcels,
-            replies,
+            replies: replies.clone(),
             outbox_filled: Arc::clone(&outbox_filled),
             stop: self.stop_taking.clone(),
         };
@@ -147,6 +149,18 @@ impl Collector {
             letters,
             questions,
             publisher: self.publisher.clone(),
+            control: topology.control(),
+            cancelled: Arc::clone(&cancelled),
+            stop: self.stop_all.clone(),
+        };
+        let releaser = Releaser {
+            store: self.store.clone(),
+            heartbeats: hear_workers(&self.consuming, &topology, by),
+            tasks_exchange: topology.tasks_exchange(),
+            resends_filled: Arc::clone(&resends_filled),
+            outbox_filled: Arc::clone(&outbox_filled),
+            replies: replies.clone(),
+            cancelled,
             stop: self.stop_all.clone(),
         };
         let keeper = Keeper {
@@ -169,14 +183,15 @@ impl Collector {
             keep: config.collector.retention,
             stop: self.stop_all.clone(),
         };
-        let replies = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
+        let sending = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
         self.background.spawn(keeper.run());
         self.background.spawn(notices.run());
         self.background.spawn(resends.run());
         self.background.spawn(answers.run());
+        self.background.spawn(releaser.run());
         self.background.spawn(deadlines.run());
         self.background.spawn(retention.run());
-        self.background.spawn(replies);
+        self.background.spawn(sending);
     }
 
     /// Waits until a part of the collector ends, which none does unless it is told to: the process
@@ -256,6 +271,18 @@ async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer)
         consumer.ready().await?;
     }
     Ok((Sources { results, dead, unrouted }, questions))
+}
+
+/// Heartbeats tell what there is now; old ones would tell nothing, so the queue is nobody else's.
+fn hear_workers(link: &Link, topology: &Topology, name: &str) -> Consumer {
+    let bindings = vec![(topology.heartbeats(), String::new())];
+    let declarations = declarations_of(topology, &topology.heartbeats());
+    // A queue's name holds at most 255 bytes.
+    let (owner, names): (String, _) = (name.chars().take(40).collect(), topology.clone());
+    let name = Box::new(move || names.reply_queue(&owner));
+    let queue = QueueSource::Exclusive { name, bindings };
+    let (tag, prefetch) = ("collector heartbeats".to_owned(), HEARTBEATS_BUFFER);
+    Consumer::start(link.clone(), ConsumerSpec { declarations, queue, prefetch, tag, no_ack: true })
 }
 
 fn declarations_of(topology: &Topology, name: &str) -> Vec<Declaration> {

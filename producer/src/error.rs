@@ -70,10 +70,12 @@ pub enum OutputError {
         worker: String,
     },
     /// The task was cancelled.
-    #[error("task {id} was cancelled before it ended")]
+    #[error("task {id} was cancelled: {reason}")]
     Cancelled {
         /// Which task.
         id: TaskId,
+        /// Why, in the words of whoever cancelled it.
+        reason: String,
     },
     /// The task succeeded, but its output is not of the expected type.
     #[error(

@@ -102,7 +102,9 @@ fn output_of<O: DeserializeOwned>(result: TaskResult) -> Result<O, OutputError> 
             attempt: result.attempt,
             worker: result.worker,
         }),
-        Status::Cancelled => Err(OutputError::Cancelled { id }),
+        Status::Cancelled => {
+            Err(OutputError::Cancelled { id, reason: result.error.unwrap_or_default() })
+        }
     }
 }
 

@@ -40,6 +40,7 @@
 
 mod ask;
 mod batch;
+mod cancel;
 mod error;
 mod handle;
 mod letters;
@@ -54,6 +55,7 @@ mod submission;
 
 pub use ask::Totals;
 pub use batch::{Batch, SealedBatch};
+pub use cancel::BatchCancelled;
 pub use error::{OutputError, QueryError, SubmitError};
 pub use handle::Handle;
 pub use notices::{NoticeFilter, Notices};

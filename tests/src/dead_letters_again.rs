@@ -213,13 +213,15 @@ async fn a_chain_of_replays_ends_at_the_limit() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_parked_task_is_sent_again_as_itself() {
     let warren = Warren::new().await;
-    let _crew = warren.crew().await;
+    // No worker yet: it would bring the task back without being asked.
+    let _collector = warren.collector().start().await;
     let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
     let mut parked = letter("t-1", "garenne.echo", DeadReason::UnknownTask, &json!("here"));
     parked.message.set_header("x-garenne-batch", HeaderValue::Text("b-1".to_owned()));
     bury(&warren, &amqp, &[parked]).await;
     let replayed = warren.garenne(&["dead", "replay", "t-1", "-o", "json"]).await.json();
     assert_eq!(replayed["new_id"], "t-1");
+    let _worker = warren.worker().start().await;
     let result = finished(&producer, &id("t-1")).await;
     assert_eq!(result.status, Status::Succeeded);
     assert_eq!(result.batch.unwrap().as_str(), "b-1");

@@ -17,6 +17,7 @@ mod harness;
 mod alarm;
 mod batch_and_notices;
 mod broker_outage;
+mod cancel;
 mod cli;
 #[cfg(feature = "cluster")]
 mod cluster;
@@ -47,4 +48,5 @@ mod soak;
 mod tidy;
 mod time_limits;
 mod topology_loss;
+mod unknown_task;
 mod verify;

@@ -1,9 +1,10 @@
 //! Stopping loses nothing (promise 8): running work ends, other work goes back, and neither costs an
 //! attempt.
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use garenne_common::{QueueName, Timestamp};
+use garenne_common::{QueueName, Status, Timestamp};
 use garenne_producer::Submission;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -134,4 +135,119 @@ async fn a_stopping_worker_sends_the_last_results_before_it_goes() {
         ended += results.reports().soon("the results were sent").await.len();
     }
     assert_eq!(amqp.waiting().await, 0, "and their tasks are acknowledged");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_worker_says_what_it_waits_for() {
+    let warren = Warren::new().await;
+    let mut worker = warren.worker().start().await;
+    let amqp = warren.amqp().await;
+    amqp.task(message("garenne.sleep", "t-long", &json!({ "millis": 6_000 }))).await;
+    delivered(&warren).await;
+    worker.signal(Signal::SIGTERM);
+    let line = worker.logged("still waiting for running tasks").await;
+    assert!(line.contains("garenne.sleep t-long (") && line.contains("\"tasks\":1"), "{line}");
+    assert!(worker.ended(PROMPT).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rolling_restart_under_load_changes_no_outcome() {
+    let warren = Warren::new().await;
+    let _collector = warren.collector().start().await;
+    let worker = |n: u32| warren.worker().arg(format!("--name=w{n}")).set("worker.slots", 4);
+    let mut workers = vec![];
+    for n in 0..3 {
+        workers.push(worker(n).start().await);
+    }
+    let producer = warren.producer().await;
+    let batch = producer.batch().await.unwrap();
+    let restarted = AtomicBool::new(false);
+    let stream = async {
+        let mut handles = vec![];
+        while !restarted.load(Ordering::Relaxed) {
+            handles.push(batch.submit(sleep(20 + handles.len() as u64 % 80)).await.unwrap());
+        }
+        handles
+    };
+    let mut newer = vec![];
+    let restarts = async {
+        for (n, mut old) in (3..).zip(workers) {
+            assert!(old.terminate(PROMPT).await.success());
+            // It takes tasks before the next one goes.
+            newer.push(worker(n).start().await);
+        }
+        restarted.store(true, Ordering::Relaxed);
+    };
+    let (handles, ()) = tokio::join!(stream, restarts);
+    let count = handles.len() as u64;
+    for handle in handles {
+        let result = handle.result().soon("every task ends").await.unwrap();
+        assert_eq!((result.status, result.attempt), (Status::Succeeded, 1), "{result:?}");
+    }
+    let summary = batch.seal().await.unwrap().wait().soon("the batch ends").await.unwrap();
+    assert_eq!((summary.succeeded, summary.failed, summary.total), (count, 0, Some(count)));
+}
+
+/// How long the workers of [`terminate_often`] let their tasks finish.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// Starts and stops so many workers, four at once and each at a random moment of its life, under tasks
+/// of which some outlast the grace period; returns how long each took to exit and what it logged, the
+/// slowest last.
+pub(crate) async fn terminate_often(count: usize) -> Vec<(Duration, String)> {
+    let warren = Warren::new().await;
+    let _collector = warren.collector().start().await;
+    let producer = warren.producer().await;
+    let (left, over) = (AtomicUsize::new(count), AtomicBool::new(false));
+    let lane = |seed: u64| {
+        let (warren, left, over) = (&warren, &left, &over);
+        async move {
+            let mut moment = seed;
+            let mut took = vec![];
+            while left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+                .is_ok()
+            {
+                // A small generator: the moments must differ, and nothing else is asked of them.
+                moment = moment.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let mut worker = warren.worker().arg("--grace=1s").spawn();
+                tokio::time::sleep(Duration::from_millis(moment >> 33 & 1_023)).await;
+                let begun = Instant::now();
+                worker.signal(Signal::SIGTERM);
+                let status = worker.ended(PROMPT).await;
+                took.push((begun.elapsed(), worker.stderr()));
+                // Before it listens to signals it dies of them, and has taken nothing yet.
+                let listened = worker.stderr().contains("starting");
+                assert!(status.success() || !listened, "{status:?}");
+            }
+            over.store(true, Ordering::Relaxed);
+            took
+        }
+    };
+    let stream = async {
+        let mut handles = vec![];
+        while !over.load(Ordering::Relaxed) {
+            let millis = if handles.len() % 50 == 0 { 3_000 } else { handles.len() as u64 % 300 };
+            handles.push(producer.submit(sleep(millis)).await.unwrap());
+            tokio::time::sleep(Duration::from_millis(15)).await;
+        }
+        handles
+    };
+    let (handles, one, two, three, four) = tokio::join!(stream, lane(1), lane(2), lane(3), lane(4));
+    let _last = warren.worker().set("worker.slots", 100).start().await;
+    for handle in handles {
+        let patience = Duration::from_mins(1);
+        let result = handle.result().within(patience, "no task is lost").await.unwrap();
+        assert_eq!((result.status, result.attempt), (Status::Succeeded, 1), "{result:?}");
+    }
+    let mut took = [one, two, three, four].concat();
+    took.sort_unstable();
+    took
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_at_any_moment_ends_a_worker_in_time_and_loses_nothing() {
+    let took = terminate_often(20).await;
+    let (slowest, log) = took.last().unwrap();
+    assert!(*slowest <= GRACE + Duration::from_secs(1), "{slowest:?}: {log}");
 }

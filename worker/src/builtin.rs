@@ -62,9 +62,17 @@ impl Task for Sleep {
     type Output = Slept;
 }
 
-async fn sleep(_: Context, Sleep { millis }: Sleep) -> Result<Slept, TaskError> {
-    tokio::time::sleep(Duration::from_millis(millis)).await;
+async fn sleep(context: Context, Sleep { millis }: Sleep) -> Result<Slept, TaskError> {
+    pause(&context, millis).await?;
     Ok(Slept { slept_millis: millis })
+}
+
+/// Waits, unless the attempt should end.
+async fn pause(context: &Context, millis: u64) -> Result<(), TaskError> {
+    tokio::select! {
+        () = tokio::time::sleep(Duration::from_millis(millis)) => Ok(()),
+        () = context.cancelled() => Err(TaskError::retry("stopped half-way")),
+    }
 }
 
 /// `garenne.fail`: fails in the way asked for, for trying out retries and dead letters.
@@ -128,7 +136,7 @@ async fn announce(context: Context, task: Announce) -> Result<String, TaskError>
     let which = task.task.as_str().map_or_else(|| task.task.to_string(), str::to_owned);
     let line = format!("{} is processing task {which}", context.worker());
     writeln!(std::io::stdout().lock(), "{line}")?;
-    tokio::time::sleep(Duration::from_millis(task.millis)).await;
+    pause(&context, task.millis).await?;
     Ok(line)
 }
 

@@ -99,11 +99,12 @@ impl Context {
         &self.worker
     }
 
-    /// Completes when the attempt should end: its soft time limit has passed, its time is up, or the
-    /// worker gives up waiting for it.
+    /// Completes when the attempt should end: somebody cancelled the task, its soft time limit has
+    /// passed, its time is up, or the worker gives up waiting for it.
     ///
-    /// After a soft limit the handler may still return its result until the time is up. Otherwise an
-    /// async handler is dropped right after; a blocking one is not and should look at
+    /// After a soft limit the handler may still return its result until the time is up, and after a
+    /// cancellation for `worker.cancel_grace` (a success then stands). Otherwise an async handler is
+    /// dropped right after; a blocking one is not and should look at
     /// [`is_cancelled`](Self::is_cancelled) from time to time.
     pub fn cancelled(&self) -> WaitForCancellationFuture<'_> {
         self.cancelled.cancelled()

@@ -15,6 +15,7 @@ pub fn decide(outcome: Outcome, attempt: u32, policy: &RetryPolicy, jitter: f64)
     match outcome {
         Outcome::Succeeded(output) => Disposition::Complete(output),
         Outcome::Interrupted => Disposition::Requeue,
+        Outcome::Cancelled => Disposition::Cancel { reason: "cancelled".to_owned() },
         Outcome::BadArguments(error) => {
             Disposition::DeadLetter { reason: DeadReason::Malformed, error }
         }
@@ -28,6 +29,18 @@ pub fn decide(outcome: Outcome, attempt: u32, policy: &RetryPolicy, jitter: f64)
             again(attempt, policy, wait(), DeadReason::Panicked, error)
         }
         Outcome::Crashed(crash) => crashed(&crash, policy, jitter),
+    }
+}
+
+/// The disposition of a task that somebody wants cancelled: what succeeded stands, anything else ends.
+pub fn heed(disposition: Disposition, reason: &str) -> Disposition {
+    match disposition {
+        Disposition::Complete(output) => Disposition::Complete(output),
+        Disposition::Retry { .. }
+        | Disposition::DeadLetter { .. }
+        | Disposition::Again { .. }
+        | Disposition::Requeue
+        | Disposition::Cancel { .. } => Disposition::Cancel { reason: reason.to_owned() },
     }
 }
 
@@ -88,7 +101,8 @@ mod tests {
             Disposition::Complete(_)
             | Disposition::Retry { .. }
             | Disposition::Again { .. }
-            | Disposition::Requeue => None,
+            | Disposition::Requeue
+            | Disposition::Cancel { .. } => None,
         }
     }
 
@@ -119,11 +133,24 @@ mod tests {
             Disposition::Complete(_)
             | Disposition::Again { .. }
             | Disposition::DeadLetter { .. }
-            | Disposition::Requeue => None,
+            | Disposition::Requeue
+            | Disposition::Cancel { .. } => None,
         };
         assert_eq!(retry(Outcome::Failed(TaskError::retry("no"))), Some(Duration::from_secs(1)));
         let later = TaskError::retry_after(Duration::from_mins(1), "busy");
         assert_eq!(retry(Outcome::Failed(later)), Some(Duration::from_mins(1)));
+    }
+
+    #[test]
+    fn a_cancelled_task_does_not_retry_and_a_success_stands() {
+        let cancel = Disposition::Cancel { reason: "enough".to_owned() };
+        let failed = Outcome::Failed(TaskError::retry("no"));
+        for outcome in [failed, Outcome::Interrupted, Outcome::Cancelled] {
+            assert_eq!(heed(decide(outcome, 1, &POLICY, 0.0), "enough"), cancel);
+        }
+        let output = Payload::encode(Codec::Json, &1).unwrap();
+        let complete = Disposition::Complete(output);
+        assert_eq!(heed(complete.clone(), "enough"), complete);
     }
 
     #[test]

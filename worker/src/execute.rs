@@ -24,13 +24,24 @@ pub(crate) struct Limits {
     pub(crate) grace: Duration,
 }
 
-/// Runs the handler until it ends, for at most its hard limit, or until `abort`.
+/// What may end an attempt from outside.
+#[derive(Clone, Copy)]
+pub(crate) struct Stops<'a> {
+    /// The worker waits no longer.
+    pub(crate) abort: &'a CancellationToken,
+    /// Somebody wants the task cancelled.
+    pub(crate) cancel: &'a CancellationToken,
+    /// How long it may take to end then.
+    pub(crate) cancel_grace: Duration,
+}
+
+/// Runs the handler until it ends, for at most its hard limit, or until something stops it.
 pub(crate) async fn execute(
     handler: &dyn Handler,
     context: &Context,
     slot: Slot,
     limits: Limits,
-    abort: &CancellationToken,
+    stops: Stops<'_>,
 ) -> Outcome {
     // The call itself runs user code too (an async function's synchronous beginning), hence the
     // async block. What a panic leaves behind is dropped with the attempt.
@@ -46,6 +57,8 @@ pub(crate) async fn execute(
     };
     let mut warning = std::pin::pin!(warning);
     let mut warned = false;
+    let abort = stops.abort;
+    let mut outlasted = std::pin::pin!(outlasted(context, stops));
     let outcome = loop {
         tokio::select! {
             ended = &mut attempt => {
@@ -59,13 +72,15 @@ pub(crate) async fn execute(
             }
             () = &mut hard => break Outcome::TimedOut(limits.hard),
             () = abort.cancelled() => break Outcome::Interrupted,
+            () = &mut outlasted => break Outcome::Cancelled,
         }
     };
+    let told = context.is_cancelled();
     // For a blocking handler that goes on, and for what an async one has spawned.
     context.end();
     if handler.is_process() {
         // One that was told in time has had its time.
-        let grace = if warned { Duration::ZERO } else { limits.grace };
+        let grace = if told { Duration::ZERO } else { limits.grace };
         let patience = async {
             abort.cancelled().await;
             tokio::time::sleep(SHORT_GRACE).await;
@@ -79,6 +94,13 @@ pub(crate) async fn execute(
         }
     }
     outcome
+}
+
+/// Passes a cancellation on to the handler, and completes when its time to heed it is over.
+async fn outlasted(context: &Context, stops: Stops<'_>) {
+    stops.cancel.cancelled().await;
+    context.cancel();
+    tokio::time::sleep(stops.cancel_grace).await;
 }
 
 type Ended = Result<Result<garenne_common::Payload, Fault>, Box<dyn std::any::Any + Send>>;
@@ -116,12 +138,27 @@ mod tests {
         Limits { soft, hard, grace: Duration::ZERO }
     }
 
+    /// Everything that could stop an attempt, held still.
+    #[derive(Default)]
+    struct Quiet {
+        abort: CancellationToken,
+        cancel: CancellationToken,
+        cancel_grace: Duration,
+    }
+
+    impl Quiet {
+        fn stops(&self) -> Stops<'_> {
+            let Self { abort, cancel, cancel_grace } = self;
+            Stops { abort, cancel, cancel_grace: *cancel_grace }
+        }
+    }
+
     async fn run(handler: &dyn Handler, args: &str) -> Outcome {
         let slots = Slots::new(1);
         let slot = slots.one().await.unwrap();
-        let abort = CancellationToken::new();
         let limits = limits(None, Duration::from_secs(2));
-        let outcome = execute(handler, &Context::of_args(args), slot, limits, &abort).await;
+        let stops = Quiet::default();
+        let outcome = execute(handler, &Context::of_args(args), slot, limits, stops.stops()).await;
         // Whatever the outcome, an async handler leaves its slot free.
         drop(slots.all().await.unwrap());
         outcome
@@ -158,14 +195,33 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_cancelled_attempt_may_end_in_its_own_way_within_the_grace() {
+        let polite = |context: Context, Number(number): Number| async move {
+            context.cancelled().await;
+            if number == 0 { std::future::pending().await } else { Ok(number) }
+        };
+        let handler = AsyncHandler::<Number, _>::new(polite);
+        for (args, grace, succeeds) in [("7", 60_000, true), ("0", 20, false)] {
+            let cancel_grace = Duration::from_millis(grace);
+            let stops = Quiet { cancel_grace, ..Quiet::default() };
+            stops.cancel.cancel();
+            let slot = Slots::new(1).one().await.unwrap();
+            let (context, limits) = (Context::of_args(args), limits(None, Duration::from_mins(1)));
+            let outcome = execute(&handler, &context, slot, limits, stops.stops()).await;
+            assert_eq!(matches!(outcome, Outcome::Succeeded(_)), succeeds, "{outcome:?}");
+            assert_eq!(outcome == Outcome::Cancelled, !succeeds, "{outcome:?}");
+        }
+    }
+
+    #[tokio::test]
     async fn an_abort_interrupts() {
         let handler = AsyncHandler::<Number, _>::new(behave);
-        let abort = CancellationToken::new();
-        abort.cancel();
+        let stops = Quiet::default();
+        stops.abort.cancel();
         let slot = Slots::new(1).one().await.unwrap();
         let context = Context::of_args("-2");
         let limits = limits(None, Duration::from_secs(9));
-        let outcome = execute(&handler, &context, slot, limits, &abort).await;
+        let outcome = execute(&handler, &context, slot, limits, stops.stops()).await;
         assert_eq!(outcome, Outcome::Interrupted);
         assert!(context.is_cancelled());
     }
@@ -180,8 +236,8 @@ mod tests {
         let limits = limits(Some(soft), Duration::from_secs(20));
         let slot = Slots::new(1).one().await.unwrap();
         let context = Context::of_args("5");
-        let abort = CancellationToken::new();
-        let outcome = execute(&asked, &context, slot, limits, &abort).await;
+        let stops = Quiet::default();
+        let outcome = execute(&asked, &context, slot, limits, stops.stops()).await;
         assert!(matches!(outcome, Outcome::Succeeded(_)), "{outcome:?}");
     }
 }

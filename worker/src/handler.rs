@@ -62,9 +62,9 @@ impl Registry {
         self.0.contains_key(name)
     }
 
-    /// The names, sorted, for the start-up log.
-    pub(crate) fn names(&self) -> Vec<&str> {
-        let mut names: Vec<_> = self.0.keys().map(TaskName::as_str).collect();
+    /// The names, sorted.
+    pub(crate) fn names(&self) -> Vec<TaskName> {
+        let mut names: Vec<_> = self.0.keys().cloned().collect();
         names.sort_unstable();
         names
     }

@@ -1,25 +1,28 @@
 //! Intake: from a delivery to a settled attempt. The pipeline of the crate's documentation, in code.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{Consumer, Delivery};
 use garenne_common::wire::Fence;
-use garenne_common::{DeadReason, Options, TaskMessage, Timestamp};
+use garenne_common::{DeadReason, Options, TaskMessage, Timestamp, wire};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
 use crate::admit::{Admission, admit};
+use crate::cancels::Cancels;
 use crate::context::{Context, Facts};
-use crate::decide::decide;
+use crate::decide::{decide, heed};
 use crate::doors::{Doors, Entered, Entry};
-use crate::execute::{Limits, execute};
-use crate::handler::{Registry, Slot};
+use crate::execute::{Limits, Stops, execute};
+use crate::handler::{Handler, Registry, Slot};
 use crate::inflight::{DeliveryRef, Inflight};
 use crate::lease::LeaseTerms;
 use crate::outcome::{Crash, Disposition, Outcome};
+use crate::register::{Place, Register};
 use crate::settle::{Arrival, Ended, Lane, Settlement, Signature, Subject};
 use crate::slots::freed;
 use crate::suspect::{self, Standing};
@@ -44,44 +47,81 @@ pub(crate) struct Pipeline {
     pub(crate) attempts: TaskTracker,
     /// Wait for handlers that go on after their attempts have ended.
     pub(crate) watchers: TaskTracker,
+    pub(crate) register: Arc<Register>,
+    pub(crate) cancels: Arc<Cancels>,
+    /// How long a cancelled attempt may take to end.
+    pub(crate) cancel_grace: Duration,
 }
 
-/// Takes deliveries of one queue until the consumer ends.
+/// Deliveries that wait for a slot; as many as the prefetch lets come.
+type Waiting = VecDeque<Delivery>;
+
+/// Takes deliveries of one queue until the worker stops, and then hands back what did not begin.
 pub(crate) async fn intake(pipeline: Arc<Pipeline>, queue: usize, mut consumer: Consumer) {
+    let mut waiting = Waiting::new();
+    let mut news = pipeline.cancels.news();
     loop {
         tokio::select! {
+            biased;
+            () = pipeline.stop.cancelled() => break,
+            Ok(()) = news.changed() => Pipeline::end_cancelled(&pipeline, queue, &mut waiting),
+            Some(slot) = pipeline.doors.slots.one(), if !waiting.is_empty() => {
+                if let Some(delivery) = waiting.pop_front() {
+                    Pipeline::begin(&pipeline, queue, delivery, Some(slot));
+                }
+            }
             delivery = consumer.next() => match delivery {
-                Some(delivery) => Pipeline::take(&pipeline, queue, delivery).await,
-                None => return,
+                Some(delivery) => {
+                    pipeline.lanes[queue].delivered(delivery.tag);
+                    // What is conspicuous waits for its turn by itself, so that nothing else has to
+                    // wait behind it.
+                    if suspect::is_conspicuous(&delivery.message, delivery.redelivered) {
+                        Pipeline::begin(&pipeline, queue, delivery, None);
+                    } else {
+                        waiting.push_back(delivery);
+                    }
+                }
+                None => break,
             },
-            // What is on its way still comes and is handed back by `take`.
-            () = pipeline.stop.cancelled(), if !consumer.is_stopping() => consumer.stop(),
         }
+    }
+    consumer.stop();
+    for delivery in waiting {
+        pipeline.hand_back(queue, &delivery).await;
+    }
+    // What was on its way still comes.
+    while let Some(delivery) = consumer.next().await {
+        pipeline.lanes[queue].delivered(delivery.tag);
+        pipeline.hand_back(queue, &delivery).await;
     }
 }
 
 impl Pipeline {
-    /// Begins an attempt as soon as a slot is free; a stopping worker hands the delivery back.
-    ///
-    /// What is conspicuous waits for its turn by itself, so that nothing else has to wait behind it.
-    async fn take(this: &Arc<Self>, queue: usize, delivery: Delivery) {
-        let delivery_ref = DeliveryRef { queue, tag: delivery.tag };
-        this.lanes[queue].delivered(delivery.tag);
-        let mut slot = None;
-        if !suspect::is_conspicuous(&delivery.message, delivery.redelivered) {
-            slot = tokio::select! {
-                biased;
-                () = this.stop.cancelled() => None,
-                slot = this.doors.slots.one() => slot,
-            };
-            if slot.is_none() {
-                let (subject, queue) = (Subject::Delivery(delivery_ref), &this.lanes[queue].queue);
-                let back = this.signature.hand_back(subject, &delivery.message, queue);
-                return this.settle(back).await;
-            }
-        }
+    fn begin(this: &Arc<Self>, queue: usize, delivery: Delivery, slot: Option<Slot>) {
         let pipeline = Arc::clone(this);
-        this.attempts.spawn(async move { pipeline.attempt(delivery_ref, delivery, slot).await });
+        this.attempts.spawn(async move {
+            pipeline.attempt(DeliveryRef { queue, tag: delivery.tag }, delivery, slot).await;
+        });
+    }
+
+    /// Lets what was cancelled while it waited go ahead without a slot, since it will not run.
+    fn end_cancelled(this: &Arc<Self>, queue: usize, waiting: &mut Waiting) {
+        let name = &this.lanes[queue].queue;
+        let is_cancelled = |delivery: &Delivery| match wire::task::decode(&delivery.message, name) {
+            Ok(Some(task)) => this.cancels.wish(&task).is_some(),
+            Ok(None) | Err(_) => false,
+        };
+        let (cancelled, rest): (Waiting, Waiting) = waiting.drain(..).partition(is_cancelled);
+        *waiting = rest;
+        for delivery in cancelled {
+            Self::begin(this, queue, delivery, None);
+        }
+    }
+
+    async fn hand_back(&self, queue: usize, delivery: &Delivery) {
+        let subject = Subject::Delivery(DeliveryRef { queue, tag: delivery.tag });
+        let queue = &self.lanes[queue].queue;
+        self.settle(self.signature.hand_back(subject, &delivery.message, queue)).await;
     }
 
     /// A task's life: guard, execute, decide, settle.
@@ -95,16 +135,28 @@ impl Pipeline {
             Admission::Adopted => return,
             Admission::Settle(settlement) => return self.settle(*settlement).await,
         };
+        // Entered first and looked up then, so that a wish that comes now is missed by neither.
+        let place = self.register.enter(&task);
+        if self.cancels.wish(&task).is_some() {
+            place.cancel.cancel();
+        }
         let standing = Standing::of(&message, redelivered);
-        let entry = match slot {
-            Some(slot) => Entry::Run(Entered { handler, slot, trial: None }),
-            None => self.doors.enter(&standing, handler, &self.stop).await,
+        let entry = tokio::select! {
+            biased;
+            () = place.cancel.cancelled() => None,
+            entry = self.enter(slot, &standing, handler) => Some(entry),
         };
         let started_at = Timestamp::now();
         let mut ended =
             Ended { task, message, redelivered, started_at, finished_at: started_at, lease: None };
+        let Some(entry) = entry else {
+            let wish = self.cancels.wish(&ended.task);
+            let reason = wish.as_deref().unwrap_or("cancelled");
+            tracing::info!(id = %ended.task.id, reason, "cancelled before it began");
+            return self.settle(self.signature.unbegun(&ended, reason)).await;
+        };
         let disposition = match entry {
-            Entry::Run(entered) => self.run(&mut ended, &standing, entered).await,
+            Entry::Run(entered) => self.run(&mut ended, &standing, entered, &place).await,
             Entry::Renew(after) => Disposition::Again { after },
             Entry::HandBack => Disposition::Requeue,
             Entry::GiveUp(error) => {
@@ -116,8 +168,26 @@ impl Pipeline {
         self.settle(self.signature.settlement(&ended, disposition)).await;
     }
 
+    async fn enter(
+        &self,
+        slot: Option<Slot>,
+        standing: &Standing,
+        handler: Arc<dyn Handler>,
+    ) -> Entry {
+        match slot {
+            Some(slot) => Entry::Run(Entered { handler, slot, trial: None }),
+            None => self.doors.enter(standing, handler, &self.stop).await,
+        }
+    }
+
     /// Runs an attempt, under a lease if it may be long.
-    async fn run(&self, ended: &mut Ended, standing: &Standing, entered: Entered) -> Disposition {
+    async fn run(
+        &self,
+        ended: &mut Ended,
+        standing: &Standing,
+        entered: Entered,
+        place: &Place,
+    ) -> Disposition {
         let (task, message) = (Arc::clone(&ended.task), &ended.message);
         let lease = self.lease.fence(self.limit(&task.options), message);
         if let Some(fence) = &lease {
@@ -126,20 +196,31 @@ impl Pipeline {
         }
         ended.lease = lease;
         let context = self.context(ended, standing);
-        let outcome = self.execute(&context, entered, ended.lease.as_ref()).await;
+        let outcome = self.execute(&context, entered, (place, ended.lease.as_ref())).await;
         if let Outcome::Crashed(crash) = &outcome {
             ended.message = crash.record.write(&ended.message);
         }
-        decide(outcome, task.attempt, &task.options.retry, fastrand::f64())
+        let decided = decide(outcome, task.attempt, &task.options.retry, fastrand::f64());
+        match self.cancels.wish(&task) {
+            Some(reason) => heed(decided, &reason),
+            None => decided,
+        }
     }
 
-    async fn execute(&self, context: &Context, entered: Entered, lease: Option<&Fence>) -> Outcome {
+    async fn execute(
+        &self,
+        context: &Context,
+        entered: Entered,
+        (place, lease): (&Place, Option<&Fence>),
+    ) -> Outcome {
         let (task, begun) = (context.task(), Timestamp::now());
         let span =
             tracing::info_span!("task", id = %task.id, name = %task.name, attempt = task.attempt);
         let Entered { handler, slot, trial: _held } = entered;
         let free = freed(&slot);
-        let attempt = execute(&*handler, context, slot, self.limits(&task.options), &self.abort);
+        let (limits, cancel_grace) = (self.limits(&task.options), self.cancel_grace);
+        let stops = Stops { abort: &self.abort, cancel: &place.cancel, cancel_grace };
+        let attempt = execute(&*handler, context, slot, limits, stops);
         let attempt = attempt.instrument(span.clone());
         let outcome = match lease {
             None => attempt.await,
@@ -190,6 +271,7 @@ fn log(task: &TaskMessage, outcome: &Outcome, started_at: Timestamp) {
     match outcome {
         Outcome::Succeeded(_) => tracing::debug!(?took, "succeeded"),
         Outcome::Interrupted => tracing::warn!(?took, "interrupted; it goes back to its queue"),
+        Outcome::Cancelled => tracing::warn!(?took, "cancelled, and did not end by itself"),
         Outcome::BadArguments(error) => tracing::warn!(error, "wrong arguments"),
         Outcome::Failed(error) => tracing::warn!(?took, last, error = error.message(), "failed"),
         Outcome::TimedOut(limit) => tracing::warn!(last, ?limit, "timed out"),

@@ -41,19 +41,23 @@
 mod acks;
 mod admit;
 mod builtin;
+mod cancels;
 mod command;
 mod context;
+mod control;
 mod decide;
 mod doors;
 mod execute;
 mod faults;
 mod guard;
 mod handler;
+mod heartbeat;
 mod inflight;
 mod intake;
 mod isolate;
 mod lease;
 mod outcome;
+mod register;
 mod settle;
 mod slots;
 mod suspect;
@@ -61,7 +65,7 @@ mod verify;
 mod worker;
 
 pub use context::Context;
-pub use decide::decide;
+pub use decide::{decide, heed};
 pub use outcome::{Crash, Disposition, Outcome, Retryable, TaskError};
 pub use worker::{Builder, Running, Worker, WorkerError};
 

@@ -25,6 +25,8 @@ pub enum Outcome {
     Crashed(Crash),
     /// The worker is stopping and could not wait any longer.
     Interrupted,
+    /// It was cancelled and did not end in time.
+    Cancelled,
 }
 
 /// The death of a process that ran one attempt and nothing else.
@@ -64,6 +66,11 @@ pub enum Disposition {
     },
     /// It goes back to its queue as it is and costs no attempt.
     Requeue,
+    /// Its result, that it was cancelled, goes out; then it is acknowledged.
+    Cancel {
+        /// Why it was cancelled.
+        reason: String,
+    },
 }
 
 /// Why a handler failed, and whether another attempt may help.

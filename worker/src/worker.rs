@@ -7,27 +7,36 @@ use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource, Settler,
 };
 use garenne_common::config::Config;
+use garenne_common::wire::control::CANCEL_KEY;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::builtin;
+use crate::cancels::Cancels;
 use crate::command::CommandHandler;
 use crate::context::Context;
+use crate::control::{self, Listener};
 use crate::doors::Doors;
 use crate::faults;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
+use crate::heartbeat::Beat;
 use crate::inflight::Inflight;
 use crate::intake::{Pipeline, intake};
 use crate::isolate::{self, Isolation};
 use crate::lease::LeaseTerms;
 use crate::outcome::TaskError;
+use crate::register::Register;
 use crate::settle::{Lane, SettleCore, SettleTask, Signature};
+use crate::slots::Slots;
 use crate::verify;
 
 /// How long the last confirms may take after all tasks have ended.
 const FLUSH_GRACE: Duration = Duration::from_secs(10);
+/// How often a stopping worker says what it waits for, and how many tasks it names.
+const SAY_AGAIN: Duration = Duration::from_secs(3);
+const SHOWN_TASKS: usize = 5;
 /// Quorum queues take no higher prefetch.
 const MAX_PREFETCH: usize = 2_000;
 
@@ -104,12 +113,18 @@ impl Worker {
             Link::new(&config.broker, &link_name("consume")),
             Link::new(&config.broker, &link_name("publish")),
         );
+        let names = registry.names();
+        let tasks = names.iter().map(TaskName::as_str).collect::<Vec<_>>().join(",");
         tracing::info!(
             worker = identity, queues, slots = worker.slots, namespace = %config.broker.namespace,
-            tasks = registry.names().join(","), "starting"
+            tasks, "starting"
         );
         let topology = config.broker.topology();
         let publisher = Publisher::start(publish, topology.core(), &config.broker);
+        let register = Arc::<Register>::default();
+        let cancels = Arc::new(Cancels::new(Arc::clone(&register)));
+        let aides = Aides::default();
+        aides.listen(&config, &identity, (&consume, &publisher), &cancels).await;
         let consumers: Vec<Consumer> = worker
             .queues
             .iter()
@@ -142,12 +157,15 @@ impl Worker {
             }
             .run(),
         );
+        let doors = Doors::new(worker.slots, isolation, worker.crash_budget);
+        let seen = (Arc::clone(&register), Arc::clone(&doors.slots));
+        aides.beat(&config, (&identity, names), &publisher, (seen, &stop));
         let pipeline = Arc::new(Pipeline {
             registry,
             signature,
             lanes,
             inflight,
-            doors: Doors::new(worker.slots, isolation, worker.crash_budget),
+            doors,
             settle,
             task_timeout: worker.task_timeout,
             kill_grace: worker.kill_grace,
@@ -160,6 +178,9 @@ impl Worker {
             abort: abort.clone(),
             attempts: TaskTracker::new(),
             watchers: TaskTracker::new(),
+            register,
+            cancels,
+            cancel_grace: worker.cancel_grace,
         });
         let intakes = TaskTracker::new();
         for (queue, consumer) in consumers.into_iter().enumerate() {
@@ -169,7 +190,118 @@ impl Worker {
         tasks.close();
         tracing::info!("ready");
         let grace = worker.grace;
-        Ok(Running { pipeline, settlers, intakes, tasks, publisher, consume, stop, abort, grace })
+        Ok(Running {
+            pipeline,
+            settlers,
+            intakes,
+            tasks,
+            aides,
+            publisher,
+            consume,
+            stop,
+            abort,
+            grace,
+        })
+    }
+}
+
+/// What a worker does beside its tasks: it listens for cancellations and says that it is alive.
+#[derive(Default)]
+struct Aides {
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Aides {
+    /// Listens from now on, and waits until the list of what is cancelled is known, but not for long:
+    /// a worker must work without a collector.
+    async fn listen(
+        &self,
+        config: &Config,
+        identity: &str,
+        (consume, publisher): (&Link, &Publisher),
+        cancels: &Arc<Cancels>,
+    ) {
+        let consumer = Consumer::start(consume.clone(), control_spec(config, identity));
+        // A broker that refuses says so of the queues of tasks too, and the caller hears it there.
+        let consuming = consumer.ready().await.is_ok();
+        let (in_step, mut is_in_step) = watch::channel(false);
+        let listener = Listener {
+            consumer,
+            publisher: publisher.clone(),
+            topology: config.broker.topology(),
+            cancels: Arc::clone(cancels),
+            in_step,
+            stop: self.stop.clone(),
+        };
+        self.tasks.spawn(listener.run());
+        let patience = config.worker.cancel_sync_timeout;
+        let known = is_in_step.wait_for(|known| *known);
+        if consuming && tokio::time::timeout(patience, known).await.is_err() {
+            tracing::warn!(
+                ?patience,
+                "no collector has said which tasks are cancelled; starting without, and asking on"
+            );
+        }
+    }
+
+    /// Says from now on that the worker is alive.
+    fn beat(
+        &self,
+        config: &Config,
+        (identity, tasks): (&str, Vec<TaskName>),
+        publisher: &Publisher,
+        ((register, slots), draining): ((Arc<Register>, Arc<Slots>), &CancellationToken),
+    ) {
+        let beat = Beat {
+            publisher: publisher.clone(),
+            topology: config.broker.topology(),
+            worker: Arc::from(identity),
+            queues: config.worker.queues.clone(),
+            tasks,
+            size: config.worker.slots,
+            slots,
+            register,
+            every: config.worker.heartbeat,
+            draining: draining.clone(),
+            stop: self.stop.clone(),
+        };
+        self.tasks.spawn(beat.run());
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+fn control_spec(config: &Config, identity: &str) -> ConsumerSpec {
+    let topology = config.broker.topology();
+    let bindings = vec![(topology.control(), CANCEL_KEY.to_owned())];
+    let declarations = topology.core();
+    // A queue's name holds at most 255 bytes.
+    let owner: String = identity.chars().take(40).collect();
+    ConsumerSpec {
+        declarations,
+        queue: QueueSource::Exclusive {
+            name: Box::new(move || topology.reply_queue(&owner)),
+            bindings,
+        },
+        prefetch: control::BUFFER,
+        tag: format!("garenne-worker {identity} control"),
+        no_ack: true,
+    }
+}
+
+/// Says again and again what a stopping worker waits for; never completes.
+async fn say_what_runs(register: &Register, grace: Duration) {
+    let begun = tokio::time::Instant::now();
+    loop {
+        tokio::time::sleep(SAY_AGAIN).await;
+        let (tasks, oldest) = register.oldest(SHOWN_TASKS);
+        let left = Duration::from_secs(grace.saturating_sub(begun.elapsed()).as_secs());
+        tracing::info!(tasks, oldest = oldest.join(", "), ?left, "still waiting for running tasks");
     }
 }
 
@@ -256,6 +388,7 @@ pub struct Running {
     settlers: Vec<Settler>,
     intakes: TaskTracker,
     tasks: TaskTracker,
+    aides: Aides,
     publisher: Publisher,
     consume: Link,
     stop: CancellationToken,
@@ -288,13 +421,23 @@ impl Running {
     /// Stops without losing anything. The order matters:
     ///
     /// 1. Intake ends: the broker is told to send no more, and what waits here goes back to it.
-    /// 2. Running tasks may finish within the grace period.
+    /// 2. Running tasks may finish within the grace period; every few seconds the log names them.
     /// 3. Those that did not are interrupted and go back to their queue without costing an attempt.
     /// 4. The last successors are confirmed and the last deliveries acknowledged.
     /// 5. The connections close; only now may the broker take back what is still unsettled.
     pub async fn drain(self) {
-        let Self { pipeline, settlers: _, intakes, tasks, publisher, consume, stop, abort, grace } =
-            self;
+        let Self {
+            pipeline,
+            settlers: _,
+            intakes,
+            tasks,
+            aides,
+            publisher,
+            consume,
+            stop,
+            abort,
+            grace,
+        } = self;
         stop.cancel();
         intakes.wait().await;
         pipeline.attempts.close();
@@ -302,13 +445,18 @@ impl Running {
         tracing::info!(running, ?grace, "draining");
         tokio::select! {
             () = pipeline.attempts.wait() => {}
-            () = tokio::time::sleep(grace) => tracing::warn!("the grace period is over"),
+            () = tokio::time::sleep(grace) => {
+                let (tasks, oldest) = pipeline.register.oldest(SHOWN_TASKS);
+                tracing::warn!(tasks, oldest = oldest.join(", "), "the grace period is over; handing back");
+            }
             () = abort.cancelled() => tracing::warn!("told not to wait"),
+            () = say_what_runs(&pipeline.register, grace) => {}
         }
         abort.cancel();
         pipeline.attempts.wait().await;
         pipeline.watchers.close();
         pipeline.watchers.wait().await;
+        aides.end().await;
         // The last sender goes, so the settling task ends when everything is confirmed.
         drop(pipeline);
         if tokio::time::timeout(FLUSH_GRACE, tasks.wait()).await.is_err() {

@@ -66,6 +66,18 @@ impl Ledger for Maps {
         Ok(())
     }
 
+    fn park(&mut self, _: &DeadLetter) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn task_over(&mut self, _: &TaskId) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn batch_over(&mut self, _: &BatchId) -> Result<(), Infallible> {
+        Ok(())
+    }
+
     fn add_resend(&mut self, _: &Resend) -> Result<(), Infallible> {
         Ok(())
     }

@@ -9,7 +9,7 @@ use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
 use rusqlite::types::Type;
 use rusqlite::{OptionalExtension, Row, Transaction, params};
 
-use super::{StoreError, leases, seal_envelope};
+use super::{StoreError, cancels, leases, parked, seal_envelope};
 use crate::aggregate::{Inserted, Ledger, Resend};
 use crate::batch::Batch;
 use crate::lease::{LeaseStanding, LeaseState};
@@ -18,6 +18,9 @@ use crate::lease::{LeaseStanding, LeaseState};
 pub(super) struct SqliteLedger<'a> {
     pub(super) transaction: Transaction<'a>,
     pub(super) now: Timestamp,
+    /// Whether there is any wish to cancel or any parked task: mostly there is none, and then no
+    /// result pays for looking. `None` before the first look.
+    pub(super) has_wishes: Option<bool>,
 }
 
 impl Ledger for SqliteLedger<'_> {
@@ -170,6 +173,22 @@ impl Ledger for SqliteLedger<'_> {
         Ok(())
     }
 
+    fn park(&mut self, letter: &DeadLetter) -> Result<(), StoreError> {
+        parked::park(self, letter)
+    }
+
+    fn task_over(&mut self, id: &TaskId) -> Result<(), StoreError> {
+        if self.has_wishes()? {
+            cancels::forget(self, false, id.as_str())?;
+            parked::forget(self, id.as_str())?;
+        }
+        Ok(())
+    }
+
+    fn batch_over(&mut self, id: &BatchId) -> Result<(), StoreError> {
+        if self.has_wishes()? { cancels::forget(self, true, id.as_str()) } else { Ok(()) }
+    }
+
     fn add_resend(&mut self, resend: &Resend) -> Result<(), StoreError> {
         let envelope = seal_envelope(&resend.message);
         let envelope = envelope.map_err(|error| StoreError::Other(error.to_string()))?;
@@ -199,6 +218,18 @@ impl Ledger for SqliteLedger<'_> {
 }
 
 impl SqliteLedger<'_> {
+    fn has_wishes(&mut self) -> Result<bool, StoreError> {
+        if let Some(known) = self.has_wishes {
+            return Ok(known);
+        }
+        let mut select = self.transaction.prepare_cached(
+            "SELECT EXISTS (SELECT 1 FROM cancels) OR EXISTS (SELECT 1 FROM parked)",
+        )?;
+        let any = select.query_row([], |row| row.get(0))?;
+        self.has_wishes = Some(any);
+        Ok(any)
+    }
+
     fn letter(&self, id: &TaskId) -> Result<Option<(DeadReason, Timestamp)>, StoreError> {
         let mut select =
             self.transaction.prepare_cached("SELECT reason, at FROM dead_letters WHERE id = ?1")?;

@@ -3,11 +3,13 @@
 //! A small trait, because PostgreSQL will be a second implementation. What a group means is not the
 //! store's business: it lends its transaction to [`crate::aggregate`] as a ledger.
 
+mod cancels;
 mod envelope;
 mod error;
 mod leases;
 mod ledger;
 mod letters;
+mod parked;
 mod questions;
 mod replay;
 mod schema;
@@ -17,17 +19,17 @@ use std::sync::Arc;
 
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
-    BatchStatus, DeadCursor, DeadFilter, DeadPage, DeadSummary, Notice, Purged, ReplayItem,
-    ReplayPlan, Replayed, RetryNote, TaskState,
+    BatchStatus, BatchSummary, CancelIntent, CancelState, Cancelled, DeadCursor, DeadFilter,
+    DeadPage, DeadSummary, Notice, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote, TaskState,
 };
-use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
+use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 
 pub use envelope::{EnvelopeError, open_envelope, seal_envelope};
 pub use error::StoreError;
 pub use sqlite::SqliteStore;
 
 use crate::aggregate::{Committed, Resend};
-use crate::group::Group;
+use crate::group::{Group, Letter};
 
 /// Where everything that must survive is kept.
 ///
@@ -49,6 +51,29 @@ pub trait Store: Clone + Send + Sync + 'static {
 
     /// Forgets tasks whose way back is confirmed.
     fn resent(&self, entries: Vec<u64>) -> impl Answer<()>;
+
+    /// Keeps a wish to cancel for each of these tasks that has not ended.
+    fn cancel(&self, ids: Vec<TaskId>, reason: String) -> impl Answer<CancelledTasks>;
+
+    /// Keeps a wish to cancel a batch that is not done.
+    fn cancel_batch(&self, id: BatchId, reason: String) -> impl Answer<CancelledBatch>;
+
+    /// The wishes with higher numbers than `after`, and the highest number given so far.
+    fn cancels(&self, after: u64, limit: usize) -> impl Answer<(Vec<CancelIntent>, u64)>;
+
+    /// What parked tasks wait for, each pair of queue and name once.
+    fn parked_kinds(&self, limit: usize) -> impl Answer<Vec<(QueueName, TaskName)>>;
+
+    /// Moves parked tasks of a kind that are due into the second outbox; how many there were.
+    fn release(
+        &self,
+        kind: (QueueName, TaskName),
+        exchange: String,
+        limit: usize,
+    ) -> impl Answer<usize>;
+
+    /// Ends parked tasks that are to be cancelled, at most `limit`.
+    fn end_cancelled_parked(&self, limit: usize) -> impl Answer<EndedParked>;
 
     /// Whether a batch waits for its seal beyond its deadline.
     fn has_overdue_batches(&self, now: Timestamp) -> impl Answer<bool>;
@@ -115,6 +140,35 @@ pub trait Store: Clone + Send + Sync + 'static {
 /// What the store says later.
 pub trait Answer<T>: Future<Output = Result<T, StoreError>> + Send {}
 impl<T, F: Future<Output = Result<T, StoreError>> + Send> Answer<T> for F {}
+
+/// What became of a wish to cancel tasks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CancelledTasks {
+    /// One answer for each task, in the order asked.
+    pub tasks: Vec<Cancelled>,
+    /// The wishes that are kept, old ones included.
+    pub intents: Vec<CancelIntent>,
+}
+
+/// What became of a wish to cancel a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CancelledBatch {
+    /// Whether the wish is kept.
+    pub state: CancelState,
+    /// The batch as it was then, if it is known.
+    pub summary: Option<BatchSummary>,
+    /// The wish, if it is kept.
+    pub intent: Option<CancelIntent>,
+}
+
+/// Parked tasks that ended as cancelled.
+#[derive(Debug, Clone, Default)]
+pub struct EndedParked {
+    /// Their letters and final records.
+    pub letters: Vec<Letter>,
+    /// Notices that now wait in the outbox.
+    pub notices: u64,
+}
 
 /// A notice that waits to be published.
 #[derive(Debug, Clone, PartialEq)]

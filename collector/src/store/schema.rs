@@ -20,7 +20,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
 /// by: the other times are their senders' word. Deletion follows rowids, which ascend with
 /// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
-const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES, LETTERS]];
+const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES, LETTERS, CANCELS]];
 
 const FIRST: &str = "
 CREATE TABLE results (
@@ -156,6 +156,34 @@ CREATE INDEX dead_letters_late ON dead_letters (at) WHERE late = 1 AND replayed_
 CREATE INDEX dead_letters_replayed ON dead_letters (at) WHERE replayed_as IS NOT NULL;
 CREATE INDEX dead_letters_replayed_as ON dead_letters (replayed_as)
     WHERE replayed_as IS NOT NULL;
+";
+
+/// Wishes to cancel, and what waits for a handler.
+const CANCELS: &str = "
+-- AUTOINCREMENT: workers tell by its number that a wish is new.
+CREATE TABLE cancels (
+    seq       INTEGER PRIMARY KEY AUTOINCREMENT,
+    batch     INTEGER NOT NULL, -- whether id is a batch's
+    id        TEXT    NOT NULL,
+    reason    TEXT    NOT NULL,
+    stored_at INTEGER NOT NULL,
+    UNIQUE (batch, id)
+) STRICT;
+
+CREATE TABLE parked (
+    id        TEXT    NOT NULL PRIMARY KEY,
+    queue     TEXT    NOT NULL,
+    name      TEXT    NOT NULL,
+    batch     TEXT,
+    releases  INTEGER NOT NULL, -- how often it was sent back to its queue
+    waiting   INTEGER NOT NULL, -- whether its letter is here and not on its way
+    due       INTEGER NOT NULL, -- not sent back before
+    stored_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX parked_kinds ON parked (queue, name, due) WHERE waiting = 1;
+CREATE INDEX parked_batch ON parked (batch) WHERE waiting = 1 AND batch IS NOT NULL;
+INSERT INTO parked SELECT id, queue, kind, batch, 0, 1, 0, stored_at FROM dead_letters
+    WHERE reason = 'unknown_task' AND late = 0 AND kind IS NOT NULL;
 ";
 
 /// Opens a file for writing, makes it if it is missing, and brings it to the present version.

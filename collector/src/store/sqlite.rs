@@ -13,17 +13,17 @@ use std::time::Duration;
 
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
-    BatchStatus, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote,
-    TaskState,
+    BatchStatus, CancelIntent, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
+    RetryNote, TaskState,
 };
-use garenne_common::{BatchId, TaskId, TaskResult, Timestamp};
+use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
 use super::{
-    DeadQuery, OutboxEntry, ReplayLinks, ResendEntry, Store, StoreError, Totals, leases, letters,
-    questions, replay, schema,
+    CancelledBatch, CancelledTasks, DeadQuery, EndedParked, OutboxEntry, ReplayLinks, ResendEntry,
+    Store, StoreError, Totals, cancels, leases, letters, parked, questions, replay, schema,
 };
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
@@ -76,7 +76,7 @@ impl SqliteStore {
             // Immediate: a transaction that reads first and then has to wait for the write lock of
             // another process would fail instead of waiting.
             let transaction = connection.transaction_with_behavior(immediate)?;
-            let mut ledger = SqliteLedger { transaction, now: Timestamp::now() };
+            let mut ledger = SqliteLedger { transaction, now: Timestamp::now(), has_wishes: None };
             let done = job(&mut ledger)?;
             ledger.transaction.commit()?;
             Ok(done)
@@ -122,6 +122,48 @@ impl Store for SqliteStore {
 
     async fn resent(&self, entries: Vec<u64>) -> Result<(), StoreError> {
         self.write(move |ledger| delete_entries(ledger, "resends", entries)).await
+    }
+
+    async fn cancel(&self, ids: Vec<TaskId>, reason: String) -> Result<CancelledTasks, StoreError> {
+        self.write(move |ledger| cancels::cancel(ledger, ids, &reason)).await
+    }
+
+    async fn cancel_batch(
+        &self,
+        id: BatchId,
+        reason: String,
+    ) -> Result<CancelledBatch, StoreError> {
+        self.write(move |ledger| cancels::cancel_batch(ledger, id, &reason)).await
+    }
+
+    async fn cancels(
+        &self,
+        after: u64,
+        limit: usize,
+    ) -> Result<(Vec<CancelIntent>, u64), StoreError> {
+        self.read(move |connection| cancels::page(connection, after, limit)).await
+    }
+
+    async fn parked_kinds(&self, limit: usize) -> Result<Vec<(QueueName, TaskName)>, StoreError> {
+        self.read(move |connection| parked::kinds(connection, limit)).await
+    }
+
+    async fn release(
+        &self,
+        (queue, name): (QueueName, TaskName),
+        exchange: String,
+        limit: usize,
+    ) -> Result<usize, StoreError> {
+        self.write(move |ledger| parked::release(ledger, (&queue, &name), &exchange, limit)).await
+    }
+
+    async fn end_cancelled_parked(&self, limit: usize) -> Result<EndedParked, StoreError> {
+        let found = self.read(move |connection| parked::cancelled(connection, limit)).await?;
+        if found.is_empty() {
+            return Ok(EndedParked::default());
+        }
+        let rules = self.0.rules;
+        self.write(move |ledger| parked::end_cancelled(ledger, found, rules)).await
     }
 
     async fn has_overdue_batches(&self, now: Timestamp) -> Result<bool, StoreError> {
@@ -251,7 +293,8 @@ fn forget(
     before: Timestamp,
     limit: usize,
 ) -> Result<usize, StoreError> {
-    let (before, limit) = (from_time(before), i64::try_from(limit).unwrap_or(i64::MAX));
+    let (since, before, limit) =
+        (before, from_time(before), i64::try_from(limit).unwrap_or(i64::MAX));
     let oldest = |table: &str| {
         format!(
             "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM \
@@ -264,7 +307,19 @@ fn forget(
     let transaction = &ledger.transaction;
     let results = delete(transaction, &oldest("results"))?;
     let attempts = delete(transaction, &oldest("attempts"))?;
-    let letters = delete(transaction, &oldest("dead_letters"))?;
+    // Parked tasks have not ended, so no time is up for them.
+    let letters = delete(
+        transaction,
+        "DELETE FROM dead_letters WHERE rowid IN (SELECT rowid FROM \
+         (SELECT rowid, stored_at FROM dead_letters WHERE late = 1 OR reason <> 'unknown_task' \
+         OR replayed_as IS NOT NULL \
+         ORDER BY rowid LIMIT ?2) WHERE stored_at < ?1)",
+    )?;
+    let released = delete(
+        transaction,
+        "DELETE FROM parked WHERE rowid IN (SELECT rowid FROM (SELECT rowid, stored_at FROM parked \
+         WHERE waiting = 0 ORDER BY rowid LIMIT ?2) WHERE stored_at < ?1)",
+    )?;
     let batches = delete(
         transaction,
         "DELETE FROM batches WHERE rowid IN (SELECT rowid FROM batches \
@@ -277,7 +332,8 @@ fn forget(
          WHERE state <> 'held' AND stored_at < ?1 ORDER BY stored_at LIMIT ?2)",
     )?;
     ledger.count("results", -i64::try_from(results).unwrap_or(0))?;
-    Ok(results + attempts + letters + batches + leases)
+    let wishes = cancels::forget_old(ledger, since, limit)?;
+    Ok(results + attempts + letters + released + batches + leases + wishes)
 }
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;

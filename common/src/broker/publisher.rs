@@ -147,6 +147,12 @@ impl Publisher {
         self.hand_over(Job { outgoing, strikes: 0, written: None, answer: None }).await
     }
 
+    /// [`send_and_forget`](Self::send_and_forget) for what may as well be left out: `false`, and
+    /// nothing is sent, when there is no room at once.
+    pub fn offer(&self, outgoing: Outgoing) -> bool {
+        self.jobs.try_send(Job { outgoing, strikes: 0, written: None, answer: None }).is_ok()
+    }
+
     /// How long [`publish`](Self::publish) waits.
     pub fn deadline(&self) -> Duration {
         self.shared.deadline

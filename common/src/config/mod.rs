@@ -89,6 +89,12 @@ pub struct WorkerConfig {
     pub lease_term: Duration,
     /// How long a stopping worker lets tasks finish.
     pub grace: Duration,
+    /// How long a cancelled task may take to end in its own way.
+    pub cancel_grace: Duration,
+    /// How long a starting worker waits for the collector's list of what is cancelled.
+    pub cancel_sync_timeout: Duration,
+    /// How often it says that it is alive.
+    pub heartbeat: Duration,
     /// How long a command or an isolated attempt may take to end after it was told to.
     pub kill_grace: Duration,
     /// How often the process that runs a task may die before the task is given up.

@@ -84,6 +84,11 @@ struct RawWorker {
     #[serde(with = "humantime_serde")]
     grace: Duration,
     #[serde(with = "humantime_serde")]
+    cancel_grace: Duration,
+    #[serde(with = "humantime_serde")]
+    cancel_sync_timeout: Duration,
+    #[serde(with = "humantime_serde")]
+    heartbeat: Duration,
     kill_grace: Duration,
     crash_budget: u32,
     faults: bool,
@@ -102,6 +107,9 @@ impl Default for RawWorker {
             task_timeout: Duration::from_mins(20),
             lease_term: Duration::from_mins(1),
             grace: Duration::from_secs(30),
+            cancel_grace: Duration::from_secs(5),
+            cancel_sync_timeout: Duration::from_secs(3),
+            heartbeat: Duration::from_secs(2),
             kill_grace: Duration::from_secs(5),
             crash_budget: 3,
             faults: false,
@@ -309,6 +317,8 @@ impl RawWorker {
         let slots = self.slots.unwrap_or_else(default_slots);
         let fine = (1..=10_000).contains(&slots);
         problems.ensure(fine, "worker.slots: must be between 1 and 10000");
+        let fine = (Duration::from_millis(100)..=Duration::from_mins(1)).contains(&self.heartbeat);
+        problems.ensure(fine, "worker.heartbeat: must be between 100ms and 1m");
         let lookahead = self.lookahead.unwrap_or(slots);
         problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
         let fine = self.lease_term >= Duration::from_secs(3);
@@ -332,6 +342,9 @@ impl RawWorker {
             task_timeout: self.task_timeout,
             lease_term: self.lease_term,
             grace: self.grace,
+            cancel_grace: self.cancel_grace,
+            cancel_sync_timeout: self.cancel_sync_timeout,
+            heartbeat: self.heartbeat,
             kill_grace: self.kill_grace,
             crash_budget: self.crash_budget,
             faults: self.faults,

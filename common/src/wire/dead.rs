@@ -127,6 +127,20 @@ impl DeadLetter {
 
     /// A final record with another reason, for a task that somebody ends.
     pub fn to_result_as(&self, reason: DeadReason, error: &str) -> Option<TaskResult> {
+        self.record(Status::Failed, Some(reason), error)
+    }
+
+    /// The task's final record, if it is cancelled while it lies here; its error text is the reason.
+    pub fn to_cancelled(&self) -> Option<TaskResult> {
+        self.record(Status::Cancelled, None, &self.error)
+    }
+
+    fn record(
+        &self,
+        status: Status,
+        reason: Option<DeadReason>,
+        error: &str,
+    ) -> Option<TaskResult> {
         let name = self.message.properties.kind.as_deref().map(TaskName::new);
         let attempt = number(&self.message, headers::ATTEMPT).ok().flatten().unwrap_or(1);
         // The message asks for this attempt; it was made only if it was started.
@@ -137,10 +151,10 @@ impl DeadLetter {
             name: name.and_then(Result::ok).or_else(|| TaskName::new("unknown").ok())?,
             queue: QueueName::new(&self.queue).unwrap_or_default(),
             batch: self.batch(),
-            status: Status::Failed,
+            status,
             output: None,
             error: Some(error.to_owned()),
-            reason: Some(reason),
+            reason,
             attempt: u32::try_from(attempt).unwrap_or(u32::MAX),
             redelivered: self.redelivered,
             worker: self.by.clone(),

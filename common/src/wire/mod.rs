@@ -5,10 +5,12 @@
 //! names a codec crate; nothing here names lapin.
 
 pub mod codec;
+pub mod control;
 pub mod crash;
 pub mod dead;
 pub mod frames;
 mod headers;
+pub mod heartbeat;
 pub mod lease;
 pub mod letters;
 pub mod message;
@@ -19,8 +21,10 @@ pub mod report;
 pub mod task;
 
 pub use codec::{Codec, CodecError, Payload};
+pub use control::{CancelIntent, CancelTarget, Control};
 pub use crash::CrashRecord;
 pub use dead::DeadLetter;
+pub use heartbeat::Heartbeat;
 pub use lease::{Fence, Lease, LeaseChange, LeaseNote};
 pub use letters::{
     DeadCursor, DeadFilter, DeadPage, DeadSummary, LetterMessage, LetterState, Purged, ReplayItem,
@@ -28,7 +32,7 @@ pub use letters::{
 };
 pub use message::{HeaderName, HeaderValue, Message, Properties};
 pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
-pub use query::{Answer, BatchStatus, Question, TaskState};
+pub use query::{Answer, BatchStatus, CancelState, Cancelled, Question, TaskState};
 pub use report::{Report, RetryNote};
 
 use crate::printable::neutral;

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::control::CancelIntent;
 use super::letters::{
     DeadCursor, DeadFilter, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
 };
@@ -14,7 +15,8 @@ use super::notice::BatchSummary;
 use super::report::RetryNote;
 use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use crate::names::{BatchId, TaskId};
-use crate::outcome::TaskResult;
+use crate::outcome::{Status, TaskResult};
+use crate::timestamp::Timestamp;
 
 const QUESTION_KIND: &str = "garenne.question";
 const ANSWER_KIND: &str = "garenne.answer";
@@ -82,6 +84,27 @@ pub enum Question {
     },
     /// How much the collector has seen.
     Totals,
+    /// Cancels tasks, as far as they have not ended; at most 1,000 ids. Asking again changes nothing.
+    Cancel {
+        /// Which.
+        ids: Vec<TaskId>,
+        /// Why, for people.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        reason: Option<String>,
+    },
+    /// Cancels every task of a batch that has not ended, and those that are submitted later.
+    CancelBatch {
+        /// Which.
+        id: BatchId,
+        /// Why, for people.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        reason: Option<String>,
+    },
+    /// The wishes to cancel that have not taken effect; for workers.
+    Cancels {
+        /// Those with higher numbers than this.
+        after: u64,
+    },
 }
 
 /// What the collector answers.
@@ -154,11 +177,86 @@ pub enum Answer {
         /// Batches in the store.
         batches: u64,
     },
+    /// What became of a wish to cancel tasks, in the order of the question.
+    Cancel {
+        /// One for each task.
+        tasks: Vec<Cancelled>,
+    },
+    /// What became of a wish to cancel a batch.
+    CancelBatch {
+        /// `cancelled` is not among the answers: members end one by one, and the counts show it.
+        state: CancelState,
+        /// The counts at that moment; `None` if nobody has heard of the batch yet.
+        batch: Option<BatchSummary>,
+    },
+    /// Wishes to cancel, the oldest first, as many as fit into one answer.
+    Cancels {
+        /// The wishes.
+        intents: Vec<CancelIntent>,
+        /// Whether there are more after the last of these.
+        more: bool,
+        /// The highest number given so far: what has a lower one and is not in the list is over.
+        newest: u64,
+    },
     /// The question could not be answered.
     Refused {
         /// Why.
         error: String,
     },
+}
+
+/// How far a wish to cancel has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CancelState {
+    /// The task has ended as cancelled.
+    Cancelled,
+    /// It had ended otherwise before.
+    TooLate,
+    /// The wish is kept, and takes effect when a worker meets the task.
+    Requested,
+}
+
+impl CancelState {
+    /// The word that JSON and people use.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::TooLate => "too_late",
+            Self::Requested => "requested",
+        }
+    }
+}
+
+/// What became of the wish to cancel one task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cancelled {
+    /// Which task.
+    pub id: TaskId,
+    /// How far it has come.
+    pub state: CancelState,
+    /// How the task ended, if it did.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub status: Option<Status>,
+    /// When it ended, if it did.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub finished_at: Option<Timestamp>,
+}
+
+impl Cancelled {
+    /// A wish that is kept.
+    pub fn requested(id: TaskId) -> Self {
+        Self { id, state: CancelState::Requested, status: None, finished_at: None }
+    }
+
+    /// A task that ended like this.
+    pub fn ended(id: TaskId, status: Status, finished_at: Timestamp) -> Self {
+        let state = match status {
+            Status::Cancelled => CancelState::Cancelled,
+            Status::Succeeded | Status::Failed => CancelState::TooLate,
+        };
+        Self { id, state, status: Some(status), finished_at: Some(finished_at) }
+    }
 }
 
 /// What the collector knows of a task.
@@ -254,6 +352,14 @@ mod tests {
             panic!("not understood")
         };
         assert_eq!((limit, filter, from), (2, DeadFilter::default(), None));
+    }
+
+    #[test]
+    fn a_wish_to_cancel_needs_no_reason() {
+        let body = br#"{"ask":"cancel","ids":["t-1"]}"#;
+        let message = Message { body: body.to_vec().into(), ..Message::default() };
+        let ids = vec![TaskId::new("t-1").unwrap()];
+        assert_eq!(Question::decode(&message), Ok(Question::Cancel { ids, reason: None }));
     }
 
     #[test]

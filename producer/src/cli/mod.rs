@@ -6,6 +6,7 @@
 mod arguments;
 mod batch;
 mod bench;
+mod cancel;
 mod cluster;
 mod completions;
 mod context;
@@ -41,6 +42,7 @@ Examples:
   garenne submit text.count_words '{\"text\":\"a b\"}' --wait
   garenne map text.count_words --arg text < lines.txt  one task per line
   garenne batch wait 0192f0c1-…                        until all have ended
+  garenne cancel order-17                              end it, wherever it is
   garenne topology plan                                what is on the broker
 
 Exit codes:
@@ -100,6 +102,8 @@ enum Command {
     Submit(submit::Arguments),
     /// Submit one task per line of a file or of standard input, and print the results
     Map(map::Arguments),
+    /// Cancel tasks, or a batch of them
+    Cancel(cancel::Arguments),
     /// Look at tasks
     #[command(subcommand)]
     Task(task::Command),
@@ -142,6 +146,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         Command::Doctor(arguments) => return doctor::run(&cli.globals, arguments).await,
         Command::Submit(_)
         | Command::Map(_)
+        | Command::Cancel(_)
         | Command::Task(_)
         | Command::Batch(_)
         | Command::Notices(_)
@@ -159,6 +164,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
         | Command::Doctor(_)
         | Command::Submit(_)
         | Command::Map(_)
+        | Command::Cancel(_)
         | Command::Task(_)
         | Command::Batch(_)
         | Command::Notices(_)
@@ -172,6 +178,7 @@ pub(crate) async fn run(cli: Cli) -> Result<Exit, CliError> {
     match cli.command {
         Command::Submit(arguments) => submit::run(&context, arguments).await,
         Command::Map(arguments) => map::run(&context, arguments).await,
+        Command::Cancel(arguments) => context.or_interrupt(cancel::run(&context, arguments)).await,
         Command::Task(command) => context.or_interrupt(task::run(&context, command)).await,
         Command::Batch(command) => context.or_interrupt(batch::run(&context, command)).await,
         Command::Notices(arguments) => notices::run(&context, arguments).await,

@@ -24,7 +24,7 @@ Examples:
   jq -c .job queue.json | garenne submit job.run - --id order-17
 
 Prints the task's id, or with --wait its output (the whole result with -o json).
-Exit code 1 if the task failed, 3 if --wait=TIME passed first.";
+Exit code 1 if the task failed or was cancelled, 3 if --wait=TIME passed first.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]

@@ -66,6 +66,10 @@ impl Shown {
 /// Why a task failed, as the error of the command that waited for it.
 pub(crate) fn failure(result: &TaskResult) -> CliError {
     let error = result.error.as_deref().unwrap_or("no error was given");
+    if result.status == Status::Cancelled {
+        let message = format!("task {} was cancelled: {error}", result.id);
+        return CliError::unusable(message).exit(Exit::Failed);
+    }
     let how = match result.status {
         Status::Succeeded => "succeeded without an output",
         Status::Failed => "failed",
@@ -146,6 +150,8 @@ fn parked(letter: &DeadSummary, paint: Paint) -> String {
         ("task", Some(format!("{}  {}", letter.id, paint.dim(name)))),
         ("state", Some(paint.yellow("parked: no worker on its queue knows a task of this name"))),
         ("queue", Some(letter.queue.clone())),
+        ("waits for", Some(format!("a worker of the queue {} that knows {name}", letter.queue))),
+        ("", Some("it goes back to its queue by itself when such a worker is alive".to_owned())),
         ("error", Some(letter.error.clone())),
         ("since", Some(letter.at.to_string())),
     ])

@@ -86,8 +86,16 @@ impl Amqp {
 
     /// Takes notices from now on.
     pub(crate) async fn notices(&self) -> Tap {
-        let topology = self.topology.clone();
-        let bindings = vec![(topology.notices_exchange(), "#".to_owned())];
+        self.events((self.topology.notices_exchange(), "#".to_owned())).await
+    }
+
+    /// Takes heartbeats from now on.
+    pub(crate) async fn heartbeats(&self) -> Tap {
+        self.events((self.topology.heartbeats(), String::new())).await
+    }
+
+    async fn events(&self, binding: (String, String)) -> Tap {
+        let (topology, bindings) = (self.topology.clone(), vec![binding]);
         let name = Box::new(move || topology.reply_queue("tests"));
         self.tap_of(QueueSource::Exclusive { name, bindings }).await
     }

@@ -50,7 +50,9 @@ impl Warren {
         // The end of a UUIDv7 is random, its beginning the time.
         let id = TaskId::generate().to_string();
         let namespace = format!("test-{}", &id[id.len() - 12..]);
-        let config = Config::with_broker(url, &namespace).expect("the broker's URL is valid");
+        let mut config = Config::with_broker(url, &namespace).expect("the broker's URL is valid");
+        // Most tests have no collector to wait for.
+        config.worker.cancel_sync_timeout = Duration::from_millis(300);
         Self {
             url: url.to_owned(),
             config,
@@ -97,7 +99,9 @@ impl Warren {
 
     /// A worker process, to be started.
     pub(crate) fn worker(&self) -> Service<'_> {
-        self.service("garenne-worker").set("worker.slots", 4)
+        self.service("garenne-worker")
+            .set("worker.slots", 4)
+            .set("worker.cancel_sync_timeout", "300ms")
     }
 
     /// The collector process, to be started. All of a test's collectors have the same store.

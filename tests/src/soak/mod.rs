@@ -8,6 +8,7 @@ mod alarm;
 mod delays;
 mod hostile;
 mod poison;
+mod sigterm;
 
 /// A size of a run: `full`, or the share of it that `GARENNE_SOAK_PERCENT` asks for.
 pub(crate) fn size(full: usize) -> usize {

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::frame::{self, Answer, Job, Order, Retry, cut};
 use crate::context::{Context, Facts};
-use crate::execute::{Limits, execute};
+use crate::execute::{Limits, Stops, execute};
 use crate::handler::Registry;
 use crate::outcome::{Outcome, Retryable};
 use crate::slots::Slots;
@@ -124,15 +124,9 @@ async fn run(registry: &Registry, work: Work) -> (Answer, Vec<u8>) {
     let facts = Facts { redelivered: job.redelivered, crashes: job.crashes, fence: job.fence };
     let context = Context::new(task, worker, facts, over);
     let limits = Limits { soft: None, hard: NO_LIMIT, grace: Duration::ZERO };
-    let outcome = {
-        let attempt = execute(&*handler, &context, slot, limits, &stop);
-        let told = async {
-            cancel.cancelled().await;
-            context.cancel();
-            std::future::pending::<()>().await;
-        };
-        tokio::select! { outcome = attempt => outcome, () = told => Outcome::Interrupted }
-    };
+    // How long it may take after it was told to end is the worker's business.
+    let stops = Stops { abort: &stop, cancel: &cancel, cancel_grace: NO_LIMIT };
+    let outcome = execute(&*handler, &context, slot, limits, stops).await;
     // A blocking handler may still compute; the next task must not meet it.
     drop(slots.all().await);
     answer(outcome)
@@ -155,7 +149,9 @@ fn answer(outcome: Outcome) -> (Answer, Vec<u8>) {
         }
         Outcome::BadArguments(error) => Answer::BadArguments(cut(&error)),
         Outcome::Panicked(message) => Answer::Panicked(cut(&message)),
-        Outcome::TimedOut(_) | Outcome::Crashed(_) | Outcome::Interrupted => Answer::Stopped,
+        Outcome::TimedOut(_) | Outcome::Crashed(_) | Outcome::Interrupted | Outcome::Cancelled => {
+            Answer::Stopped
+        }
     };
     (answer, vec![])
 }

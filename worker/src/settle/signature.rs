@@ -64,14 +64,10 @@ impl Signature {
         let subject = Subject::Attempt(Key::of(task, &ended.message));
         match disposition {
             Disposition::Complete(output) => {
-                let result = self.result(ended, output);
-                let reply = self.reply(task.reply.clone());
-                let reply = reply.map(|to| (to, Report::Finished(result.clone())));
-                let report = match &ended.lease {
-                    None => Report::Finished(result),
-                    Some(fence) => Report::FinishedUnderLease { fence: fence.clone(), result },
-                };
-                Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
+                self.finished(ended, subject, self.result(ended, output))
+            }
+            Disposition::Cancel { reason } => {
+                self.finished(ended, subject, self.cancelled(ended, &reason, task.attempt))
             }
             Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
             Disposition::DeadLetter { reason, error } => {
@@ -90,6 +86,24 @@ impl Signature {
                 Some(fence) => self.hand_back_leased(ended, subject, fence),
             },
         }
+    }
+
+    /// The order for a task that was cancelled before this attempt of it began.
+    pub fn unbegun(&self, ended: &Ended, reason: &str) -> Settlement {
+        let task = &ended.task;
+        let subject = Subject::Attempt(Key::of(task, &ended.message));
+        let result = self.cancelled(ended, reason, task.attempt.saturating_sub(1));
+        self.finished(ended, subject, result)
+    }
+
+    fn finished(&self, ended: &Ended, subject: Subject, result: TaskResult) -> Settlement {
+        let reply = self.reply(ended.task.reply.clone());
+        let reply = reply.map(|to| (to, Report::Finished(result.clone())));
+        let report = match &ended.lease {
+            None => Report::Finished(result),
+            Some(fence) => Report::FinishedUnderLease { fence: fence.clone(), result },
+        };
+        Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
     }
 
     /// The order that hands a running attempt over to the collector.
@@ -199,6 +213,25 @@ impl Signature {
             error: None,
             reason: None,
             attempt: task.attempt,
+            redelivered: ended.redelivered,
+            worker: self.worker.to_string(),
+            started_at: ended.started_at,
+            finished_at: ended.finished_at,
+        }
+    }
+
+    fn cancelled(&self, ended: &Ended, reason: &str, attempt: u32) -> TaskResult {
+        let task = &ended.task;
+        TaskResult {
+            id: task.id.clone(),
+            name: task.name.clone(),
+            queue: task.queue.clone(),
+            batch: task.batch.clone(),
+            status: Status::Cancelled,
+            output: None,
+            error: Some(reason.to_owned()),
+            reason: None,
+            attempt,
             redelivered: ended.redelivered,
             worker: self.worker.to_string(),
             started_at: ended.started_at,

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use garenne_common::outcome::{DeadReason, Status};
 use garenne_common::wire::{
-    BatchState, Codec, DeadFilter, DeadLetter, HeaderValue, Message, Notice, Payload, Report,
-    RetryNote,
+    BatchState, CancelState, Codec, DeadFilter, DeadLetter, HeaderValue, Message, Notice, Payload,
+    Report, RetryNote,
 };
 use garenne_common::{QueueName, TaskName};
 use proptest::prelude::*;
@@ -279,6 +279,72 @@ async fn retention_deletes_what_is_over_in_slices_and_never_a_notice() {
     let expected = Totals { results: 0, repeats: 0, dead: 0, batches: 1 };
     assert_eq!(fixture.store.totals().await.unwrap(), expected);
     assert_eq!(fixture.keys().await.len(), 7);
+}
+
+#[tokio::test]
+async fn a_wish_is_kept_once_until_its_task_or_batch_is_over() {
+    let fixture = Fixture::new();
+    fixture.commit(&[finished("t-0", None)], &[]).await;
+    let cancel = async |ids: &[&str]| {
+        let ids = ids.iter().map(|text| id(text)).collect();
+        fixture.store.cancel(ids, "enough".to_owned()).await.unwrap()
+    };
+    let done = cancel(&["t-0", "t-1", "t-2"]).await;
+    let states: Vec<_> = done.tasks.iter().map(|task| task.state).collect();
+    let requested = CancelState::Requested;
+    assert_eq!(states, [CancelState::TooLate, requested, requested]);
+    assert_eq!(cancel(&["t-1"]).await.intents, done.intents[..1], "the same wish");
+    let batch = fixture.store.cancel_batch(batch_id(), "all".to_owned()).await.unwrap();
+    assert_eq!((batch.state, batch.summary), (requested, None));
+
+    let fixture = fixture.reopen();
+    let (first, newest) = fixture.store.cancels(0, 2).await.unwrap();
+    assert_eq!(first, done.intents);
+    let (rest, _) = fixture.store.cancels(first[1].seq, 2).await.unwrap();
+    assert_eq!((rest.len(), rest[0].seq), (1, newest));
+
+    let sealed = Report::BatchSealed { batch: batch_id(), count: 1, at: at(1) };
+    fixture.commit(&[finished("t-1", Some(batch_id()))], &[]).await;
+    assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0.len(), 2, "one wish took effect");
+    fixture.commit(&[sealed], &[]).await;
+    let (left, still) = fixture.store.cancels(0, 9).await.unwrap();
+    assert_eq!((left, still >= newest), (done.intents[1..].to_vec(), true));
+    let over = fixture.store.cancel_batch(batch_id(), "all".to_owned()).await.unwrap();
+    assert_eq!((over.state, over.intent), (CancelState::TooLate, None));
+
+    // A delayed task may come after `retention`, but not after that and the longest delay.
+    let soon = Timestamp::now().plus(Duration::from_secs(1));
+    fixture.store.forget(soon, 10).await.unwrap();
+    assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0.len(), 1);
+    fixture.store.forget(soon.plus(garenne_common::topology::MAX_DELAY), 10).await.unwrap();
+    assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0, []);
+}
+
+#[tokio::test]
+async fn a_parked_task_goes_back_whole_and_waits_longer_when_it_returns() {
+    let fixture = Fixture::new();
+    let parked = || letter("t-1", DeadReason::UnknownTask);
+    fixture.commit(&[], &[parked()]).await;
+    let kinds = fixture.store.parked_kinds(9).await.unwrap();
+    let release =
+        async || fixture.store.release(kinds[0].clone(), "g.tasks".to_owned(), 9).await.unwrap();
+    let much_later = Timestamp::now().plus(Duration::from_hours(1));
+    fixture.store.forget(much_later, 9).await.unwrap();
+    assert_eq!(fixture.store.totals().await.unwrap().dead, 1, "no age ends what has not ended");
+    assert_eq!((release().await, release().await), (1, 0));
+    let resends = fixture.store.resends(9, usize::MAX).await.unwrap();
+    assert_eq!(resends[0].resend.message, parked().letter.message);
+    assert_eq!(fixture.store.parked_kinds(9).await.unwrap(), [], "it is on its way");
+
+    fixture.commit(&[], &[parked()]).await;
+    assert_eq!(fixture.store.parked_kinds(9).await.unwrap(), kinds);
+    assert_eq!(release().await, 0, "not before its pause is over");
+    fixture.store.cancel(vec![id("t-1")], "enough".to_owned()).await.unwrap();
+    let ended = fixture.store.end_cancelled_parked(9).await.unwrap();
+    let result = ended.letters[0].result.as_ref().unwrap();
+    assert_eq!((result.status, result.error.as_deref()), (Status::Cancelled, Some("enough")));
+    assert_eq!(fixture.store.parked_kinds(9).await.unwrap(), []);
+    assert_eq!(fixture.store.totals().await.unwrap().dead, 0);
 }
 
 #[tokio::test]

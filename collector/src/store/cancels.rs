@@ -1,0 +1,143 @@
+//! Wishes to cancel at rest: kept until their task or batch is over, read by workers page by page.
+
+use garenne_common::topology::MAX_DELAY;
+use garenne_common::wire::{BatchState, CancelIntent, CancelState, CancelTarget, Cancelled};
+use garenne_common::{BatchId, TaskId, Timestamp};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::ledger::{
+    SqliteLedger, batch, from_count, from_time, parsed, select_batches, status, time, to_count,
+};
+use super::{CancelledBatch, CancelledTasks, StoreError};
+
+/// Keeps a wish for each task that has not ended.
+pub(super) fn cancel(
+    ledger: &mut SqliteLedger<'_>,
+    ids: Vec<TaskId>,
+    reason: &str,
+) -> Result<CancelledTasks, StoreError> {
+    let mut done = CancelledTasks { tasks: Vec::with_capacity(ids.len()), intents: vec![] };
+    for id in ids {
+        if let Some(ended) = ended(ledger, &id)? {
+            done.tasks.push(ended);
+            continue;
+        }
+        done.intents.push(keep(ledger, &CancelTarget::Task(id.clone()), reason)?);
+        done.tasks.push(Cancelled::requested(id));
+    }
+    Ok(done)
+}
+
+/// Keeps a wish for a batch, unless all of it has ended.
+///
+/// An abandoned batch is over, but its members are not: they can still be cancelled.
+pub(super) fn cancel_batch(
+    ledger: &mut SqliteLedger<'_>,
+    id: BatchId,
+    reason: &str,
+) -> Result<CancelledBatch, StoreError> {
+    let known = {
+        let mut select = ledger.transaction.prepare_cached(&select_batches("id = ?1"))?;
+        select.query_row([id.as_str()], batch).optional()?
+    };
+    let summary = known.as_ref().map(crate::batch::Batch::summary);
+    if known.is_some_and(|batch| batch.state == BatchState::Done) {
+        return Ok(CancelledBatch { state: CancelState::TooLate, summary, intent: None });
+    }
+    let intent = Some(keep(ledger, &CancelTarget::Batch(id), reason)?);
+    Ok(CancelledBatch { state: CancelState::Requested, summary, intent })
+}
+
+fn ended(ledger: &SqliteLedger<'_>, id: &TaskId) -> Result<Option<Cancelled>, StoreError> {
+    let mut select = ledger
+        .transaction
+        .prepare_cached("SELECT status, finished_at FROM results WHERE id = ?1")?;
+    let ended = select.query_row([id.as_str()], |row| {
+        Ok(Cancelled::ended(id.clone(), status(row, 0)?, time(row, 1)?))
+    });
+    Ok(ended.optional()?)
+}
+
+/// The first wish counts: asking again changes neither its number nor its reason.
+fn keep(
+    ledger: &mut SqliteLedger<'_>,
+    target: &CancelTarget,
+    reason: &str,
+) -> Result<CancelIntent, StoreError> {
+    let (is_batch, id) = columns(target);
+    let mut insert = ledger.transaction.prepare_cached(
+        "INSERT INTO cancels (batch, id, reason, stored_at) VALUES (?1, ?2, ?3, ?4) \
+         ON CONFLICT (batch, id) DO UPDATE SET reason = reason RETURNING seq, reason",
+    )?;
+    let now = from_time(ledger.now);
+    let kept = insert.query_row(params![is_batch, id, reason, now], |row| {
+        let (seq, reason) = (to_count(row.get(0)?), row.get(1)?);
+        Ok(CancelIntent { seq, target: target.clone(), reason })
+    })?;
+    ledger.has_wishes = Some(true);
+    Ok(kept)
+}
+
+fn columns(target: &CancelTarget) -> (bool, &str) {
+    match target {
+        CancelTarget::Task(id) => (false, id.as_str()),
+        CancelTarget::Batch(id) => (true, id.as_str()),
+    }
+}
+
+/// Forgets a wish: what it is about is over.
+pub(super) fn forget(
+    ledger: &SqliteLedger<'_>,
+    is_batch: bool,
+    id: &str,
+) -> Result<(), StoreError> {
+    let mut delete =
+        ledger.transaction.prepare_cached("DELETE FROM cancels WHERE batch = ?1 AND id = ?2")?;
+    delete.execute(params![is_batch, id])?;
+    Ok(())
+}
+
+/// Forgets wishes about what nobody has ever heard of. A delayed task may be on its way for
+/// [`MAX_DELAY`], and its wish must outlive it.
+pub(super) fn forget_old(
+    ledger: &SqliteLedger<'_>,
+    before: Timestamp,
+    limit: i64,
+) -> Result<usize, StoreError> {
+    let delay = u64::try_from(MAX_DELAY.as_millis()).unwrap_or(u64::MAX);
+    let before = Timestamp::from_millis(before.as_millis().saturating_sub(delay));
+    let mut delete = ledger.transaction.prepare_cached(
+        "DELETE FROM cancels WHERE seq IN (SELECT seq FROM \
+         (SELECT seq, stored_at FROM cancels ORDER BY seq LIMIT ?2) WHERE stored_at < ?1)",
+    )?;
+    Ok(delete.execute(params![from_time(before), limit])?)
+}
+
+/// The wishes with higher numbers than `after`, and the highest number given so far.
+pub(super) fn page(
+    connection: &Connection,
+    after: u64,
+    limit: usize,
+) -> Result<(Vec<CancelIntent>, u64), StoreError> {
+    // Read first: a wish that comes between the two is in the page and beyond the number.
+    let newest = connection
+        .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'cancels'")?
+        .query_row([], |row| row.get(0))
+        .optional()?
+        .map_or(0, to_count);
+    let mut select = connection.prepare_cached(
+        "SELECT seq, batch, id, reason FROM cancels WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+    )?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let rows = select.query_map(params![from_count(after), limit], intent)?;
+    Ok((rows.collect::<Result<_, _>>()?, newest))
+}
+
+fn intent(row: &Row<'_>) -> rusqlite::Result<CancelIntent> {
+    let target = if row.get(1)? {
+        CancelTarget::Batch(parsed(row, 2, BatchId::new)?)
+    } else {
+        CancelTarget::Task(parsed(row, 2, TaskId::new)?)
+    };
+    Ok(CancelIntent { seq: to_count(row.get(0)?), target, reason: row.get(3)? })
+}

@@ -1,0 +1,133 @@
+//! What a worker says of itself every few seconds, as JSON on the fanout exchange `heartbeats`.
+//!
+//! Best effort: a heartbeat that is lost is followed by the next, and nothing is decided by a single
+//! one that is missing.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::message::{Message, Properties};
+use super::{Codec, Malformed};
+use crate::names::{QueueName, TaskName};
+use crate::timestamp::Timestamp;
+
+/// AMQP's `type` of a heartbeat.
+pub const HEARTBEAT_KIND: &str = "garenne.heartbeat";
+const VERSION: u32 = 1;
+/// A worker that knows thousands of tasks still fits.
+const MAX_HEARTBEAT_BYTES: usize = 1024 * 1024;
+
+/// One heartbeat of a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// How the worker signs its results.
+    pub worker: String,
+    /// The version of Garenne it was built from.
+    pub version: String,
+    /// The queues it serves.
+    pub queues: Vec<QueueName>,
+    /// The tasks it has handlers for.
+    pub tasks: Vec<TaskName>,
+    /// How many tasks it runs at once.
+    pub slots: u32,
+    /// How many run now.
+    pub running: u32,
+    /// Slots that attempts occupy which were given up and will not end.
+    #[serde(default)]
+    pub lost_slots: u32,
+    /// Whether it takes no more tasks.
+    pub draining: bool,
+    /// After how many milliseconds the next one follows.
+    pub every_ms: u32,
+    /// When it was written.
+    pub at: Timestamp,
+}
+
+#[derive(Serialize)]
+struct Written<'a> {
+    v: u32,
+    #[serde(flatten)]
+    heartbeat: &'a Heartbeat,
+}
+
+#[derive(Deserialize)]
+struct Version {
+    v: u32,
+}
+
+impl Heartbeat {
+    /// How long after it a worker still counts as alive: three more could have come.
+    pub fn holds_for(&self) -> Duration {
+        Duration::from_millis(u64::from(self.every_ms)) * 3 + Duration::from_secs(1)
+    }
+
+    /// Writes it.
+    pub fn encode(&self) -> Message {
+        let body = serde_json::to_vec(&Written { v: VERSION, heartbeat: self });
+        let properties = Properties {
+            content_type: Some(Codec::Json.content_type().to_owned()),
+            kind: Some(HEARTBEAT_KIND.to_owned()),
+            app_id: Some(self.worker.clone()),
+            ..Properties::default()
+        };
+        // Plain data always encodes.
+        Message { properties, headers: vec![], body: body.unwrap_or_default().into() }
+    }
+
+    /// Reads one.
+    pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        if message.body.len() > MAX_HEARTBEAT_BYTES {
+            return Err(Malformed::new(format_args!("{} bytes of heartbeat", message.body.len())));
+        }
+        let Version { v } = serde_json::from_slice(&message.body).map_err(Malformed::new)?;
+        if v != VERSION {
+            return Err(Malformed::new(format_args!("a heartbeat of version {v}")));
+        }
+        serde_json::from_slice(&message.body).map_err(Malformed::new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn heartbeat() -> Heartbeat {
+        Heartbeat {
+            worker: "host:7".to_owned(),
+            version: "0.1.0".to_owned(),
+            queues: vec![QueueName::default()],
+            tasks: vec![TaskName::new("text.count_words").unwrap()],
+            slots: 8,
+            running: 3,
+            lost_slots: 0,
+            draining: false,
+            every_ms: 2_000,
+            at: Timestamp::from_millis(1_000),
+        }
+    }
+
+    /// The golden sample of version 1; docs/protocol.md shows it.
+    #[test]
+    fn version_1_looks_like_this() {
+        let message = heartbeat().encode();
+        let golden = r#"{"v":1,"worker":"host:7","version":"0.1.0","queues":["default"],"tasks":["text.count_words"],"slots":8,"running":3,"lost_slots":0,"draining":false,"every_ms":2000,"at":"1970-01-01T00:00:01Z"}"#;
+        assert_eq!(std::str::from_utf8(&message.body).unwrap(), golden);
+        assert_eq!(Heartbeat::decode(&message), Ok(heartbeat()));
+    }
+
+    #[test]
+    fn another_version_is_refused_by_number() {
+        let message = Message { body: r#"{"v":2}"#.into(), ..Message::default() };
+        let expected = Malformed("a heartbeat of version 2".to_owned());
+        assert_eq!(Heartbeat::decode(&message), Err(expected));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_decoder_panic(body in any::<Vec<u8>>()) {
+            drop(Heartbeat::decode(&Message { body: body.into(), ..Message::default() }));
+        }
+    }
+}
