@@ -248,6 +248,8 @@ async fn a_stopping_worker_ends_its_children_and_hands_their_tasks_back() {
     let (mut second, child) = isolated(&warren, hang).await;
     let begun = tokio::time::Instant::now();
     second.signal(Signal::SIGTERM);
+    // Two at once would be one to the kernel.
+    second.logged("draining").await;
     second.signal(Signal::SIGTERM);
     assert_eq!(second.ended(PATIENCE).await.code(), Some(0));
     assert!(begun.elapsed() < Duration::from_secs(20), "it did not wait for the handler");

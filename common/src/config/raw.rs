@@ -89,6 +89,7 @@ struct RawWorker {
     cancel_sync_timeout: Duration,
     #[serde(with = "humantime_serde")]
     heartbeat: Duration,
+    #[serde(with = "humantime_serde")]
     kill_grace: Duration,
     crash_budget: u32,
     faults: bool,
