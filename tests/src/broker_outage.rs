@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use garenne_common::QueueName;
+use garenne_common::broker::BrokerError;
 use garenne_common::config::Config;
 use garenne_common::wire::Question;
 use garenne_producer::{NoticeFilter, Producer, QueryError, Submission, SubmitError};
@@ -133,6 +135,34 @@ async fn a_frozen_broker_is_an_error_in_time_and_then_a_memory() {
     tokio::join!(worker.logged("not consuming"), collector.logged("not consuming"));
     node.thaw();
     works(&producer).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_full_queue_refuses_is_an_error_and_the_rest_is_there() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let producer = warren.producer().await;
+    let queue = warren.config().broker.topology().task_queue(&QueueName::default());
+    let pattern = format!("^{}$", queue.replace('.', "\\."));
+    let policy = ["set_policy", "full", &pattern, r#"{"max-length":10}"#, "--apply-to", "queues"];
+    let echo = || Submission::dynamic("garenne.echo", 1).unwrap();
+    // The first one declares what the policy is for.
+    let mut confirmed = vec![producer.submit_detached(echo()).await.unwrap()];
+    node.ctl(&policy);
+    let refusal = loop {
+        match producer.submit_detached(echo()).await {
+            Ok(id) => confirmed.push(id),
+            Err(error) => break error,
+        }
+        assert!(confirmed.len() < 10_000, "the queue is full in the end");
+    };
+    assert!(matches!(refusal, SubmitError::Broker(BrokerError::Rejected(_))), "{refusal:?}");
+    node.ctl(&["clear_policy", "full"]);
+    let _crew = warren.crew().await;
+    soon("what was confirmed ends, and nothing else", async || {
+        (producer.totals().await.ok()?.results == confirmed.len() as u64).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -68,6 +68,24 @@ async fn a_result_is_acknowledged_only_after_it_is_stored() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
+    const TASKS: u64 = 2_000;
+    let warren = Warren::new().await;
+    let collector = warren.collector().files_up_to(1_024).start();
+    let (_worker, mut collector) = tokio::join!(warren.worker().start(), collector);
+    let producer = warren.producer().await;
+    let bulky = || Submission::dynamic("garenne.echo", "x".repeat(2_000)).unwrap();
+    let tasks = stream::iter((0..TASKS).map(|_| bulky()));
+    let ids: Vec<_> = producer.submit_all_detached(tasks).try_collect().await.unwrap();
+    // It says so, goes on trying, and can still be stopped.
+    collector.logged("not stored").await;
+    assert!(collector.terminate(Duration::from_secs(30)).await.success());
+    let _roomy = warren.collector().start().await;
+    stored(&producer, TASKS).await;
+    assert_eq!(producer.totals().await.unwrap().results, ids.len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_first_result_of_a_task_counts_and_repeats_are_dropped() {
     let warren = Warren::new().await;
     let reports = uncollected(&warren).await;

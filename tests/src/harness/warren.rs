@@ -242,6 +242,17 @@ impl Service<'_> {
         self.arg("--config").arg(file)
     }
 
+    /// No file of it may grow beyond this: for its store as good as a full disk. Flags come before.
+    pub(crate) fn files_up_to(self, kibibytes: u32) -> Self {
+        let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", kibibytes * 2);
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(script).arg(self.command.get_program());
+        command.args(self.command.get_args()).env_clear();
+        let set = self.command.get_envs().filter_map(|(name, value)| Some((name, value?)));
+        command.envs(set);
+        Self { command, ..self }
+    }
+
     /// Another way to the broker.
     pub(crate) fn url(self, url: &str) -> Self {
         self.set("broker.url", url)
