@@ -3,9 +3,10 @@
 
 ARGS ?=
 CARGO ?= cargo
+FAILPOINTS := --workspace --features garenne-common/failpoints --target-dir target/guards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster soak ci fmt fmt-check clippy doc deny bench verify
+.PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench verify
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +22,13 @@ test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup
 	$(CARGO) build --workspace --bins --examples
 	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
+
+# In a directory of its own, so that a program whose guards can be switched off is never taken for another.
+test-guards: ## the tests of the tests: each guard off in turn (ARGS=EpochCheck,Adoption for some)
+	scripts/setup
+	$(CARGO) build $(FAILPOINTS) --bins
+	GARENNE_TESTS_GUARDS=$(ARGS) scripts/rabbitmq run -- $(CARGO) test $(FAILPOINTS) --test garenne -- \
+		--exact guards::every_guard_is_missed_by_a_test --ignored --nocapture
 
 # With release builds, because their figures are what they are for. ARGS picks some: ARGS=soak::delays
 soak: ## the large runs behind the figures of the documentation (an hour or so)

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use garenne_common::Timestamp;
 use garenne_common::broker::Admin;
+use garenne_common::guards::Guard;
 use garenne_common::topology::Topology;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -68,6 +69,9 @@ impl<S: Store> Deadlines<S> {
             (self.store.has_overdue_batches(now).await?, self.store.has_leases().await?);
         if !batches && !leases {
             return Ok(None);
+        }
+        if !Guard::DrainedTwice.holds() {
+            self.abandon(now).await?;
         }
         let interrupted = self.consuming.has_changed().unwrap_or(true);
         if !self.is_drained().await {

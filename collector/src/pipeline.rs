@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use garenne_common::Timestamp;
 use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Settler};
+use garenne_common::guards::Guard;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -207,6 +208,11 @@ impl<S: Store> Committer<S> {
     /// Commits a parcel's group and acknowledges its deliveries; `false` if it had to leave them.
     async fn finish(&self, parcel: Parcel, seen: &mut Seen) -> bool {
         let group = Arc::new(parcel.group);
+        if !Guard::CommitBeforeAck.holds() {
+            for (_, settler, tag) in &parcel.newest {
+                settler.ack(*tag, true).await;
+            }
+        }
         let Some(committed) = self.commit(&group).await else { return false };
         for (_, settler, tag) in parcel.newest {
             if !settler.ack(tag, true).await {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{BrokerError, Outgoing, Publisher};
+use garenne_common::guards::Guard;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -106,6 +107,9 @@ impl<O: Outbox> Relay<O> {
     /// Publishes the oldest entries, all under way at once; how many the broker has now.
     async fn relay_slice(&mut self) -> Result<usize, RelayError> {
         let entries = self.outbox.oldest().await?;
+        if !Guard::ForgetAfterConfirm.holds() {
+            self.outbox.forget(entries.iter().map(O::seq).collect()).await?;
+        }
         let mut receipts = Vec::with_capacity(entries.len());
         for entry in &entries {
             receipts.push(self.publisher.send(self.outbox.outgoing(entry)).await);

@@ -2,11 +2,12 @@
 //!
 //! The pure half ([`names`], [`task`], [`outcome`], [`printable`], [`retry`], [`topology`], [`wire`])
 //! does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`lifeline`],
-//! [`telemetry`]) is how every
-//! Garenne process meets the outside world. Nothing lives here that only one crate needs.
+//! [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
+//! the tests. Nothing lives here that only one crate needs.
 
 pub mod broker;
 pub mod config;
+pub mod guards;
 pub mod lifeline;
 pub mod names;
 pub mod outcome;

@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use crate::guards::Guard;
 use crate::names::{Namespace, QueueName};
 use crate::wire::HeaderValue;
 
@@ -196,7 +197,7 @@ impl Topology {
     pub fn core(&self) -> Vec<Declaration> {
         let mut all = Self::last_resort(self.unrouted(), dead_lettering(self.dead())).to_vec();
         all.extend(Self::last_resort(self.unreadable(), vec![]));
-        all.push(exchange(self.tasks_exchange(), ExchangeKind::Direct, Some(self.unrouted())));
+        all.push(exchange(self.tasks_exchange(), ExchangeKind::Direct, self.last_stop()));
         all.extend(self.inbox_of_collector(self.results(), ExchangeKind::Direct));
         all.extend(self.inbox_of_collector(self.dead(), ExchangeKind::Fanout));
         all.push(exchange(self.notices_exchange(), ExchangeKind::Topic, None));
@@ -234,6 +235,11 @@ impl Topology {
         ]
     }
 
+    /// Where an exchange sends what no queue wants.
+    fn last_stop(&self) -> Option<String> {
+        Guard::AlternateExchange.holds().then(|| self.unrouted())
+    }
+
     /// A queue for what found no other. The unrouted one dead-letters, since a message that brought a
     /// TTL of its own must not vanish there either.
     fn last_resort(
@@ -253,7 +259,7 @@ impl Topology {
 
     fn inbox_of_collector(&self, name: String, kind: ExchangeKind) -> [Declaration; 3] {
         [
-            exchange(name.clone(), kind, Some(self.unrouted())),
+            exchange(name.clone(), kind, self.last_stop()),
             Declaration::Queue {
                 name: name.clone(),
                 exclusive: false,
@@ -331,6 +337,9 @@ fn quorum(mut more: Vec<(&'static str, HeaderValue)>) -> Vec<(&'static str, Head
 /// Dead-lettering that waits for the target's confirm. The default strategy loses confirmed
 /// messages when the broker is killed, and this one needs `reject-publish` to be in force.
 fn dead_lettering(target: String) -> Vec<(&'static str, HeaderValue)> {
+    if !Guard::AtLeastOnceDeadLettering.holds() {
+        return vec![("x-dead-letter-exchange", HeaderValue::Text(target))];
+    }
     vec![
         ("x-dead-letter-exchange", HeaderValue::Text(target)),
         ("x-dead-letter-strategy", HeaderValue::Text("at-least-once".to_owned())),

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use garenne_common::guards::Guard;
 use garenne_common::wire::Question;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -32,7 +33,7 @@ pub(crate) async fn run(asker: Asker, stop: CancellationToken) {
 async fn ask_for_what_is_due(asker: &Asker) {
     loop {
         let ids = asker.replies().due(MOST_IDS);
-        if ids.is_empty() {
+        if ids.is_empty() || !Guard::RecoveryAsks.holds() {
             return;
         }
         let count = ids.len();

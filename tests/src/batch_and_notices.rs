@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use futures_util::{TryStreamExt, stream};
-use garenne_common::wire::{BatchState, Notice};
-use garenne_common::{BatchId, Status};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use garenne_common::wire::{BatchState, Notice, Report};
+use garenne_common::{BatchId, Status, Timestamp};
 use garenne_producer::{NoticeFilter, Notices, Producer, QueryError, Submission};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -100,6 +100,42 @@ async fn a_batch_whose_producer_was_killed_is_abandoned_at_its_deadline() {
     assert_eq!((summary.state, summary.total), (BatchState::Abandoned, None));
     assert_eq!(summary.succeeded, 3, "what was submitted is counted");
     assert_eq!(until_quiet(&producer, &mut notices).await, [], "one notice");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seal_behind_a_backlog_counts_although_its_deadline_has_passed() {
+    const BACKLOG: u32 = 3_000;
+    let warren = Warren::new().await;
+    let collector = warren.collector().start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let (batch, at) = (BatchId::new("b-1").unwrap(), Timestamp::now());
+    let deadline = at.plus(Duration::from_millis(100));
+    amqp.reports(&[Report::BatchOpened { batch: batch.clone(), at, deadline }]).await;
+    soon("it is open", async || producer.batch_status(&batch).await.unwrap()).await;
+    collector.kill().await;
+    let others = (0..BACKLOG).map(|n| {
+        let batch = BatchId::new(&format!("other-{n}")).unwrap();
+        let amqp = &amqp;
+        async move { amqp.reports(&[Report::BatchSealed { batch, count: 1, at }]).await }
+    });
+    stream::iter(others).buffer_unordered(200).collect::<()>().await;
+    amqp.reports(&[Report::BatchSealed { batch: batch.clone(), count: 0, at }]).await;
+
+    // One transaction for each report, and none at all while the test has the store.
+    let slow = warren.collector().set("collector.group_size", 1).start().await;
+    let store = rusqlite::Connection::open(warren.path("store.sqlite3")).unwrap();
+    store.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let two_looks_later = Timestamp::now().plus(Duration::from_millis(2_500));
+    soon("two looks", async || (Timestamp::now() > two_looks_later).then_some(())).await;
+    let read = || warren.rows::<i64>("SELECT COUNT(*) FROM batches")[0];
+    let before = read();
+    assert!(before < i64::from(BACKLOG) / 2, "the seal is out of the collector's sight: {before}");
+    store.execute_batch("ROLLBACK").unwrap();
+    soon("it goes on reading", async || (read() > before + 5).then_some(())).await;
+    slow.kill().await;
+    let _fast = warren.collector().start().await;
+    let summary = producer.wait_batch(&batch).soon("its seal is read").await.unwrap();
+    assert_eq!((summary.state, summary.total), (BatchState::Done, Some(0)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

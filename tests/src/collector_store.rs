@@ -11,7 +11,7 @@ use garenne_producer::{Producer, Submission};
 use rusqlite::Connection;
 use serde_json::json;
 
-use crate::harness::{Soon, Warren, message, soon};
+use crate::harness::{Proxy, Sends, Soon, Warren, message, soon};
 
 async fn stored(producer: &Producer, count: u64) {
     let what = format!("{count} results are stored");
@@ -83,6 +83,47 @@ async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
     let _roomy = warren.collector().start().await;
     stored(&producer, TASKS).await;
     assert_eq!(producer.totals().await.unwrap().results, ids.len() as u64);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_notice_is_forgotten_only_after_it_is_published() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let collector = warren.collector().url(&line.url(warren.url())).start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let mut notices = amqp.notices().await;
+    // An answer: from here on the collector has nothing to publish but the notice.
+    producer.totals().await.unwrap();
+    line.hold(Sends::Publishes);
+    let (batch, at) = (BatchId::new("b-1").unwrap(), Timestamp::now());
+    amqp.reports(&[Report::BatchSealed { batch: batch.clone(), count: 0, at }]).await;
+    line.caught().await;
+    collector.kill().await;
+    let _second = warren.collector().start().await;
+    let notice = Notice::decode(&notices.next().await).unwrap();
+    assert!(matches!(notice, Notice::Batch(summary) if summary.batch == batch));
+}
+
+/// What a kill at some moment would leave is what a reader sees at that moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn at_no_moment_is_a_result_stored_without_its_notice() {
+    const TASKS: i64 = 500;
+    let warren = Warren::new().await;
+    let (_worker, _collector) = warren.crew().await;
+    let producer = warren.producer().await;
+    let tasks = (0..TASKS).map(|n| Submission::dynamic("garenne.echo", n).unwrap());
+    let _ids: Vec<_> =
+        producer.submit_all_detached(stream::iter(tasks)).try_collect().await.unwrap();
+    let look = "SELECT (SELECT COUNT(*) FROM results) || ' ' || \
+                (SELECT COALESCE(MAX(seq), 0) FROM sqlite_sequence WHERE name = 'outbox')";
+    soon("all are stored", async || {
+        // The outbox counts all that was ever in it.
+        let seen: Vec<String> = warren.rows(look);
+        let (results, notices) = seen[0].split_once(' ').unwrap();
+        assert_eq!(results, notices, "results and notices");
+        (results == TASKS.to_string()).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,12 +1,15 @@
 //! A task that is given up is kept whole with its reason, and it ends in a final record (promise 3), by
 //! whichever path it got there.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use garenne_common::wire::TaskState;
-use garenne_common::{BatchId, DeadReason, QueueName, Status, TaskId};
-use garenne_producer::Producer;
+use garenne_common::{BatchId, DeadReason, QueueName, Status, TaskId, Timestamp};
+use garenne_producer::{Producer, Submission};
 use serde_json::json;
 
-use crate::harness::{Warren, message, soon};
+use crate::harness::{Soon, Warren, message, soon};
 
 async fn ended(producer: &Producer, id: &str) -> garenne_common::TaskResult {
     let id = TaskId::new(id).unwrap();
@@ -45,6 +48,32 @@ async fn what_the_broker_itself_gives_up_ends_too() {
     let result = ended(&producer, "t-1").await;
     assert_eq!((result.reason, result.attempt), (Some(DeadReason::Expired), 0));
     assert_eq!(result.worker, "rabbitmq");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn delayed_tasks_wait_for_an_exchange_that_is_gone() {
+    const TASKS: usize = 20;
+    let warren = Warren::new().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let mut results = amqp.results().await;
+    let delay = Duration::from_millis(500);
+    for n in 0..TASKS {
+        let task = Submission::dynamic("garenne.echo", n).unwrap().delay(delay);
+        producer.submit_detached(task).await.unwrap();
+    }
+    let topology = warren.config().broker.topology();
+    let all = topology.core();
+    let tasks = all.iter().find(|object| object.name() == topology.tasks_exchange()).unwrap();
+    amqp.admin.delete(tasks).await.unwrap();
+    let due = Timestamp::now().plus(delay * 2);
+    soon("they are due", async || (Timestamp::now() > due).then_some(())).await;
+    // It declares what is missing.
+    let _worker = warren.worker().start().await;
+    let mut ended = BTreeSet::new();
+    while ended.len() < TASKS {
+        let what = format!("{} of {TASKS} have come through", ended.len());
+        ended.insert(results.result().soon(&what).await.id);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,6 +30,7 @@ mod errors;
 mod examples;
 mod foreign_client;
 mod fuzz;
+mod guards;
 mod hostile;
 mod kill_everything;
 mod long_tasks;

@@ -7,7 +7,7 @@ use garenne_common::RetryPolicy;
 use garenne_producer::{Producer, Submission};
 use serde_json::json;
 
-use crate::harness::{Proxy, Soon, Warren, effects, message, soon};
+use crate::harness::{Process, Proxy, Sends, Soon, Warren, effects, message, soon};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
@@ -64,7 +64,7 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
     let worker = worker.start().await;
     let amqp = warren.amqp().await;
     // Results go nowhere from here on, while acknowledgements would still arrive.
-    line.hold_publishing();
+    line.hold(Sends::Publishes);
     for id in ["t-1", "t-2"] {
         amqp.task(message("garenne.echo", id, &json!(id))).await;
     }
@@ -84,6 +84,96 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
     }
     ended.sort_unstable();
     assert_eq!(ended, ["t-1", "t-2"]);
+}
+
+/// A worker with one slot on this line, which runs `t-1` and has begun.
+async fn at_work(warren: &Warren, line: &Proxy) -> Process {
+    let worker = warren.worker().url(&line.url(warren.url())).toml(&effects::command(warren));
+    let worker = worker.set("worker.slots", 1).start().await;
+    warren.amqp().await.task(message("test.effect", "t-1", &json!({ "millis": 1_000 }))).await;
+    soon("it runs", async || (effects::done(warren).len() == 1).then_some(())).await;
+    worker
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_was_lost_on_its_way_is_sent_again() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let _worker = at_work(&warren, &line).await;
+    let mut results = warren.amqp().await.results().await;
+    line.hold(Sends::Publishes);
+    line.caught().await;
+    line.cut();
+    assert_eq!(results.result().soon("it is sent again").await.id.as_str(), "t-1");
+    assert_eq!(effects::done(&warren), ["t-1 1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgement_that_was_lost_costs_no_second_run() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let mut worker = at_work(&warren, &line).await;
+    let amqp = warren.amqp().await;
+    let mut results = amqp.results().await;
+    line.hold(Sends::Acknowledgements);
+    results.result().soon("its result is sent").await;
+    line.caught().await;
+    line.cut();
+    worker.logged("consuming again").await;
+    // One slot: whatever it runs again, it runs before this one.
+    amqp.task(message("test.effect", "t-2", &json!({ "millis": 1 }))).await;
+    assert_eq!(results.result().soon("the next one ends").await.id.as_str(), "t-2");
+    assert_eq!(effects::done(&warren), ["t-1 1", "t-2 1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_acknowledgement_of_an_old_connection_settles_nothing_of_the_next_one() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let toml = effects::command(&warren);
+    let worker = |slots: usize| {
+        warren.worker().toml(&toml).set("worker.slots", slots).set("worker.lookahead", 0)
+    };
+    let runs = async |id: &str, count: usize| {
+        let ran = || effects::done(&warren).iter().filter(|done| done.starts_with(id)).count();
+        let what = format!("{id} runs, {count} times in all");
+        soon(&what, async || (ran() == count).then_some(())).await;
+    };
+    let first = worker(2).url(&line.url(warren.url())).arg("--name=first").start().await;
+    let amqp = warren.amqp().await;
+    let mut results = amqp.results().await;
+    amqp.task(message("test.effect", "t-1", &json!({ "millis": 4_000 }))).await;
+    runs("t-1", 1).await;
+    let _second = worker(1).arg("--name=second").start().await;
+    line.cut();
+    // The second one is idle, the first not even connected. Then the second one has no room left, so
+    // the next task is the first delivery of the first one's new connection, as `t-1` was of its old.
+    runs("t-1", 2).await;
+    amqp.task(message("test.effect", "t-2", &json!({ "millis": 15_000 }))).await;
+    runs("t-2", 1).await;
+    for by in ["first", "second"] {
+        let result = results.result().soon("both executions end").await;
+        assert_eq!((result.id.as_str(), result.worker.as_str()), ("t-1", by));
+    }
+    first.kill().await;
+    runs("t-2", 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_without_an_id_keeps_the_one_it_got_when_its_worker_is_killed() {
+    let warren = Warren::new().await;
+    let toml = effects::command(&warren);
+    let first = warren.worker().toml(&toml).start().await;
+    let amqp = warren.amqp().await;
+    let mut task = message("test.effect", "", &json!({ "millis": 1_000 }));
+    task.properties.message_id = None;
+    amqp.task(task).await;
+    soon("it runs", async || (effects::done(&warren).len() == 1).then_some(())).await;
+    first.kill().await;
+    let _second = warren.worker().toml(&toml).start().await;
+    let result = amqp.results().await.result().soon("it ends elsewhere").await;
+    let run = format!("{} 1", result.id);
+    assert_eq!(effects::done(&warren), [run.clone(), run]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use garenne_common::topology::is_delay_mark;
 use garenne_common::wire::{Report, RetryNote, TaskState};
 use garenne_common::{DeadReason, RetryPolicy, Status, Task};
 use garenne_producer::{OutputError, Retried, Submission};
@@ -106,12 +107,33 @@ impl Task for Busy {
     type Output = u64;
 }
 
+async fn busy(context: Context, task: Busy) -> Result<u64, TaskError> {
+    let wait = Duration::from_millis(task.wait);
+    if context.attempt() == 1 { Err(TaskError::retry_after(wait, "busy")) } else { Ok(7) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_waits_for_its_own_delay_and_not_for_the_earlier_one_besides() {
+    let warren = Warren::new().await;
+    let builder = Worker::builder(warren.config()).register::<Busy, _, _>(busy);
+    let running = warren.work(builder).await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let hour = Duration::from_hours(1);
+    let submission = Submission::new(Busy { wait: 3_600_000 }).delay(Duration::from_millis(300));
+    producer.submit_detached(submission.retry_policy(quick(2))).await.unwrap();
+    let route = warren.config().broker.topology().delay_route(hour).unwrap();
+    let waiting = amqp.tap(&route.exchange).await.next().await;
+    let names = waiting.headers.iter().map(|(name, _)| name.to_string());
+    let (mut marks, others): (Vec<_>, Vec<_>) = names.partition(|name| is_delay_mark(name));
+    marks.sort_unstable_by(|a, b| b.cmp(a));
+    assert_eq!(marks, route.marks);
+    let spent = others.iter().find(|name| name.contains("death"));
+    assert_eq!(spent, None, "what the broker wrote on the way is left behind");
+    running.drain().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_handler_may_say_how_long_the_next_attempt_must_wait() {
-    async fn busy(context: Context, task: Busy) -> Result<u64, TaskError> {
-        let wait = Duration::from_millis(task.wait);
-        if context.attempt() == 1 { Err(TaskError::retry_after(wait, "busy")) } else { Ok(7) }
-    }
     let warren = Warren::new().await;
     let builder = Worker::builder(warren.config()).register::<Busy, _, _>(busy);
     let running = warren.work(builder).await;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use garenne_common::wire::{self, CrashRecord, Message};
+use garenne_common::guards::Guard;
+use garenne_common::wire::{self, CrashRecord, Malformed, Message};
 use garenne_common::{DeadReason, QueueName, TaskMessage, TaskName, Timestamp};
 
 /// What a delivery turned out to be.
@@ -23,7 +24,7 @@ pub(crate) fn inspect<H>(
     now: Timestamp,
 ) -> Verdict<H> {
     let refuse = |reason, error| Verdict::Refuse { reason, error };
-    let task = match wire::task::decode(message, queue) {
+    let task = match decode(message, queue) {
         Ok(Some(task)) => task,
         Ok(None) => return Verdict::AssignId,
         Err(malformed) => return refuse(DeadReason::Malformed, malformed.to_string()),
@@ -39,4 +40,13 @@ pub(crate) fn inspect<H>(
         return refuse(DeadReason::UnknownTask, error);
     };
     Verdict::Run(Arc::new(task), handler)
+}
+
+fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage>, Malformed> {
+    match wire::task::decode(message, queue) {
+        Ok(None) if !Guard::IdBeforeRun.holds() => {
+            wire::task::decode(&wire::task::assign_id(message).1, queue)
+        }
+        decoded => decoded,
+    }
 }

@@ -9,6 +9,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, PoisonError};
 
 use garenne_common::broker::DeliveryTag;
+use garenne_common::guards::Guard;
 use garenne_common::wire::Message;
 use garenne_common::wire::lease::fence_of;
 use garenne_common::{TaskId, TaskMessage};
@@ -82,14 +83,14 @@ impl Inflight {
     /// A delivery asks for this attempt.
     pub fn begin(&self, key: &Key, delivery: DeliveryRef) -> Begin {
         let mut state = self.lock();
-        if let Some(run) = state.running.get_mut(key) {
+        if let Some(run) = state.running.get_mut(key).filter(|_| Guard::Adoption.holds()) {
             if run.handed_over {
                 return Begin::Settled;
             }
             run.deliveries.push(delivery);
             return Begin::Adopted;
         }
-        if state.settled.contains(key) {
+        if state.settled.contains(key) && Guard::SettledMemory.holds() {
             return Begin::Settled;
         }
         let run = Run { deliveries: vec![delivery], handed_over: false };

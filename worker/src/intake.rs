@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{Consumer, Delivery};
+use garenne_common::guards::Guard;
 use garenne_common::wire::Fence;
 use garenne_common::{DeadReason, Options, TaskMessage, Timestamp, wire};
 use tokio::sync::mpsc;
@@ -119,6 +120,9 @@ impl Pipeline {
     }
 
     async fn hand_back(&self, queue: usize, delivery: &Delivery) {
+        if !Guard::DrainHandBack.holds() {
+            return;
+        }
         let subject = Subject::Delivery(DeliveryRef { queue, tag: delivery.tag });
         let queue = &self.lanes[queue].queue;
         self.settle(self.signature.hand_back(subject, &delivery.message, queue)).await;

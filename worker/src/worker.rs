@@ -7,6 +7,7 @@ use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource, Settler,
 };
 use garenne_common::config::Config;
+use garenne_common::guards::Guard;
 use garenne_common::wire::control::CANCEL_KEY;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
 use tokio::sync::{mpsc, watch};
@@ -459,6 +460,9 @@ impl Running {
         aides.end().await;
         // The last sender goes, so the settling task ends when everything is confirmed.
         drop(pipeline);
+        if !Guard::FlushBeforeExit.holds() {
+            return;
+        }
         if tokio::time::timeout(FLUSH_GRACE, tasks.wait()).await.is_err() {
             tracing::warn!("RabbitMQ did not confirm everything; the rest will be delivered again");
         }

@@ -3,6 +3,7 @@
 //! Row at a time through cached statements: the fastest way that says of every row whether it was new
 //! (docs/decisions/0003).
 
+use garenne_common::guards::Guard;
 use garenne_common::outcome::Status;
 use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote, replay};
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
@@ -33,6 +34,7 @@ impl Ledger for SqliteLedger<'_> {
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
              ON CONFLICT (id) DO NOTHING",
         )?;
+        let replaced = !Guard::FirstResultWins.holds() && self.remove_result(&result.id)?;
         let output = result.output.as_ref();
         let inserted = insert.execute(params![
             result.id.as_str(),
@@ -51,6 +53,9 @@ impl Ledger for SqliteLedger<'_> {
             from_time(result.finished_at),
             from_time(self.now),
         ])?;
+        if replaced {
+            return Ok(Inserted::Repeat(result.status));
+        }
         if inserted == 1 {
             return Ok(Inserted::Fresh);
         }
@@ -165,6 +170,10 @@ impl Ledger for SqliteLedger<'_> {
     }
 
     fn add_notice(&mut self, notice: &Notice) -> Result<(), StoreError> {
+        if !Guard::OutboxInTransaction.holds() {
+            // Ends the transaction, and begins another one for the notice.
+            self.transaction.execute_batch("COMMIT; BEGIN IMMEDIATE")?;
+        }
         let json = serde_json::to_string(notice);
         let json = json.map_err(|error| StoreError::Other(error.to_string()))?;
         let mut insert =
@@ -235,6 +244,12 @@ impl SqliteLedger<'_> {
             self.transaction.prepare_cached("SELECT reason, at FROM dead_letters WHERE id = ?1")?;
         let letter = select.query_row([id.as_str()], |row| Ok((reason(row, 0)?, time(row, 1)?)));
         Ok(letter.optional()?)
+    }
+
+    /// Only without [`Guard::FirstResultWins`]; whether there was one.
+    fn remove_result(&self, id: &TaskId) -> Result<bool, StoreError> {
+        let delete = "DELETE FROM results WHERE id = ?1";
+        Ok(self.transaction.execute(delete, [id.as_str()])? == 1)
     }
 
     /// Adds to one of the counters.

@@ -23,6 +23,7 @@ use super::convert::{from_properties, short};
 use super::link::Pause;
 use super::watch::{self, Flow, Health, Watch};
 use super::{BrokerError, Link, QueueStatus, admin};
+use crate::guards::Guard;
 use crate::topology::Declaration;
 use crate::wire::Message;
 
@@ -304,8 +305,9 @@ impl ConsumeTask {
         // The epoch begins before the first delivery can arrive.
         let epoch = {
             let mut current = self.shared.lock();
+            let new = current.number == 0 || Guard::EpochCheck.holds();
             *current = Epoch {
-                number: current.number + 1,
+                number: current.number + u64::from(new),
                 channel: Some(channel.clone()),
                 flow: Flow::new(self.spec.prefetch),
             };
@@ -376,7 +378,9 @@ impl ConsumeTask {
                 _ = health.tick() => if !channel.status().connected() {
                     return BrokerError::Lost("the channel was closed".to_owned());
                 },
-                _ = look.tick(), if !cancelled && looks.is_empty() => {
+                _ = look.tick(),
+                    if !cancelled && looks.is_empty() && Guard::DeliveryWatch.holds() =>
+                {
                     looks.push(self.look(channel, queue, Instant::now()));
                 }
                 Some(Look { asked, answer, kept }) = looks.next() => {
@@ -394,6 +398,7 @@ impl ConsumeTask {
     /// Puts right what somebody deleted without ending the consumer, and asks how the queue stands.
     async fn look(&self, channel: &Channel, queue: &str, asked: Instant) -> Look {
         let way = match &self.spec.queue {
+            _ if !Guard::KeptTopology.holds() => vec![],
             QueueSource::Named(queue) => watch::way_to(queue, &self.spec.declarations),
             QueueSource::Exclusive { bindings, .. } => bind(queue, bindings).collect(),
         };

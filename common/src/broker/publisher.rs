@@ -22,6 +22,7 @@ use super::convert::{short, to_properties};
 use super::link::Pause;
 use super::{BrokerError, Link, admin};
 use crate::config::BrokerConfig;
+use crate::guards::Guard;
 use crate::topology::Declaration;
 use crate::wire::Message;
 
@@ -129,6 +130,9 @@ impl Publisher {
         deadline: Duration,
     ) -> Result<(), BrokerError> {
         let whole = async { self.send(outgoing).await?.confirmed().await };
+        if !Guard::PublishDeadline.holds() {
+            return whole.await;
+        }
         match timeout(deadline, whole).await {
             Ok(result) => result,
             Err(_) => Err(self.why_late(deadline)),
@@ -380,7 +384,7 @@ impl PublishTask {
             job.strikes += u32::from(alone && barren);
             if job.strikes >= STRIKES {
                 job.answer(Err(lost.clone()));
-            } else if job.answer.is_some() {
+            } else if job.answer.is_some() && Guard::ResendAfterLoss.holds() {
                 self.to_send.push_front(job);
             }
         }
@@ -456,7 +460,11 @@ impl Window {
                 let number = self.next;
                 self.next += 1;
                 job.written = Some(Instant::now());
-                self.jobs.insert(number, job);
+                if Guard::ConfirmWait.holds() {
+                    self.jobs.insert(number, job);
+                } else {
+                    job.answer(Ok(()));
+                }
                 self.confirms.push(Box::pin(async move { (number, confirm.await) }));
                 Ok(())
             }

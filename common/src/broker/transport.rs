@@ -20,6 +20,7 @@ use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties};
 
+use crate::guards::Guard;
 use crate::wire::frames;
 
 /// What is asked of the socket at once.
@@ -110,7 +111,8 @@ impl<S> Screened<S> {
             let [kind, _, _, size @ ..] = frame else { return };
             let Some(size) = size.first_chunk::<4>() else { return };
             let size = usize::try_from(u32::from_be_bytes(*size)).unwrap_or(usize::MAX);
-            if !frames::is_screened(*kind) || size > MAX_FRAME_BYTES {
+            let screened = frames::is_screened(*kind) && Guard::Screening.holds();
+            if !screened || size > MAX_FRAME_BYTES {
                 self.passing = size.saturating_add(FRAME_HEAD + 1);
                 continue;
             }

@@ -275,6 +275,13 @@ pub fn own_node() -> Option<OwnNode> {
     })
 }
 
+/// The guards that a test build switches off ([`crate::guards`]).
+#[cfg(feature = "failpoints")]
+pub(crate) fn guards_off() -> Vec<String> {
+    let names = std::env::var("GARENNE_GUARDS_OFF").unwrap_or_default();
+    names.split(',').map(str::to_owned).collect()
+}
+
 impl ConfigError {
     fn one(problem: &impl fmt::Display) -> Self {
         Self { problems: vec![problem.to_string()] }

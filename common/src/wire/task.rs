@@ -10,6 +10,7 @@ use super::codec::{Codec, Payload};
 use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed};
+use crate::guards::Guard;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::printable::is_printable;
 use crate::retry::RetryPolicy;
@@ -139,7 +140,9 @@ pub fn assign_id(message: &Message) -> (TaskId, Message) {
 /// The message without what one trip through the broker left on it.
 pub fn for_republish(message: &Message) -> Message {
     let mut message = message.clone();
-    message.headers.retain(|(name, _)| !headers::is_spent(name));
+    if Guard::SpentHeaders.holds() {
+        message.headers.retain(|(name, _)| !headers::is_spent(name));
+    }
     // A sender's TTL was for the queue it sent to. In a delay level it would cut the delay short, and
     // among the dead letters it would delete the task.
     message.properties.expiration = None;

@@ -19,8 +19,8 @@ pub(crate) use amqp::{Amqp, message};
 pub(crate) use broker::PrivateNode;
 pub(crate) use eventually::{Soon, eventually, soon};
 pub(crate) use foreign::Foreign;
-pub(crate) use process::{Ended, Process, finish};
-pub(crate) use proxy::Proxy;
+pub(crate) use process::{Ended, GUARDS_OFF, Process, finish};
+pub(crate) use proxy::{Proxy, Sends};
 pub(crate) use supervisor::supervise;
 pub(crate) use warren::{Service, Warren};
 

@@ -16,6 +16,8 @@ use super::{Soon, eventually};
 
 /// How much of a log is shown.
 const SHOWN_LINES: usize = 60;
+/// Protections that a test build switches off in this process and in all that it starts.
+pub(crate) const GUARDS_OFF: &str = "GARENNE_GUARDS_OFF";
 
 /// The path of a binary of this workspace, built in the same profile as this test.
 pub(crate) fn binary(name: &str) -> PathBuf {
@@ -34,10 +36,14 @@ fn built() -> PathBuf {
     test.ancestors().nth(2).expect("target/<profile>/deps/<test>").to_owned()
 }
 
-/// A command with a clean environment: only what a test sets reaches the program.
+/// A command with a clean environment: only what a test sets reaches the program,
+/// and which guards are off.
 pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    if let Some(guards) = std::env::var_os(GUARDS_OFF) {
+        command.env(GUARDS_OFF, guards);
+    }
     command
 }
 

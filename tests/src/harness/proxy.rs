@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -11,11 +11,24 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
-/// A client says its connection's name within its first bytes.
-const START: usize = 4_096;
-/// The last word of a publishing connection's name; with its space, or the client's capability
-/// `publisher_confirms` would match too.
-const PUBLISHES: &[u8] = b" publish";
+use super::soon;
+
+/// What a client sends that can be held.
+#[derive(Clone, Copy)]
+pub(crate) enum Sends {
+    Publishes,
+    Acknowledgements,
+}
+
+impl Sends {
+    /// Class and method, as a frame's payload begins with them.
+    fn method(self) -> [u8; 4] {
+        match self {
+            Self::Publishes => [0, 60, 0, 40],
+            Self::Acknowledgements => [0, 60, 0, 80],
+        }
+    }
+}
 
 /// Forwards connections until they are cut.
 pub(crate) struct Proxy {
@@ -28,8 +41,10 @@ struct Line {
     target: String,
     /// Every change cuts all connections of the moment.
     cuts: watch::Sender<u64>,
-    /// Whether what publishing connections send stays here.
-    held: AtomicBool,
+    /// What stays here.
+    held: Mutex<Option<Sends>>,
+    /// How often something stayed here.
+    caught: AtomicU64,
     /// Connections with a number up to this one carry nothing any more, and stay open.
     silenced: watch::Sender<u64>,
     /// How many connections there were.
@@ -48,7 +63,8 @@ impl Proxy {
         let line = Arc::new(Line {
             target: host_and_port(url),
             cuts: watch::Sender::new(0),
-            held: AtomicBool::new(false),
+            held: Mutex::default(),
+            caught: AtomicU64::new(0),
             silenced: watch::Sender::new(0),
             accepted: AtomicU64::new(0),
             mute: AtomicBool::new(false),
@@ -63,8 +79,9 @@ impl Proxy {
         url.replace(&host_and_port(url), &self.address.to_string())
     }
 
-    /// Cuts all connections. New ones are accepted at once.
+    /// Cuts all connections. New ones are accepted at once, and nothing is held any more.
     pub(crate) fn cut(&self) {
+        self.line.hold(None);
         self.line.cuts.send_modify(|count| *count += 1);
     }
 
@@ -92,9 +109,26 @@ impl Proxy {
         self.line.accepted.load(Ordering::SeqCst)
     }
 
-    /// From now on nothing passes that a connection sends whose name ends in "publish".
-    pub(crate) fn hold_publishing(&self) {
-        self.line.held.store(true, Ordering::SeqCst);
+    /// From now on these do not pass, nor does what their connection sends after them.
+    pub(crate) fn hold(&self, what: Sends) {
+        self.line.hold(Some(what));
+    }
+
+    /// Waits until something was held.
+    pub(crate) async fn caught(&self) {
+        let caught = async || (self.line.caught.load(Ordering::SeqCst) > 0).then_some(());
+        soon("something is held on the line", caught).await;
+    }
+}
+
+impl Line {
+    fn hold(&self, what: Option<Sends>) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = what;
+    }
+
+    fn holds(&self, bytes: &[u8]) -> bool {
+        let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.is_some_and(|what| bytes.windows(4).any(|window| window == what.method()))
     }
 }
 
@@ -203,11 +237,10 @@ fn swallows(
 
 /// From client to broker, as long as it is not held.
 async fn send(from: &mut OwnedReadHalf, to: &mut OwnedWriteHalf, line: &Line) {
-    let (mut start, mut buffer) = (Vec::<u8>::new(), vec![0; 64 * 1024]);
+    let mut buffer = vec![0; 64 * 1024];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
-        start.extend(buffer[..count].iter().take(START - start.len()));
-        let publishes = start.windows(PUBLISHES.len()).any(|window| window == PUBLISHES);
-        if publishes && line.held.load(Ordering::SeqCst) {
+        if line.holds(&buffer[..count]) {
+            line.caught.fetch_add(1, Ordering::SeqCst);
             return std::future::pending().await;
         }
         if to.write_all(&buffer[..count]).await.is_err() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use garenne_common::broker::{BrokerError, Outgoing, Publisher, Settler};
+use garenne_common::guards::Guard;
 use tokio::sync::mpsc;
 
 use super::bundle::MAX_REPORTS;
@@ -74,6 +75,10 @@ impl SettleTask {
 }
 
 async fn publish(publisher: Publisher, ticket: Ticket, outgoing: Outgoing) -> (Ticket, Answer) {
+    if !Guard::SuccessorBeforeAck.holds() {
+        drop(publisher.send_and_forget(outgoing).await);
+        return (ticket, Answer::Confirmed);
+    }
     let answer = match until_taken(&publisher, outgoing).await {
         Ok(()) => Answer::Confirmed,
         Err(BrokerError::Closed) => Answer::Unknown,

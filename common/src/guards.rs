@@ -1,0 +1,83 @@
+//! The protections that a test-only build can switch off, each at the one place where it stands.
+//!
+//! A test that has never failed proves nothing. So `make test-guards` builds everything with the
+//! feature `failpoints`, switches off one guard at a time (`GARENNE_GUARDS_OFF`, a list of names), and
+//! demands that the tests notice (docs/testing.md, decision 0016). Without the feature every guard
+//! holds, as a constant: the sabotage beside it is not even compiled in. No crate's manifest switches
+//! the feature on, and a build without debug assertions refuses it.
+
+#[cfg(all(feature = "failpoints", not(debug_assertions)))]
+compile_error!("the feature `failpoints` can switch protections off; it is for test builds alone");
+
+/// Whether this build can switch guards off at all.
+pub const CAN_BE_SWITCHED_OFF: bool = cfg!(feature = "failpoints");
+
+macro_rules! guards {
+    ($($name:ident: $without:literal,)*) => {
+        /// A protection; the words say what happens without it.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Guard {
+            $(#[doc = concat!("Without it: ", $without, ".")] $name,)*
+        }
+
+        impl Guard {
+            /// All of them, in the order of a task's life.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// Its name in the environment and in tables.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => stringify!($name),)* }
+            }
+
+            /// What happens without it.
+            pub const fn without(self) -> &'static str {
+                match self { $(Self::$name => $without,)* }
+            }
+        }
+    };
+}
+
+guards! {
+    PublishDeadline: "a caller waits for the broker's confirm without a limit",
+    ConfirmWait: "a publisher reports success once a message is written, unconfirmed",
+    ResendAfterLoss: "what a lost channel left unconfirmed is not sent again",
+    AlternateExchange: "a task for a queue that is gone is dropped by the broker",
+    AtLeastOnceDeadLettering: "queues dead-letter by the default strategy, at most once",
+    SpentHeaders: "a message is published again with the broker's old notes on it",
+    Heartbeat: "a silent broker is not noticed",
+    EpochCheck: "an acknowledgement of an old channel goes out over the new one",
+    DeliveryWatch: "a consumer that the broker has forgotten is not noticed",
+    KeptTopology: "a binding that somebody deleted stays away",
+    Screening: "a message that cannot be parsed ends the connection of whoever gets it",
+    IdBeforeRun: "a task without an id runs under an id that nobody has confirmed",
+    Adoption: "a redelivery of what runs here runs a second time",
+    SettledMemory: "a redelivery of what was just settled here runs again",
+    SuccessorBeforeAck: "a worker acknowledges before the successor is confirmed",
+    DrainHandBack: "a stopping worker keeps what it has not begun",
+    FlushBeforeExit: "a stopping worker does not wait for its last confirms",
+    CommitBeforeAck: "the collector acknowledges before the commit",
+    FirstResultWins: "a later result of a task replaces the first",
+    MemberCountedOnce: "a batch counts every result of a member",
+    FenceCheck: "an execution whose lease has lapsed may still say how its task ended",
+    OutboxInTransaction: "a notice is stored after what it tells of, not with it",
+    ForgetAfterConfirm: "the outbox forgets an entry before it is published",
+    DrainedTwice: "a batch is abandoned at its deadline though its seal may lie unread",
+    RecoveryAsks: "nobody asks the collector for a result whose reply was lost",
+}
+
+impl Guard {
+    /// Whether it is in force.
+    #[cfg(not(feature = "failpoints"))]
+    #[inline]
+    pub const fn holds(self) -> bool {
+        true
+    }
+
+    /// Whether it is in force.
+    #[cfg(feature = "failpoints")]
+    pub fn holds(self) -> bool {
+        static OFF: std::sync::LazyLock<Vec<String>> =
+            std::sync::LazyLock::new(crate::config::guards_off);
+        !OFF.iter().any(|name| name == self.name())
+    }
+}
