@@ -10,7 +10,9 @@
 compile_error!("the feature `failpoints` can switch protections off; it is for test builds alone");
 
 /// Whether this build can switch guards off at all.
-pub const CAN_BE_SWITCHED_OFF: bool = cfg!(feature = "failpoints");
+pub const fn can_be_switched_off() -> bool {
+    cfg!(feature = "failpoints")
+}
 
 macro_rules! guards {
     ($($name:ident: $without:literal,)*) => {
