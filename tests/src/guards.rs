@@ -52,6 +52,10 @@ fn noticed_by(guard: Guard) -> &'static str {
         }
         Guard::Adoption => "redelivery::a_cut_line_while_a_task_runs_does_not_run_it_twice",
         Guard::SettledMemory => "redelivery::an_acknowledgement_that_was_lost_costs_no_second_run",
+        Guard::Isolation | Guard::CrashBudget => {
+            "poison::an_aborting_task_is_a_dead_letter_with_evidence_after_exactly_its_budget"
+        }
+        Guard::DeliveryBudget => "poison::a_task_that_is_never_settled_is_given_up_in_the_end",
         Guard::SuccessorBeforeAck => {
             "redelivery::a_task_is_acknowledged_only_after_its_result_is_confirmed"
         }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use garenne_common::guards::Guard;
 use garenne_common::topology::MAX_DELAY;
 use garenne_common::{DeadReason, RetryPolicy};
 
@@ -47,7 +48,7 @@ pub fn heed(disposition: Disposition, reason: &str) -> Disposition {
 /// The crash budget alone counts here: a crash costs no attempt.
 fn crashed(crash: &Crash, policy: &RetryPolicy, jitter: f64) -> Disposition {
     let (count, budget) = (crash.record.count, crash.budget);
-    if count < budget {
+    if count < budget || !Guard::CrashBudget.holds() {
         return Disposition::Again { after: policy.delay_after(count, jitter) };
     }
     let error = format!(

@@ -6,6 +6,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use garenne_common::guards::Guard;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -86,7 +87,8 @@ impl Doors {
         if handler.is_process() {
             return Some((handler, self.slots.one().await?));
         }
-        let Some(isolation) = &self.isolation else {
+        let isolation = self.isolation.as_ref().filter(|_| Guard::Isolation.holds());
+        let Some(isolation) = isolation else {
             let alone = course == Course::Trial;
             let slot = if alone { self.slots.all().await? } else { self.slots.one().await? };
             return Some((handler, slot));
