@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use garenne_common::broker::{Admin, BrokerError};
+use garenne_common::guards::Guard;
 use garenne_common::topology::Declaration;
 use tokio_util::sync::CancellationToken;
 
@@ -22,6 +23,9 @@ impl Keeper {
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(self.every) => {}
+            }
+            if !Guard::KeptTopology.holds() {
+                continue;
             }
             let failed = self.admin.declare(&self.wanted).await.err();
             // A lost connection is its consumers' to tell; a conflict nobody else may meet for days.

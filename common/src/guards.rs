@@ -46,7 +46,6 @@ guards! {
     AlternateExchange: "a task for a queue that is gone is dropped by the broker",
     AtLeastOnceDeadLettering: "queues dead-letter by the default strategy, at most once",
     SpentHeaders: "a message is published again with the broker's old notes on it",
-    Heartbeat: "a silent broker is not noticed",
     EpochCheck: "an acknowledgement of an old channel goes out over the new one",
     DeliveryWatch: "a consumer that the broker has forgotten is not noticed",
     KeptTopology: "a binding that somebody deleted stays away",

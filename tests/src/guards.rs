@@ -26,7 +26,7 @@ const ONLY: &str = "GARENNE_TESTS_GUARDS";
 /// The test that notices.
 fn noticed_by(guard: Guard) -> &'static str {
     match guard {
-        Guard::PublishDeadline | Guard::ConfirmWait | Guard::Heartbeat => {
+        Guard::PublishDeadline | Guard::ConfirmWait => {
             "broker_outage::a_frozen_broker_is_an_error_in_time_and_then_a_memory"
         }
         Guard::ResendAfterLoss => "redelivery::a_result_that_was_lost_on_its_way_is_sent_again",

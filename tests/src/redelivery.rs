@@ -7,7 +7,7 @@ use garenne_common::RetryPolicy;
 use garenne_producer::{Producer, Submission};
 use serde_json::json;
 
-use crate::harness::{Process, Proxy, Sends, Soon, Warren, effects, message, soon};
+use crate::harness::{Amqp, Process, Proxy, Sends, Soon, Warren, effects, message, soon};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
@@ -87,10 +87,10 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
 }
 
 /// A worker with one slot on this line, which runs `t-1` and has begun.
-async fn at_work(warren: &Warren, line: &Proxy) -> Process {
+async fn at_work(warren: &Warren, line: &Proxy, amqp: &Amqp) -> Process {
     let worker = warren.worker().url(&line.url(warren.url())).toml(&effects::command(warren));
     let worker = worker.set("worker.slots", 1).start().await;
-    warren.amqp().await.task(message("test.effect", "t-1", &json!({ "millis": 1_000 }))).await;
+    amqp.task(message("test.effect", "t-1", &json!({ "millis": 2_000 }))).await;
     soon("it runs", async || (effects::done(warren).len() == 1).then_some(())).await;
     worker
 }
@@ -99,8 +99,9 @@ async fn at_work(warren: &Warren, line: &Proxy) -> Process {
 async fn a_result_that_was_lost_on_its_way_is_sent_again() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
-    let _worker = at_work(&warren, &line).await;
-    let mut results = warren.amqp().await.results().await;
+    let amqp = warren.amqp().await;
+    let mut results = amqp.results().await;
+    let _worker = at_work(&warren, &line, &amqp).await;
     line.hold(Sends::Publishes);
     line.caught().await;
     line.cut();
@@ -112,9 +113,9 @@ async fn a_result_that_was_lost_on_its_way_is_sent_again() {
 async fn an_acknowledgement_that_was_lost_costs_no_second_run() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
-    let mut worker = at_work(&warren, &line).await;
     let amqp = warren.amqp().await;
     let mut results = amqp.results().await;
+    let mut worker = at_work(&warren, &line, &amqp).await;
     line.hold(Sends::Acknowledgements);
     results.result().soon("its result is sent").await;
     line.caught().await;

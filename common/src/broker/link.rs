@@ -13,7 +13,6 @@ use tokio::sync::Mutex;
 
 use super::{BrokerError, transport};
 use crate::config::{BrokerConfig, BrokerUrl};
-use crate::guards::Guard;
 
 /// One connection to the broker under a name that the management UI shows. Clones share it.
 #[derive(Clone)]
@@ -157,7 +156,6 @@ impl Link {
         let failed = |cause: String| BrokerError::Unreachable { url: url.to_string(), cause };
         let mut uri: AMQPUri = url.expose().parse().map_err(failed)?;
         let heartbeat = u16::try_from(config.heartbeat.as_secs()).unwrap_or(u16::MAX);
-        let heartbeat = if Guard::Heartbeat.holds() { heartbeat } else { 0 };
         uri.query.heartbeat.get_or_insert(heartbeat);
         let properties = ConnectionProperties::default()
             .with_connection_name(self.0.name.as_str().into())
