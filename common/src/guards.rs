@@ -65,6 +65,7 @@ guards! {
     FenceCheck: "an execution whose lease has lapsed may still say how its task ended",
     OutboxInTransaction: "a notice is stored after what it tells of, not with it",
     ForgetAfterConfirm: "the outbox forgets an entry before it is published",
+    KeptWishes: "a wish to cancel is broadcast and not kept",
     DrainedTwice: "a batch is abandoned at its deadline though its seal may lie unread",
     RecoveryAsks: "nobody asks the collector for a result whose reply was lost",
 }

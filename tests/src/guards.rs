@@ -80,6 +80,7 @@ fn noticed_by(guard: Guard) -> &'static str {
         Guard::ForgetAfterConfirm => {
             "collector_store::a_notice_is_forgotten_only_after_it_is_published"
         }
+        Guard::KeptWishes => "cancel::a_wish_survives_the_collector_and_the_worker",
         Guard::DrainedTwice => {
             "batch_and_notices::a_seal_behind_a_backlog_counts_although_its_deadline_has_passed"
         }

@@ -1,5 +1,6 @@
 //! Wishes to cancel at rest: kept until their task or batch is over, read by workers page by page.
 
+use garenne_common::guards::Guard;
 use garenne_common::topology::MAX_DELAY;
 use garenne_common::wire::{BatchState, CancelIntent, CancelState, CancelTarget, Cancelled};
 use garenne_common::{BatchId, TaskId, Timestamp};
@@ -64,6 +65,10 @@ fn keep(
     target: &CancelTarget,
     reason: &str,
 ) -> Result<CancelIntent, StoreError> {
+    if !Guard::KeptWishes.holds() {
+        let (seq, target) = (ledger.now.as_millis(), target.clone());
+        return Ok(CancelIntent { seq, target, reason: reason.to_owned() });
+    }
     let (is_batch, id) = columns(target);
     let mut insert = ledger.transaction.prepare_cached(
         "INSERT INTO cancels (batch, id, reason, stored_at) VALUES (?1, ?2, ?3, ?4) \
