@@ -94,7 +94,7 @@ async fn a_notice_is_forgotten_only_after_it_is_published() {
     let mut notices = amqp.notices().await;
     // An answer: from here on the collector has nothing to publish but the notice.
     producer.totals().await.unwrap();
-    line.hold(Sends::Publishes);
+    line.hold(Sends::To("notices"));
     let (batch, at) = (BatchId::new("b-1").unwrap(), Timestamp::now());
     amqp.reports(&[Report::BatchSealed { batch: batch.clone(), count: 0, at }]).await;
     line.caught().await;

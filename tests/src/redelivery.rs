@@ -64,7 +64,7 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
     let worker = worker.start().await;
     let amqp = warren.amqp().await;
     // Results go nowhere from here on, while acknowledgements would still arrive.
-    line.hold(Sends::Publishes);
+    line.hold(Sends::To("results"));
     for id in ["t-1", "t-2"] {
         amqp.task(message("garenne.echo", id, &json!(id))).await;
     }
@@ -102,7 +102,7 @@ async fn a_result_that_was_lost_on_its_way_is_sent_again() {
     let amqp = warren.amqp().await;
     let mut results = amqp.results().await;
     let _worker = at_work(&warren, &line, &amqp).await;
-    line.hold(Sends::Publishes);
+    line.hold(Sends::To("results"));
     line.caught().await;
     line.cut();
     assert_eq!(results.result().soon("it is sent again").await.id.as_str(), "t-1");

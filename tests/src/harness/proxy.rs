@@ -16,16 +16,18 @@ use super::soon;
 /// What a client sends that can be held.
 #[derive(Clone, Copy)]
 pub(crate) enum Sends {
-    Publishes,
+    /// Messages to the exchange whose name ends in this word.
+    To(&'static str),
     Acknowledgements,
 }
 
 impl Sends {
-    /// Class and method, as a frame's payload begins with them.
-    fn method(self) -> [u8; 4] {
+    /// Whether bytes hold such a frame, told by class and method at the beginning of its payload.
+    fn is_in(self, bytes: &[u8]) -> bool {
+        let has = |part: &[u8]| bytes.windows(part.len()).any(|window| window == part);
         match self {
-            Self::Publishes => [0, 60, 0, 40],
-            Self::Acknowledgements => [0, 60, 0, 80],
+            Self::To(exchange) => has(&[0, 60, 0, 40]) && has(format!(".{exchange}").as_bytes()),
+            Self::Acknowledgements => has(&[0, 60, 0, 80]),
         }
     }
 }
@@ -128,7 +130,7 @@ impl Line {
 
     fn holds(&self, bytes: &[u8]) -> bool {
         let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.is_some_and(|what| bytes.windows(4).any(|window| window == what.method()))
+        held.is_some_and(|what| what.is_in(bytes))
     }
 }
 
