@@ -15,7 +15,7 @@ use garenne_common::topology::Topology;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::pipeline::RESULTS_PREFETCH;
+use crate::pipeline::{Progress, RESULTS_PREFETCH};
 use crate::store::{Store, StoreError};
 
 /// How often deadlines are looked at, and so how far the two looks are apart.
@@ -29,6 +29,7 @@ pub(crate) struct Deadlines<S> {
     pub(crate) topology: Topology,
     /// Which queue the consumer of results reads; changes when it was lost.
     pub(crate) consuming: watch::Receiver<Option<String>>,
+    pub(crate) progress: Arc<Progress>,
     pub(crate) outbox_filled: Arc<Notify>,
     pub(crate) resends_filled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
@@ -39,6 +40,8 @@ pub(crate) struct Deadlines<S> {
 struct Drained {
     first: Timestamp,
     last: Timestamp,
+    /// How far the pipeline was at the last one.
+    mark: u64,
 }
 
 impl<S: Store> Deadlines<S> {
@@ -73,20 +76,25 @@ impl<S: Store> Deadlines<S> {
         if !Guard::DrainedTwice.holds() {
             self.abandon(now).await?;
         }
+        let mark = self.progress.mark();
         let interrupted = self.consuming.has_changed().unwrap_or(true);
         if !self.is_drained().await {
             return Ok(None);
         }
         let Some(before) = before.filter(|_| !interrupted) else {
-            return Ok(Some(Drained { first: now, last: now }));
+            return Ok(Some(Drained { first: now, last: now, mark }));
         };
+        if !self.progress.has_passed(before.mark) {
+            // What the last look took for read may still be on its way to the disk.
+            return Ok(Some(before));
+        }
         if batches {
             self.abandon(before.last).await?;
         }
         if leases {
             self.lapse(before.first).await?;
         }
-        Ok(Some(Drained { last: now, ..before }))
+        Ok(Some(Drained { last: now, mark, ..before }))
     }
 
     async fn abandon(&self, overdue_at: Timestamp) -> Result<(), StoreError> {
@@ -107,8 +115,7 @@ impl<S: Store> Deadlines<S> {
         Ok(())
     }
 
-    /// Whether we consume and are not behind. What we hold unacknowledged is committed by the next
-    /// look, or the store fails and that look with it.
+    /// Whether we consume and are not behind. What we hold unacknowledged, [`Progress`] knows.
     async fn is_drained(&mut self) -> bool {
         if self.consuming.borrow_and_update().is_none() {
             return false;

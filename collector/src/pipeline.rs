@@ -10,6 +10,7 @@
 //! that fill it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use garenne_common::Timestamp;
@@ -50,6 +51,7 @@ pub(crate) struct Intake {
     pub(crate) sources: Sources,
     pub(crate) group_size: usize,
     pub(crate) linger: Duration,
+    pub(crate) progress: Arc<Progress>,
     /// Signs dead letters that are made here.
     pub(crate) by: String,
     pub(crate) stop: CancellationToken,
@@ -61,6 +63,32 @@ pub(crate) struct Sources {
     pub(crate) results: Consumer,
     pub(crate) dead: Consumer,
     pub(crate) unrouted: Consumer,
+}
+
+/// How many parcels were begun and how many are finished, for those who must know that what had
+/// arrived by some moment is stored.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    begun: AtomicU64,
+    finished: AtomicU64,
+}
+
+impl Progress {
+    /// What was delivered before a parcel and is not in it goes into one of the next so many: the
+    /// prefetch holds no more.
+    const BEHIND: u64 = 3;
+
+    /// A mark that [`has_passed`](Self::has_passed) understands.
+    pub(crate) fn mark(&self) -> u64 {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// Whether everything that was delivered when the mark was made is stored.
+    pub(crate) fn has_passed(&self, mark: u64) -> bool {
+        let finished = self.finished.load(Ordering::Acquire);
+        // Nothing is under way; or so much was finished that what had arrived then is part of it.
+        finished == self.mark() || finished >= mark + Self::BEHIND
+    }
 }
 
 type Received = (Source, Settler, Delivery);
@@ -98,6 +126,7 @@ impl Intake {
     /// delivers again to the next collector.
     pub(crate) async fn run(mut self) {
         while let Some((first, was_waiting)) = self.first().await {
+            self.progress.begun.fetch_add(1, Ordering::AcqRel);
             let mut parcel = Parcel::new();
             parcel.take(first, &self.by);
             self.gather(&mut parcel, was_waiting).await;
@@ -187,6 +216,7 @@ impl Parcel {
 pub(crate) struct Committer<S> {
     pub(crate) store: S,
     pub(crate) parcels: mpsc::Receiver<Parcel>,
+    pub(crate) progress: Arc<Progress>,
     pub(crate) replies: Replies,
     /// Wakes the relay of notices.
     pub(crate) outbox_filled: Arc<Notify>,
@@ -214,6 +244,7 @@ impl<S: Store> Committer<S> {
             }
         }
         let Some(committed) = self.commit(&group).await else { return false };
+        self.progress.finished.fetch_add(1, Ordering::AcqRel);
         for (_, settler, tag) in parcel.newest {
             if !settler.ack(tag, true).await {
                 // The group comes again, and changes nothing then.
@@ -273,5 +304,25 @@ impl Seen {
             tracing::debug!(groups, deliveries, fresh, repeats, "committed");
             *self = Self::default();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_had_arrived_is_stored_when_all_is_done_or_enough_came_after_it() {
+        let progress = Progress::default();
+        assert!(progress.has_passed(progress.mark()));
+        progress.begun.store(5, Ordering::Release);
+        progress.finished.store(4, Ordering::Release);
+        let mark = progress.mark();
+        assert!(!progress.has_passed(mark), "a parcel is under way");
+        progress.begun.store(9, Ordering::Release);
+        progress.finished.store(7, Ordering::Release);
+        assert!(!progress.has_passed(mark));
+        progress.finished.store(8, Ordering::Release);
+        assert!(progress.has_passed(mark));
     }
 }

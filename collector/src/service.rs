@@ -21,7 +21,7 @@ use crate::keeper::Keeper;
 use crate::letters::Letters;
 use crate::notices::Notices;
 use crate::pipeline::{
-    Committer, DEAD_PREFETCH, Intake, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
+    Committer, DEAD_PREFETCH, Intake, Progress, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
 };
 use crate::relay::Relay;
 use crate::release::{HEARTBEATS_BUFFER, Releaser};
@@ -104,8 +104,10 @@ impl Collector {
         let (to_committer, parcels) = mpsc::channel(1);
         let reading = sources.results.queue();
 
+        let progress = Arc::<Progress>::default();
         let intake = Intake {
             sources,
+            progress: Arc::clone(&progress),
             group_size: config.collector.group_size,
             linger: config.collector.group_linger,
             by: by.to_owned(),
@@ -115,6 +117,7 @@ impl Collector {
         let committer = Committer {
             store: self.store.clone(),
             parcels,
+            progress: Arc::clone(&progress),
             replies: replies.clone(),
             outbox_filled: Arc::clone(&outbox_filled),
             stop: self.stop_taking.clone(),
@@ -174,6 +177,7 @@ impl Collector {
             admin: Admin::new(self.consuming.clone()),
             topology,
             consuming: reading,
+            progress,
             outbox_filled,
             resends_filled,
             stop: self.stop_all.clone(),
