@@ -16,7 +16,7 @@ async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
     let mut worker =
         warren.worker().url(&line.url(warren.url())).toml(&effects::command(&warren)).start().await;
     let producer = warren.producer().await;
-    let task = Submission::dynamic("test.effect", json!({ "millis": 1_500 })).unwrap();
+    let task = Submission::dynamic("test.effect", json!({ "millis": 6_000 })).unwrap();
     let handle = producer.submit(task).await.unwrap();
     soon("the task runs", async || (effects::done(&warren).len() == 1).then_some(())).await;
     line.cut();

@@ -53,7 +53,11 @@ impl PrivateNode {
     /// What tells a program that it may kill this node and start it again.
     pub(crate) fn environment(&self) -> Vec<(&'static str, String)> {
         let names = ["GARENNE_NODE_DIRECTORY", "GARENNE_NODE_SCRIPT", "BROKER_VERSION"];
-        names.map(|name| (name, self.node().variable(name))).to_vec()
+        let mut all = names.map(|name| (name, self.node().variable(name))).to_vec();
+        // The script must start the same version again.
+        let version = std::env::var("RABBITMQ_ROOTFS").ok();
+        all.extend(version.map(|directory| ("RABBITMQ_ROOTFS", directory)));
+        all
     }
 
     /// Kills the broker as a power cut would, and waits until it is gone.
