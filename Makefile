@@ -33,7 +33,7 @@ test-guards: ## the tests of the tests: each guard off in turn (ARGS=EpochCheck,
 # With release builds, because their figures are what they are for. ARGS picks some: ARGS=soak::delays
 soak: ## the large runs behind the figures of the documentation (an hour or so)
 	scripts/setup
-	$(CARGO) build --release --workspace --bins --examples
+	$(CARGO) build --release --bins
 	scripts/rabbitmq run -- $(CARGO) test --release -p garenne-tests --features soak -- \
 		--test-threads=1 --nocapture $(or $(ARGS),soak::)
 
