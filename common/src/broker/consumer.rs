@@ -330,7 +330,9 @@ impl ConsumeTask {
     fn arguments(&self) -> FieldTable {
         let mut arguments = FieldTable::default();
         let limit = self.shared.link.config().consumer_timeout.as_millis();
-        if let (false, Ok(millis)) = (self.spec.no_ack, i64::try_from(limit)) {
+        // 4.3 refuses the argument for exclusive queues, which are classic and have no such limit.
+        let limited = matches!(self.spec.queue, QueueSource::Named(_)) && !self.spec.no_ack;
+        if let (true, Ok(millis)) = (limited, i64::try_from(limit)) {
             arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(millis));
         }
         arguments
