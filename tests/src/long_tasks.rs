@@ -7,11 +7,12 @@ use std::fs;
 use std::time::Duration;
 
 use garenne_common::Status;
+use garenne_common::wire::HeaderValue;
 use garenne_producer::Submission;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::harness::{Process, Soon, Warren, eventually, soon};
+use crate::harness::{Process, Soon, Warren, eventually, message, soon};
 
 const LONG: Duration = Duration::from_mins(1);
 
@@ -113,6 +114,25 @@ async fn a_draining_worker_hands_a_leased_task_back_at_no_cost() {
     let result = handle.result().within(LONG, "it runs again").await.unwrap();
     assert_eq!((result.attempt, result.redelivered), (1, false));
     assert_eq!(fences(&warren), ["1", "2"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_task_whose_every_worker_falls_silent_is_given_up() {
+    let warren = Warren::new().await;
+    let (first, _collector) = tokio::join!(worker(&warren, "first"), warren.collector().start());
+    let mut task = message("test.fence", "poison", &json!({ "seconds": 30 }));
+    // One less than its crash budget and the tolerance allow.
+    task.set_header("x-garenne-lapses", HeaderValue::Int(12));
+    warren.amqp().await.task(task).await;
+    leased(&warren).await;
+    first.kill().await;
+    let _second = worker(&warren, "second").await;
+    let ended = "SELECT reason || ' by ' || worker FROM results";
+    let ended = async || warren.rows::<String>(ended).pop();
+    assert_eq!(eventually(LONG, "it is given up", ended).await, "crashed by second");
+    let error: String = warren.rows("SELECT error FROM dead_letters").remove(0);
+    assert!(error.contains("delivered 14 times and never settled"), "{error}");
+    assert_eq!(fences(&warren), ["1"], "it did not run again");
 }
 
 #[tokio::test(flavor = "multi_thread")]

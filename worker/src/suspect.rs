@@ -21,9 +21,10 @@ pub(crate) const RENEWAL: Duration = Duration::from_secs(1);
 /// What is known of a delivery before it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Standing {
-    /// It came before, or its worker fell silent while it ran under a lease.
+    /// It came before.
     pub(crate) returned: bool,
-    /// How often the broker has delivered this very message before.
+    /// How often it was delivered before and not settled: by the broker's count, and, since that one
+    /// begins anew with every lease, by the leases that lapsed.
     pub(crate) deliveries: u64,
     pub(crate) crashes: CrashRecord,
 }
@@ -55,9 +56,10 @@ pub(crate) fn counts_high(message: &Message) -> bool {
 impl Standing {
     /// Of a message that was found sound.
     pub(crate) fn of(message: &Message, redelivered: bool) -> Self {
-        let returned = redelivered || wire::lease::has_lapsed(message);
         let crashes = CrashRecord::read(message).unwrap_or_default();
-        Self { returned, deliveries: wire::crash::deliveries(message), crashes }
+        let lapses = wire::lease::lapses(message);
+        let deliveries = wire::crash::deliveries(message).saturating_add(lapses);
+        Self { returned: redelivered, deliveries, crashes }
     }
 
     /// How it may run, where a task may crash `budget` times, `isolating` or not.
@@ -78,9 +80,9 @@ impl Standing {
     pub(crate) fn evidence(&self) -> String {
         let (deliveries, charged) = (self.deliveries, self.crashes.count);
         let mut text = format!(
-            "delivered {} times and never settled: each time the worker that had it died or lost \
-             its connection; {charged} crashes were seen in isolation",
-            deliveries + 1
+            "delivered {} times and never settled: each time the worker that had it died, lost \
+             its connection or fell silent; {charged} crashes were seen in isolation",
+            deliveries.saturating_add(1)
         );
         if charged > 0 {
             text.push_str(":\n");
@@ -109,6 +111,22 @@ mod tests {
         assert_eq!(course(standing(true, TRIAL_FROM, 0)), Course::Trial);
         assert_eq!(course(standing(true, 12, 0)), Course::Trial);
         assert_eq!(course(standing(true, 13, 0)), Course::GiveUp);
+    }
+
+    #[test]
+    fn lapsed_leases_count_like_deliveries() {
+        let mut message = Message::default();
+        assert!(!is_conspicuous(&message, false));
+        for lapses in 1..=13 {
+            wire::lease::mark_lapsed(&mut message);
+            assert!(is_conspicuous(&message, false));
+            let expected = match lapses {
+                13 => Course::GiveUp,
+                5.. => Course::Trial,
+                _ => Course::Suspect,
+            };
+            assert_eq!(Standing::of(&message, false).course(3, true), expected, "{lapses}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use super::headers::{self, number, text};
 use super::message::{HeaderValue, Message};
-use super::{Malformed, task};
+use super::{Malformed, lease, task};
 use crate::timestamp::Timestamp;
 
 /// How much of the log is kept, newest lines last; headers share a frame with others.
@@ -46,6 +46,7 @@ impl CrashRecord {
     /// The same message, and attempt, with this record, ready to be published again.
     pub fn write(&self, message: &Message) -> Message {
         let mut message = task::for_republish(message);
+        lease::clear_lapses(&mut message);
         message.set_header(headers::CRASHES, HeaderValue::Int(self.count.into()));
         message.set_header(headers::CRASH_LOG, HeaderValue::Text(self.log.clone()));
         message
@@ -55,7 +56,7 @@ impl CrashRecord {
 /// Whether a message bears a mark of earlier deliveries, crashes or a lapsed lease; a cheap look, without decoding.
 pub fn is_marked(message: &Message) -> bool {
     message.header(headers::CRASHES).is_some()
-        || super::lease::has_lapsed(message)
+        || lease::lapses(message) > 0
         || deliveries(message) > 0
 }
 

@@ -25,7 +25,8 @@ pub(super) const DEAD_QUEUE: &str = "x-garenne-dead-queue";
 pub(super) const DEAD_STARTED_AT: &str = "x-garenne-dead-started-at-ms";
 pub(super) const DEAD_REDELIVERED: &str = "x-garenne-dead-redelivered";
 pub(super) const FENCE: &str = "x-garenne-fence";
-pub(super) const LAPSED: &str = "x-garenne-lapsed";
+/// How often in a row an execution of this attempt under a lease fell silent.
+pub(super) const LAPSES: &str = "x-garenne-lapses";
 pub(super) const LEASE_EXECUTION: &str = "x-garenne-lease-execution";
 pub(super) const LEASE_WORKER: &str = "x-garenne-lease-worker";
 pub(super) const LEASE_QUEUE: &str = "x-garenne-lease-queue";

@@ -137,14 +137,23 @@ pub fn set_fence(message: &mut Message, number: u64) {
     message.set_header(headers::FENCE, HeaderValue::Int(number));
 }
 
-/// Notes in a task message that its last execution under a lease fell silent.
+/// Notes in a task message that its last execution under a lease fell silent: the task may have killed
+/// its worker. The broker's count of deliveries began anew with that execution, so this one goes on.
 pub fn mark_lapsed(message: &mut Message) {
-    message.set_header(headers::LAPSED, HeaderValue::Bool(true));
+    let lapses = lapses(message).saturating_add(1);
+    let lapses = HeaderValue::Int(i64::try_from(lapses).unwrap_or(i64::MAX));
+    message.set_header(headers::LAPSES, lapses);
 }
 
-/// Whether the last execution under a lease fell silent: the task may have killed its worker.
-pub fn has_lapsed(message: &Message) -> bool {
-    message.header(headers::LAPSED) == Some(&HeaderValue::Bool(true))
+/// How often in a row an execution of this attempt under a lease fell silent.
+pub fn lapses(message: &Message) -> u64 {
+    // The collector writes it; whatever else is there is no reason to refuse a task.
+    number(message, headers::LAPSES).ok().flatten().unwrap_or_default()
+}
+
+/// Forgets them: an execution has come to its end, and its worker is alive.
+pub(super) fn clear_lapses(message: &mut Message) {
+    message.headers.retain(|(name, _)| name != headers::LAPSES);
 }
 
 /// The execution whose worker has sent a message on (a dead letter, a next attempt), if it had a lease.
@@ -200,6 +209,19 @@ mod tests {
         assert_eq!(fence_of(&read.message), Ok(3));
         read.message.headers.clear();
         assert_eq!(read, lease());
+    }
+
+    #[test]
+    fn lapses_add_up_until_an_execution_comes_to_its_end() {
+        let mut message = task();
+        mark_lapsed(&mut message);
+        mark_lapsed(&mut message);
+        assert_eq!(lapses(&message), 2);
+        assert_eq!(lapses(&task::for_republish(&message)), 2, "a hand-back does not clear them");
+        assert_eq!(lapses(&task::next_attempt(&message, 2)), 0);
+        let record = crate::wire::CrashRecord::default();
+        let charged = record.charged(Timestamp::from_millis(0), "w", "signal SIGABRT");
+        assert_eq!(lapses(&charged.write(&message)), 0, "the crash was charged instead");
     }
 
     #[test]

@@ -102,7 +102,7 @@ fn begin_anew(message: &mut Message, old: &TaskId, new: &TaskId) {
         headers::CRASHES,
         headers::CRASH_LOG,
         headers::FENCE,
-        headers::LAPSED,
+        headers::LAPSES,
         headers::LEASE_EXECUTION,
         headers::LEASE_WORKER,
         headers::LEASE_QUEUE,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::codec::{Codec, Payload};
 use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
-use super::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed};
+use super::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed, lease};
 use crate::guards::Guard;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::printable::is_printable;
@@ -152,6 +152,7 @@ pub fn for_republish(message: &Message) -> Message {
 /// The same message asking for attempt number `attempt`, all else as its sender wrote it.
 pub fn next_attempt(message: &Message, attempt: u32) -> Message {
     let mut message = for_republish(message);
+    lease::clear_lapses(&mut message);
     message.set_header(headers::ATTEMPT, HeaderValue::Int(attempt.into()));
     message
 }
