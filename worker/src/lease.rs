@@ -51,9 +51,11 @@ impl LeaseTerms {
         loop {
             tokio::select! {
                 ended = &mut attempt => return ended,
+                // Without waiting for room: whoever waits here keeps the attempt from going on, and
+                // from being stopped. A broker that takes nothing takes no renewal either.
                 () = tokio::time::sleep(self.term / RENEWALS) => {
-                    if settle.send(renewal()).await.is_err() {
-                        tracing::error!("nobody settles any more; the lease will lapse");
+                    if let Err(error) = settle.try_send(renewal()) {
+                        tracing::warn!(%error, "a lease is not renewed");
                     }
                 }
             }
@@ -64,6 +66,7 @@ impl LeaseTerms {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settle::{Subject, Successor};
 
     #[test]
     fn only_what_may_outlast_the_broker_needs_a_lease() {
@@ -75,5 +78,18 @@ mod tests {
         let fence = |minutes| terms.fence(Duration::from_mins(minutes), &Message::default());
         assert_eq!(fence(24), None);
         assert_eq!(fence(25).map(|fence| fence.number), Some(1));
+    }
+
+    #[tokio::test]
+    async fn an_attempt_goes_on_while_nothing_can_be_settled() {
+        let term = Duration::from_millis(30);
+        let terms = LeaseTerms { term, patience: Duration::ZERO, link: None };
+        let renewal = || Settlement::bare(Subject::Nothing, Successor::Confirmed);
+        // Nobody takes anything out.
+        let (settle, _inbox) = mpsc::channel(1);
+        let attempt = tokio::time::sleep(term * 3);
+        let renewing = terms.renewing(attempt, &settle, renewal);
+        tokio::time::timeout(Duration::from_secs(20), renewing).await.unwrap();
+        assert_eq!(settle.capacity(), 0);
     }
 }
