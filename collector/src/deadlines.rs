@@ -3,15 +3,17 @@
 //! A seal or a renewal may lie unread in the results queue, after an outage even past its deadline. So
 //! a batch is given up only when the queue was seen drained twice in a row, and only if its deadline
 //! had passed before the first look: by then a seal that was sent in time has been read. The term of
-//! a lease is counted from its last renewal, but not from before an unbroken row of such looks.
+//! a lease is counted from its last renewal, but not from before an unbroken row of such looks. And
+//! while the broker takes no messages, nobody can seal or renew anything: such a look counts for none.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::Timestamp;
-use garenne_common::broker::Admin;
+use garenne_common::broker::{Admin, Outgoing, Publisher};
 use garenne_common::guards::Guard;
 use garenne_common::topology::Topology;
+use garenne_common::wire::Message;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -20,12 +22,15 @@ use crate::store::{Store, StoreError};
 
 /// How often deadlines are looked at, and so how far the two looks are apart.
 const LOOK: Duration = Duration::from_secs(1);
+/// A broker that has not confirmed a message by then takes none, or is too slow to judge others by.
+const PROBE: Duration = Duration::from_secs(5);
 /// Batches ended, or tasks published again, in one transaction.
 const SLICE: usize = 500;
 
 pub(crate) struct Deadlines<S> {
     pub(crate) store: S,
     pub(crate) admin: Admin,
+    pub(crate) publisher: Publisher,
     pub(crate) topology: Topology,
     /// Which queue the consumer of results reads; changes when it was lost.
     pub(crate) consuming: watch::Receiver<Option<String>>,
@@ -78,7 +83,7 @@ impl<S: Store> Deadlines<S> {
         }
         let mark = self.progress.mark();
         let interrupted = self.consuming.has_changed().unwrap_or(true);
-        if !self.is_drained().await {
+        if !self.is_drained().await || !self.takes_messages().await {
             return Ok(None);
         }
         let Some(before) = before.filter(|_| !interrupted) else {
@@ -113,6 +118,14 @@ impl<S: Store> Deadlines<S> {
             self.resends_filled.notify_one();
         }
         Ok(())
+    }
+
+    /// Whether the broker takes messages; a memory or disk alarm shows only to whoever publishes.
+    async fn takes_messages(&self) -> bool {
+        // Under a key that nobody listens for: confirmed, and gone.
+        let (exchange, routing_key) = (self.topology.control(), "probe".to_owned());
+        let probe = Outgoing { exchange, routing_key, message: Message::default() };
+        self.publisher.publish_within(probe, PROBE).await.is_ok()
     }
 
     /// Whether we consume and are not behind. What we hold unacknowledged, [`Progress`] knows.

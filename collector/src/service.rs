@@ -175,6 +175,7 @@ impl Collector {
         let deadlines = Deadlines {
             store: self.store.clone(),
             admin: Admin::new(self.consuming.clone()),
+            publisher: self.publisher.clone(),
             topology,
             consuming: reading,
             progress,

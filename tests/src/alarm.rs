@@ -70,6 +70,25 @@ async fn an_alarm_is_an_error_in_time_and_then_a_memory() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn no_lease_lapses_while_its_renewals_cannot_arrive() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let worker = warren.worker().set("broker.consumer_timeout", "2s");
+    let worker = worker.set("worker.task_timeout", "60s").set("worker.lease_term", "3s");
+    let (_worker, collector) = tokio::join!(worker.start(), warren.collector().start());
+    let producer = warren.producer().await;
+    let handle = producer.submit(sleep(16_000)).await.unwrap();
+    let held = "SELECT id FROM leases WHERE state = 'held'";
+    soon("it is leased", async || (warren.rows::<String>(held).len() == 1).then_some(())).await;
+    node.alarm();
+    // Four terms without a word.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    node.calm();
+    handle.result().within(Duration::from_mins(1), "it ends").await.unwrap();
+    assert!(!collector.stderr().contains("a lease lapsed"), "{}", collector.stderr());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_lies_in_the_broker_is_collected_while_the_alarm_lasts() {
     let node = PrivateNode::take().await;
     let warren = Warren::on(&node.url()).await;
