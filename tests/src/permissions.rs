@@ -52,6 +52,27 @@ async fn refusals_while_revoked(permissions: &Permissions<'_>, line: &Proxy) -> 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_merely_informs_may_be_forbidden() {
+    let node = PrivateNode::take().await;
+    let permissions = Permissions::of_a_new_user(&node);
+    let warren = Warren::on(&node.url()).await;
+    let url = node.url().replace("guest:guest@", &format!("{USER}:geheim@"));
+    // The exchanges are there already, so that only writing and reading them is forbidden.
+    let _collector = warren.collector().start().await;
+    permissions.set(".*", r"^(?!.*\.heartbeats$).*", r"^(?!.*\.control$).*");
+    let worker = warren.worker().url(&url).set("worker.heartbeat", "100ms").start().await;
+    let refused = async || worker.stderr().contains("heartbeats").then_some(());
+    eventually(COMES_BACK, "a heartbeat is refused", refused).await;
+    let producer = warren.producer().await;
+    for number in 0..20 {
+        let handle = producer.submit(echo(number)).await.unwrap();
+        let result = handle.result().within(COMES_BACK, "it ends").await.unwrap();
+        assert!(!result.redelivered);
+    }
+    permissions.set(".*", ".*", ".*");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_revoked_permission_makes_no_hot_loop_and_may_come_back() {
     let node = PrivateNode::take().await;
     let permissions = Permissions::of_a_new_user(&node);

@@ -58,37 +58,38 @@ impl Listener {
         loop {
             tokio::select! {
                 delivery = self.consumer.next() => match delivery {
-                    Some(delivery) => self.hear(&delivery.message, &mut reading).await,
+                    Some(delivery) => self.hear(&delivery.message, &mut reading),
                     None => return,
                 },
                 // A new epoch: what was said meanwhile went to nobody.
                 changed = queue.changed() => match changed {
-                    Ok(()) => self.ask_anew(&mut reading).await,
+                    Ok(()) => self.ask_anew(&mut reading),
                     Err(_) => return,
                 },
-                _ = again.tick() => self.ask_anew(&mut reading).await,
+                _ = again.tick() => self.ask_anew(&mut reading),
             }
         }
     }
 
-    async fn ask_anew(&self, reading: &mut Reading) {
+    fn ask_anew(&self, reading: &mut Reading) {
         *reading = Reading { number: reading.number + 1, ..Reading::default() };
-        self.ask(reading).await;
+        self.ask(reading);
     }
 
-    async fn ask(&self, reading: &Reading) {
+    fn ask(&self, reading: &Reading) {
         let Some(reply_to) = self.consumer.queue().borrow().clone() else { return };
         let question = Question::Cancels { after: reading.after };
         let patience = u64::try_from(ASK_AGAIN.as_millis()).unwrap_or(u64::MAX);
         let message = question.encode(&reply_to, &reading.number.to_string(), patience);
         let outgoing =
             Outgoing { exchange: String::new(), routing_key: self.topology.queries(), message };
-        if let Err(error) = self.publisher.send_and_forget(outgoing).await {
-            tracing::debug!(%error, "the collector was not asked what is cancelled");
+        // Without waiting: what comes meanwhile must be heard.
+        if !self.publisher.offer(outgoing) {
+            tracing::debug!("no room to ask the collector what is cancelled");
         }
     }
 
-    async fn hear(&self, message: &Message, reading: &mut Reading) {
+    fn hear(&self, message: &Message, reading: &mut Reading) {
         if message.properties.kind.as_deref() == Some(CONTROL_KIND) {
             return match Control::decode(message) {
                 Ok(Control::Cancel(intents)) => self.cancels.hear(intents),
@@ -104,7 +105,7 @@ impl Listener {
                 reading.after = reading.live.last().copied().unwrap_or(reading.after);
                 self.cancels.hear(intents);
                 if more {
-                    self.ask(reading).await;
+                    self.ask(reading);
                 } else {
                     self.cancels.keep_only(&reading.live, newest);
                     self.in_step.send_replace(true);

@@ -40,6 +40,7 @@
 
 mod acks;
 mod admit;
+mod aides;
 mod builtin;
 mod cancels;
 mod command;

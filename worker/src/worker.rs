@@ -8,21 +8,19 @@ use garenne_common::broker::{
 };
 use garenne_common::config::Config;
 use garenne_common::guards::Guard;
-use garenne_common::wire::control::CANCEL_KEY;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::aides::Aides;
 use crate::builtin;
 use crate::cancels::Cancels;
 use crate::command::CommandHandler;
 use crate::context::Context;
-use crate::control::{self, Listener};
 use crate::doors::Doors;
 use crate::faults;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
-use crate::heartbeat::Beat;
 use crate::inflight::Inflight;
 use crate::intake::{Pipeline, intake};
 use crate::isolate::{self, Isolation};
@@ -30,7 +28,6 @@ use crate::lease::LeaseTerms;
 use crate::outcome::TaskError;
 use crate::register::Register;
 use crate::settle::{Lane, SettleCore, SettleTask, Signature};
-use crate::slots::Slots;
 use crate::verify;
 
 /// How long the last confirms may take after all tasks have ended.
@@ -121,11 +118,11 @@ impl Worker {
             tasks, "starting"
         );
         let topology = config.broker.topology();
-        let publisher = Publisher::start(publish, topology.core(), &config.broker);
+        let publisher = Publisher::start(publish.clone(), topology.core(), &config.broker);
         let register = Arc::<Register>::default();
         let cancels = Arc::new(Cancels::new(Arc::clone(&register)));
-        let aides = Aides::default();
-        aides.listen(&config, &identity, (&consume, &publisher), &cancels).await;
+        let aides = Aides::new(&config, &identity, publish);
+        aides.listen(&config, &consume, &cancels).await;
         let consumers: Vec<Consumer> = worker
             .queues
             .iter()
@@ -160,7 +157,7 @@ impl Worker {
         );
         let doors = Doors::new(worker.slots, isolation, worker.crash_budget);
         let seen = (Arc::clone(&register), Arc::clone(&doors.slots));
-        aides.beat(&config, (&identity, names), &publisher, (seen, &stop));
+        aides.beat(&config, names, seen, &stop);
         let pipeline = Arc::new(Pipeline {
             registry,
             signature,
@@ -203,95 +200,6 @@ impl Worker {
             abort,
             grace,
         })
-    }
-}
-
-/// What a worker does beside its tasks: it listens for cancellations and says that it is alive.
-#[derive(Default)]
-struct Aides {
-    tasks: TaskTracker,
-    stop: CancellationToken,
-}
-
-impl Aides {
-    /// Listens from now on, and waits until the list of what is cancelled is known, but not for long:
-    /// a worker must work without a collector.
-    async fn listen(
-        &self,
-        config: &Config,
-        identity: &str,
-        (consume, publisher): (&Link, &Publisher),
-        cancels: &Arc<Cancels>,
-    ) {
-        let consumer = Consumer::start(consume.clone(), control_spec(config, identity));
-        // A broker that refuses says so of the queues of tasks too, and the caller hears it there.
-        let consuming = consumer.ready().await.is_ok();
-        let (in_step, mut is_in_step) = watch::channel(false);
-        let listener = Listener {
-            consumer,
-            publisher: publisher.clone(),
-            topology: config.broker.topology(),
-            cancels: Arc::clone(cancels),
-            in_step,
-            stop: self.stop.clone(),
-        };
-        self.tasks.spawn(listener.run());
-        let patience = config.worker.cancel_sync_timeout;
-        let known = is_in_step.wait_for(|known| *known);
-        if consuming && tokio::time::timeout(patience, known).await.is_err() {
-            tracing::warn!(
-                ?patience,
-                "no collector has said which tasks are cancelled; starting without, and asking on"
-            );
-        }
-    }
-
-    /// Says from now on that the worker is alive.
-    fn beat(
-        &self,
-        config: &Config,
-        (identity, tasks): (&str, Vec<TaskName>),
-        publisher: &Publisher,
-        ((register, slots), draining): ((Arc<Register>, Arc<Slots>), &CancellationToken),
-    ) {
-        let beat = Beat {
-            publisher: publisher.clone(),
-            topology: config.broker.topology(),
-            worker: Arc::from(identity),
-            queues: config.worker.queues.clone(),
-            tasks,
-            size: config.worker.slots,
-            slots,
-            register,
-            every: config.worker.heartbeat,
-            draining: draining.clone(),
-            stop: self.stop.clone(),
-        };
-        self.tasks.spawn(beat.run());
-    }
-
-    async fn end(self) {
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
-    }
-}
-
-fn control_spec(config: &Config, identity: &str) -> ConsumerSpec {
-    let topology = config.broker.topology();
-    let bindings = vec![(topology.control(), CANCEL_KEY.to_owned())];
-    let declarations = topology.core();
-    // A queue's name holds at most 255 bytes.
-    let owner: String = identity.chars().take(40).collect();
-    ConsumerSpec {
-        declarations,
-        queue: QueueSource::Exclusive {
-            name: Box::new(move || topology.reply_queue(&owner)),
-            bindings,
-        },
-        prefetch: control::BUFFER,
-        tag: format!("garenne-worker {identity} control"),
-        no_ack: true,
     }
 }
 
