@@ -6,7 +6,6 @@
 //! exchange that carries tasks has an alternate exchange instead.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,6 +34,8 @@ const STABLE: Duration = Duration::from_secs(5);
 /// A confirm that is not there after so many deadlines will not come: the messages go over another
 /// channel, under their old ids.
 const PATIENCE: u32 = 2;
+/// But a short deadline is a caller's haste and no reason to publish everything twice.
+const LEAST_PATIENCE: Duration = Duration::from_secs(10);
 
 /// So many channels may end while one message is alone on them.
 const STRIKES: u32 = 3;
@@ -62,10 +63,17 @@ struct Shared {
     deadline: Duration,
     /// Why there is no channel at the moment; what a caller hears whose deadline passes meanwhile.
     trouble: Mutex<Option<BrokerError>>,
-    /// Whether the broker was last seen to take nothing.
-    blocked: AtomicBool,
+    alarm: Mutex<Alarm>,
     stop: CancellationToken,
     task: TaskTracker,
+}
+
+/// What is known of times in which the broker takes nothing.
+struct Alarm {
+    /// Whether it was last seen so.
+    blocked: bool,
+    /// When it was last seen so.
+    last: Instant,
 }
 
 /// The broker's word on one message, still to come. Dropping it withdraws a message not yet sent.
@@ -98,7 +106,7 @@ impl Publisher {
             link,
             deadline: config.publish_timeout,
             trouble: Mutex::new(None),
-            blocked: AtomicBool::new(false),
+            alarm: Mutex::new(Alarm { blocked: false, last: Instant::now() }),
             stop: CancellationToken::new(),
             task: TaskTracker::new(),
         });
@@ -210,16 +218,28 @@ impl Shared {
         *trouble = Some(lost);
     }
 
-    /// Says once when the broker stops taking messages, and once when it takes them again.
-    fn watch_alarm(&self) {
+    /// Says once when the broker stops taking messages, and once when it takes them again; since when
+    /// it takes them, and owes confirms, if it does.
+    fn watch_alarm(&self) -> Instant {
         let blocked = self.link.is_blocked();
-        match (self.blocked.swap(blocked, Ordering::Relaxed), blocked) {
+        let mut alarm = self.alarm.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut alarm.blocked, blocked);
+        match (before, blocked) {
             (false, true) => tracing::warn!(
                 "RabbitMQ takes no messages now (memory or disk alarm); what is to be published waits"
             ),
             (true, false) => tracing::info!("RabbitMQ takes messages again"),
             (false, false) | (true, true) => {}
         }
+        if before || blocked {
+            alarm.last = Instant::now();
+        }
+        alarm.last
+    }
+
+    /// How long a confirm may take.
+    fn patience(&self) -> Duration {
+        self.deadline.saturating_mul(PATIENCE).max(LEAST_PATIENCE)
     }
 
     /// Completes when the channel is gone; polled only while a write waits.
@@ -295,13 +315,16 @@ impl PublishTask {
     /// Publishes over one channel until it is lost or there is nothing left to do.
     async fn pump(&mut self, channel: &Channel) -> End {
         let (mut window, begun) = (Window::default(), Instant::now());
-        // A blocked broker owes no confirm.
-        let mut quiet_since = begun;
+        // Whether more may be handed over.
+        let mut open = true;
         let mut health = tokio::time::interval(HEALTH_CHECK);
         health.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             if let Some(lost) = self.fill(channel, &mut window).await {
                 return self.give_back(window, lost);
+            }
+            if !open && window.is_empty() {
+                return End::Finished;
             }
             let room = window.len() < self.limit();
             tokio::select! {
@@ -312,10 +335,9 @@ impl PublishTask {
                     self.shared.mended();
                     self.careful = self.careful.saturating_sub(1);
                 }
-                job = self.inbox.recv(), if room => match job {
+                job = self.inbox.recv(), if open && room => match job {
                     Some(job) => self.to_send.push_back(job),
-                    None if window.is_empty() => return End::Finished,
-                    None => self.drained(&mut window).await,
+                    None => open = false,
                 },
                 () = self.shared.stop.cancelled(), if window.is_empty() && self.inbox.is_empty() => {
                     return End::Finished;
@@ -325,13 +347,10 @@ impl PublishTask {
                         let lost = BrokerError::Lost("the channel was closed".to_owned());
                         return self.give_back(window, lost);
                     }
-                    self.shared.watch_alarm();
-                    if self.shared.link.is_blocked() {
-                        quiet_since = Instant::now();
-                    }
-                    // A cluster that lost a node may forget confirms on a channel that looks well.
-                    let patience = PATIENCE * self.shared.deadline;
-                    if window.oldest(quiet_since).is_some_and(|age| age > patience) {
+                    // A blocked broker owes no confirm. A cluster that lost a node may forget confirms
+                    // on a channel that looks well.
+                    let (owed_since, patience) = (self.shared.watch_alarm(), self.shared.patience());
+                    if window.oldest(owed_since).is_some_and(|age| age > patience) {
                         return self.give_back(window, BrokerError::Unconfirmed(patience));
                     }
                     if begun.elapsed() >= STABLE {
@@ -356,15 +375,6 @@ impl PublishTask {
             }
         }
         None
-    }
-
-    /// All senders are gone: only confirms are still to come.
-    async fn drained(&mut self, window: &mut Window) {
-        if let Some((number, verdict)) = window.confirms.next().await
-            && let Err(lost) = window.conclude(number, verdict)
-        {
-            tracing::debug!(%lost, "lost while finishing");
-        }
     }
 
     fn limit(&self) -> usize {
