@@ -9,7 +9,7 @@ use garenne_common::wire::{Answer, DeadPage, ReplayItem, ReplayOutcome, ReplayPl
 use garenne_common::{TaskId, wire};
 use tokio::sync::Notify;
 
-use crate::answers::Refusal;
+use crate::answers::{Refusal, Replies};
 use crate::store::{DeadQuery, Store};
 
 pub(crate) struct Letters<S> {
@@ -17,6 +17,8 @@ pub(crate) struct Letters<S> {
     pub(crate) tasks_exchange: String,
     pub(crate) outbox_filled: Arc<Notify>,
     pub(crate) resends_filled: Arc<Notify>,
+    /// For whoever waits for a task that a purge has ended.
+    pub(crate) replies: Replies,
 }
 
 impl<S: Store> Letters<S> {
@@ -53,10 +55,13 @@ impl<S: Store> Letters<S> {
 
     pub(crate) async fn purge(&self, ids: Vec<TaskId>) -> Result<Answer, Refusal> {
         few(ids.len())?;
-        let purged = self.store.purge(ids).await?;
+        let (purged, ended) = self.store.purge(ids).await?;
         if purged.purged > 0 {
             tracing::info!(purged = purged.purged, ended = purged.ended, "dead letters are purged");
             self.outbox_filled.notify_one();
+        }
+        for letter in &ended.letters {
+            self.replies.tell(letter);
         }
         Ok(Answer::DeadPurge { purged })
     }

@@ -146,6 +146,7 @@ impl Collector {
             tasks_exchange: topology.tasks_exchange(),
             outbox_filled: Arc::clone(&outbox_filled),
             resends_filled: Arc::clone(&resends_filled),
+            replies: replies.clone(),
         };
         let answers = Answers {
             store: self.store.clone(),

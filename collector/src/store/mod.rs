@@ -130,8 +130,8 @@ pub trait Store: Clone + Send + Sync + 'static {
         exchange: String,
     ) -> impl Answer<Vec<Replayed>>;
 
-    /// Deletes dead letters. Final records stay, and parked tasks end by it.
-    fn purge(&self, ids: Vec<TaskId>) -> impl Answer<Purged>;
+    /// Deletes dead letters. Final records stay, and parked tasks end by it; those are told.
+    fn purge(&self, ids: Vec<TaskId>) -> impl Answer<(Purged, EndedParked)>;
 
     /// How much there is.
     fn totals(&self) -> impl Answer<Totals>;

@@ -3,15 +3,19 @@
 //! A replayed letter stays, with a mark: whoever asks for the old task learns what became of it, and
 //! a letter that the broker delivers once more is known.
 
-use garenne_common::wire::{Purged, ReplayItem, ReplayOutcome, ReplayPlan, Replayed, replay};
+use std::collections::BTreeSet;
+
+use garenne_common::wire::{
+    Purged, ReplayItem, ReplayOutcome, ReplayPlan, Replayed, Report, replay,
+};
 use garenne_common::{DeadReason, Status, TaskId, TaskResult, Timestamp};
 use rusqlite::{Connection, params};
 
-use super::StoreError;
 use super::ledger::{SqliteLedger, from_count, from_time};
 use super::letters::{Stored, stored};
+use super::{EndedParked, StoreError};
 use crate::aggregate::{Ledger, Resend, Rules, apply};
-use crate::group::Group;
+use crate::group::{Group, Letter};
 
 /// Bodies that one transaction moves; whoever asked asks again for the rest.
 const MOVED_BYTES: usize = 8 * 1024 * 1024;
@@ -90,9 +94,10 @@ pub(super) fn purge(
     ledger: &mut SqliteLedger<'_>,
     ids: &[TaskId],
     rules: Rules,
-) -> Result<Purged, StoreError> {
+) -> Result<(Purged, EndedParked), StoreError> {
     let (mut purged, mut group) = (Purged::default(), Group::new(ledger.now));
-    for id in ids {
+    let (ids, mut letters): (BTreeSet<&TaskId>, _) = (ids.iter().collect(), vec![]);
+    for id in &ids {
         let Some(Stored { letter, late, replayed_as }) = stored(&ledger.transaction, id)? else {
             continue;
         };
@@ -100,7 +105,9 @@ pub(super) fn purge(
         if is_parked && ledger.final_status(id)?.is_none() {
             let result =
                 letter.to_result_as(DeadReason::UnknownTask, "purged; nobody knew its name");
-            group.reports.extend(result.map(|result| ended(result, ledger.now)));
+            let result = result.map(|result| ended(result, ledger.now));
+            group.reports.extend(result.clone().map(Report::Finished));
+            letters.push(Letter { letter, result });
             purged.ended += 1;
         }
         purged.purged += 1;
@@ -111,12 +118,11 @@ pub(super) fn purge(
     for id in ids {
         delete.execute([id.as_str()])?;
     }
-    Ok(purged)
+    Ok((purged, EndedParked { letters, notices: committed.notices }))
 }
 
-fn ended(result: TaskResult, now: Timestamp) -> garenne_common::wire::Report {
-    let result = TaskResult { status: Status::Failed, finished_at: now, ..result };
-    garenne_common::wire::Report::Finished(result)
+fn ended(result: TaskResult, now: Timestamp) -> TaskResult {
+    TaskResult { status: Status::Failed, finished_at: now, ..result }
 }
 
 impl SqliteLedger<'_> {

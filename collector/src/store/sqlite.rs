@@ -239,7 +239,7 @@ impl Store for SqliteStore {
         self.write(move |ledger| replay::replay_letters(ledger, &items, &plan, &exchange)).await
     }
 
-    async fn purge(&self, ids: Vec<TaskId>) -> Result<Purged, StoreError> {
+    async fn purge(&self, ids: Vec<TaskId>) -> Result<(Purged, EndedParked), StoreError> {
         let rules = self.0.rules;
         self.write(move |ledger| replay::purge(ledger, &ids, rules)).await
     }

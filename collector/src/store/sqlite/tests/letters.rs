@@ -211,9 +211,11 @@ async fn a_purge_leaves_final_records_and_ends_what_was_parked() {
     let letters = [letter("dead", DeadReason::Fatal), Letter::of_task(parked)];
     fixture.commit(&[sealed], &letters).await;
     let ids = vec![id("dead"), id("parked"), id("nothing")];
-    let purged = fixture.store.purge(ids.clone()).await.unwrap();
+    let twice = [ids.clone(), ids.clone()].concat();
+    let (purged, ended) = fixture.store.purge(twice).await.unwrap();
     assert_eq!((purged.purged, purged.ended), (2, 1));
-    assert_eq!(fixture.store.purge(ids).await.unwrap().purged, 0);
+    assert_eq!(ended.letters.len(), 1, "whoever waits for it is told");
+    assert_eq!(fixture.store.purge(ids).await.unwrap().0.purged, 0);
     let fixture = fixture.reopen();
     assert_eq!(fixture.listed(&everything()).await, []);
     for task in ["dead", "parked"] {
