@@ -291,6 +291,14 @@ mod tests {
              '{\"headers\":[[\"x\",{\"int\":1}],[\"x-garenne-batch\",{\"text\":\"b-1\"}]]}', x'', 1)",
         )
         .unwrap();
+        for (id, kind) in [("p", "a.b"), ("strange", "a b")] {
+            old.execute(
+                "INSERT INTO dead_letters VALUES (?1, ?2, 'q', 'unknown_task', 'e', 'w', NULL, 1, 0, 0, \
+                 '{\"headers\":[]}', x'', 1)",
+                [id, kind],
+            )
+            .unwrap();
+        }
         old.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
         old.pragma_update(None, "user_version", 1).unwrap();
         drop(old);
@@ -299,6 +307,9 @@ mod tests {
         assert_eq!(count("SELECT value FROM counters WHERE name = 'results'"), 7);
         assert_eq!(count("SELECT COUNT(*) FROM resends"), 0);
         assert_eq!(count("SELECT COUNT(*) FROM dead_letters WHERE batch = 'b-1'"), 1);
+        let kinds = crate::store::parked::kinds(&new, 9).unwrap();
+        let names: Vec<_> = kinds.iter().map(|(_, name)| name.as_str()).collect();
+        assert_eq!(names, ["a.b"], "what nobody can serve holds up nothing");
     }
 
     #[test]
