@@ -440,6 +440,18 @@ mod tests {
     }
 
     #[test]
+    fn every_duration_is_written_as_people_write_it() {
+        let text = include_str!("raw.rs");
+        let lines: Vec<_> = text.lines().map(str::trim).collect();
+        let durations = lines.windows(2).filter(|pair| pair[1].ends_with(": Duration,"));
+        let durations: Vec<_> = durations.collect();
+        assert!(durations.len() > 10);
+        for pair in durations {
+            assert_eq!(pair[0], "#[serde(with = \"humantime_serde\")]", "before {}", pair[1]);
+        }
+    }
+
+    #[test]
     fn unknown_keys_are_refused_by_name() {
         let (_file, sources) = file("[worker]\nslotz = 3\n");
         let error = RawConfig::read(&sources, environment(&[])).unwrap_err();
