@@ -9,6 +9,7 @@ mod error;
 mod leases;
 mod ledger;
 mod letters;
+mod pages;
 mod parked;
 mod questions;
 mod replay;

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
 use super::{
     CancelledBatch, CancelledTasks, DeadQuery, EndedParked, OutboxEntry, ReplayLinks, ResendEntry,
-    Store, StoreError, Totals, cancels, leases, letters, parked, questions, replay, schema,
+    Store, StoreError, Totals, cancels, leases, letters, pages, parked, questions, replay, schema,
 };
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
@@ -208,7 +208,7 @@ impl Store for SqliteStore {
     }
 
     async fn dead_page(&self, query: DeadQuery) -> Result<DeadPage, StoreError> {
-        self.read(move |connection| letters::page(connection, &query)).await
+        self.read(move |connection| pages::page(connection, &query)).await
     }
 
     async fn dead(&self, id: TaskId) -> Result<Option<DeadSummary>, StoreError> {

@@ -17,6 +17,7 @@ mod publisher;
 pub mod raw;
 mod transport;
 mod watch;
+mod window;
 
 pub use admin::{Admin, QueueStatus};
 pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, Settler};

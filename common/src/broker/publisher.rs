@@ -5,20 +5,20 @@
 //! No `mandatory`: its returns attach to the wrong publish when several are under way, so every
 //! exchange that carries tasks has an alternate exchange instead.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::stream::{FuturesUnordered, StreamExt};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{Channel, Confirmation};
+use futures_util::stream::StreamExt;
+use lapin::Channel;
+use lapin::options::ConfirmSelectOptions;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::convert::{short, to_properties};
 use super::link::Pause;
+use super::window::{Job, Window};
 use super::{BrokerError, Link, admin};
 use crate::config::BrokerConfig;
 use crate::guards::Guard;
@@ -88,16 +88,6 @@ impl Receipt {
     }
 }
 
-struct Job {
-    outgoing: Outgoing,
-    /// How many channels ended while this message was alone on them.
-    strikes: u32,
-    /// When it was last written to a channel.
-    written: Option<Instant>,
-    /// `None` for messages that nobody waits for and that are not sent again.
-    answer: Option<oneshot::Sender<Result<(), BrokerError>>>,
-}
-
 impl Publisher {
     /// Starts the task. It connects on its own and declares `declarations` on every new channel.
     pub fn start(link: Link, declarations: Vec<Declaration>, config: &BrokerConfig) -> Self {
@@ -150,19 +140,19 @@ impl Publisher {
     /// Hands a message over and returns before it is confirmed; waits only for room in the window.
     pub async fn send(&self, outgoing: Outgoing) -> Result<Receipt, BrokerError> {
         let (tx, answer) = oneshot::channel();
-        self.hand_over(Job { outgoing, strikes: 0, written: None, answer: Some(tx) }).await?;
+        self.hand_over(Job::new(outgoing, Some(tx))).await?;
         Ok(Receipt { answer })
     }
 
     /// Sends a message once without caring what becomes of it; waits only for room in the window.
     pub async fn send_and_forget(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
-        self.hand_over(Job { outgoing, strikes: 0, written: None, answer: None }).await
+        self.hand_over(Job::new(outgoing, None)).await
     }
 
     /// [`send_and_forget`](Self::send_and_forget) for what may as well be left out: `false`, and
     /// nothing is sent, when there is no room at once.
     pub fn offer(&self, outgoing: Outgoing) -> bool {
-        self.jobs.try_send(Job { outgoing, strikes: 0, written: None, answer: None }).is_ok()
+        self.jobs.try_send(Job::new(outgoing, None)).is_ok()
     }
 
     /// How long [`publish`](Self::publish) waits.
@@ -368,7 +358,9 @@ impl PublishTask {
             if job.is_withdrawn() {
                 continue;
             }
-            if let Err((job, lost)) = window.publish(channel, job, &self.shared).await {
+            if let Err((job, lost)) =
+                window.publish(channel, job, self.shared.until_closed(channel)).await
+            {
                 // Into the window, which `give_back` empties by its rules.
                 window.keep(job);
                 return Some(lost);
@@ -409,115 +401,5 @@ impl PublishTask {
 async fn close(channel: &Channel) {
     if let Err(error) = channel.close(200, "bye".into()).await {
         tracing::debug!(%error, "the channel did not close in order");
-    }
-}
-
-type Verdict = Result<Confirmation, lapin::Error>;
-
-/// What is on the channel and not yet confirmed.
-#[derive(Default)]
-struct Window {
-    next: u64,
-    jobs: BTreeMap<u64, Job>,
-    confirmed_any: bool,
-    confirms: FuturesUnordered<Numbered>,
-}
-
-type Numbered = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send>>;
-
-impl Window {
-    fn len(&self) -> usize {
-        self.jobs.len()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.jobs.is_empty()
-    }
-
-    /// How long the oldest message has waited for its confirm, counted from `since` at the earliest.
-    fn oldest(&self, since: Instant) -> Option<Duration> {
-        let (_, job) = self.jobs.first_key_value()?;
-        Some(job.written?.max(since).elapsed())
-    }
-
-    /// Writes one message. A message that AMQP cannot carry fails alone; anything else is the channel.
-    async fn publish(
-        &mut self,
-        channel: &Channel,
-        mut job: Job,
-        shared: &Shared,
-    ) -> Result<(), (Job, BrokerError)> {
-        let out = &job.outgoing;
-        let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
-        let (exchange, key, properties) = match parts {
-            (Ok(exchange), Ok(key), Ok(properties)) => (exchange, key, properties),
-            (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
-                job.answer(Err(error));
-                return Ok(());
-            }
-        };
-        let options = BasicPublishOptions::default();
-        let body = &out.message.body;
-        // Under a memory or disk alarm this waits until the alarm is over; callers have deadlines.
-        let written = channel.basic_publish(exchange, key, options, body, properties);
-        let written = tokio::select! {
-            biased;
-            written = written => written.map_err(|error| BrokerError::operating(&error, "an exchange")),
-            () = shared.until_closed(channel) => Err(BrokerError::Lost("it ended while blocked".to_owned())),
-        };
-        match written {
-            Ok(confirm) => {
-                let number = self.next;
-                self.next += 1;
-                job.written = Some(Instant::now());
-                if Guard::ConfirmWait.holds() {
-                    self.jobs.insert(number, job);
-                } else {
-                    job.answer(Ok(()));
-                }
-                self.confirms.push(Box::pin(async move { (number, confirm.await) }));
-                Ok(())
-            }
-            Err(error) => Err((job, error)),
-        }
-    }
-
-    /// Counts a message that could not even be written as being under way.
-    fn keep(&mut self, job: Job) {
-        self.jobs.insert(self.next, job);
-        self.next += 1;
-    }
-
-    /// Tells the caller what the broker said. An error means that the channel is gone.
-    fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
-        let answer = match verdict {
-            Ok(Confirmation::Ack(_)) => Ok(()),
-            Ok(Confirmation::Nack(_)) => Err(()),
-            // Without confirm mode nothing is known; the channel cannot be trusted.
-            Ok(Confirmation::NotRequested) => {
-                return Err(BrokerError::Lost("the channel is not in confirm mode".to_owned()));
-            }
-            Err(error) => return Err(BrokerError::operating(&error, "an exchange")),
-        };
-        self.confirmed_any = true;
-        if let Some(job) = self.jobs.remove(&number) {
-            let key = job.outgoing.routing_key.clone();
-            job.answer(answer.map_err(|()| BrokerError::Rejected(key)));
-        }
-        Ok(())
-    }
-}
-
-impl Job {
-    fn is_withdrawn(&self) -> bool {
-        self.answer.as_ref().is_some_and(oneshot::Sender::is_closed)
-    }
-
-    fn answer(self, answer: Result<(), BrokerError>) {
-        if let Some(sender) = self.answer
-            && sender.send(answer).is_err()
-        {
-            tracing::trace!("nobody waits for this confirm any more");
-        }
     }
 }

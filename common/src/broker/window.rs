@@ -1,0 +1,141 @@
+//! What one channel has been given to publish and has not confirmed yet.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use futures_util::stream::FuturesUnordered;
+use lapin::options::BasicPublishOptions;
+use lapin::{Channel, Confirmation};
+use tokio::sync::oneshot;
+
+use super::convert::{short, to_properties};
+use super::{BrokerError, Outgoing};
+use crate::guards::Guard;
+
+type Answer = oneshot::Sender<Result<(), BrokerError>>;
+
+/// A message on its way, and who waits for its confirm.
+pub(super) struct Job {
+    pub(super) outgoing: Outgoing,
+    /// How many channels ended while this message was alone on them.
+    pub(super) strikes: u32,
+    /// When it was last written to a channel.
+    written: Option<Instant>,
+    /// `None` for messages that nobody waits for and that are not sent again.
+    pub(super) answer: Option<Answer>,
+}
+
+type Verdict = Result<Confirmation, lapin::Error>;
+
+/// What is on the channel and not yet confirmed.
+#[derive(Default)]
+pub(super) struct Window {
+    next: u64,
+    pub(super) jobs: BTreeMap<u64, Job>,
+    pub(super) confirmed_any: bool,
+    pub(super) confirms: FuturesUnordered<Numbered>,
+}
+
+type Numbered = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send>>;
+
+impl Window {
+    pub(super) fn len(&self) -> usize {
+        self.jobs.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    /// How long the oldest message has waited for its confirm, counted from `since` at the earliest.
+    pub(super) fn oldest(&self, since: Instant) -> Option<Duration> {
+        let (_, job) = self.jobs.first_key_value()?;
+        Some(job.written?.max(since).elapsed())
+    }
+
+    /// Writes one message, or gives it back when the channel has `ended`. A message that AMQP cannot
+    /// carry fails alone; anything else is the channel.
+    pub(super) async fn publish(
+        &mut self,
+        channel: &Channel,
+        mut job: Job,
+        ended: impl Future<Output = ()>,
+    ) -> Result<(), (Job, BrokerError)> {
+        let out = &job.outgoing;
+        let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
+        let (exchange, key, properties) = match parts {
+            (Ok(exchange), Ok(key), Ok(properties)) => (exchange, key, properties),
+            (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
+                job.answer(Err(error));
+                return Ok(());
+            }
+        };
+        let options = BasicPublishOptions::default();
+        let body = &out.message.body;
+        // Under a memory or disk alarm this waits until the alarm is over; callers have deadlines.
+        let written = channel.basic_publish(exchange, key, options, body, properties);
+        let written = tokio::select! {
+            biased;
+            written = written => written.map_err(|error| BrokerError::operating(&error, "an exchange")),
+            () = ended => Err(BrokerError::Lost("it ended while blocked".to_owned())),
+        };
+        match written {
+            Ok(confirm) => {
+                let number = self.next;
+                self.next += 1;
+                job.written = Some(Instant::now());
+                if Guard::ConfirmWait.holds() {
+                    self.jobs.insert(number, job);
+                } else {
+                    job.answer(Ok(()));
+                }
+                self.confirms.push(Box::pin(async move { (number, confirm.await) }));
+                Ok(())
+            }
+            Err(error) => Err((job, error)),
+        }
+    }
+
+    /// Counts a message that could not even be written as being under way.
+    pub(super) fn keep(&mut self, job: Job) {
+        self.jobs.insert(self.next, job);
+        self.next += 1;
+    }
+
+    /// Tells the caller what the broker said. An error means that the channel is gone.
+    pub(super) fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
+        let answer = match verdict {
+            Ok(Confirmation::Ack(_)) => Ok(()),
+            Ok(Confirmation::Nack(_)) => Err(()),
+            // Without confirm mode nothing is known; the channel cannot be trusted.
+            Ok(Confirmation::NotRequested) => {
+                return Err(BrokerError::Lost("the channel is not in confirm mode".to_owned()));
+            }
+            Err(error) => return Err(BrokerError::operating(&error, "an exchange")),
+        };
+        self.confirmed_any = true;
+        if let Some(job) = self.jobs.remove(&number) {
+            let key = job.outgoing.routing_key.clone();
+            job.answer(answer.map_err(|()| BrokerError::Rejected(key)));
+        }
+        Ok(())
+    }
+}
+
+impl Job {
+    pub(super) fn new(outgoing: Outgoing, answer: Option<Answer>) -> Self {
+        Self { outgoing, strikes: 0, written: None, answer }
+    }
+
+    pub(super) fn is_withdrawn(&self) -> bool {
+        self.answer.as_ref().is_some_and(oneshot::Sender::is_closed)
+    }
+
+    pub(super) fn answer(self, answer: Result<(), BrokerError>) {
+        if let Some(sender) = self.answer
+            && sender.send(answer).is_err()
+        {
+            tracing::trace!("nobody waits for this confirm any more");
+        }
+    }
+}
