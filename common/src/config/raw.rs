@@ -279,9 +279,13 @@ impl RawBroker {
                 Err(problem) => problems.0.push(format!("broker.url: {problem}")),
             }
         }
-        problems.ensure(!self.url.trim().is_empty(), "broker.url: no URL is given");
+        let given = self.url.split(',').any(|url| !url.trim().is_empty());
+        problems.ensure(given, "broker.url: no URL is given");
         let fine = self.heartbeat >= Duration::from_secs(1);
         problems.ensure(fine, "broker.heartbeat: must be at least 1s");
+        // With zero every task would need a lease.
+        let fine = self.consumer_timeout >= Duration::from_secs(1);
+        problems.ensure(fine, "broker.consumer_timeout: must be at least 1s");
         let fine = (1..=65_535).contains(&self.publish_window);
         problems.ensure(fine, "broker.publish_window: must be between 1 and 65535");
         let namespace = Namespace::new(&self.namespace);

@@ -63,7 +63,12 @@ impl Check {
     }
 
     fn bad(check: impl Into<String>, error: CliError) -> Self {
-        Self { advice: error.help, ..Self::new(check, Verdict::Bad, error.message) }
+        // The advice to run this very command is for the others.
+        let advice = error.help.map(|help| match help.split_once("; `garenne doctor`") {
+            Some((help, _)) => help.to_owned(),
+            None => help,
+        });
+        Self { advice, ..Self::new(check, Verdict::Bad, error.message) }
     }
 
     fn advice(mut self, advice: impl Into<String>) -> Self {

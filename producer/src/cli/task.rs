@@ -113,7 +113,12 @@ pub(crate) fn finished(result: &TaskResult, paint: Paint) -> String {
         Status::Cancelled => paint.yellow(result.status.as_str()),
     };
     let again = if result.redelivered { ", delivered again after a loss" } else { "" };
-    let took = result.finished_at.since(result.started_at);
+    // Cancelled before it began: there is no start to count from.
+    let took = (result.attempt > 0)
+        .then(|| {
+            format!(" ({} after its last start)", span(result.finished_at.since(result.started_at)))
+        })
+        .unwrap_or_default();
     facts(&[
         ("task", Some(format!("{}  {}", result.id, paint.dim(result.name.as_str())))),
         ("state", Some(state)),
@@ -127,7 +132,7 @@ pub(crate) fn finished(result: &TaskResult, paint: Paint) -> String {
         ("queue", Some(result.queue.to_string())),
         ("batch", result.batch.as_ref().map(ToString::to_string)),
         ("worker", Some(result.worker.clone())),
-        ("finished", Some(format!("{} ({} after its last start)", result.finished_at, span(took)))),
+        ("finished", Some(format!("{}{took}", result.finished_at))),
     ])
 }
 
@@ -204,6 +209,12 @@ mod tests {
         assert!(text.contains("\nerror     no such file\n          and more\n"), "{text}");
         assert!(text.ends_with("1970-01-01T00:00:02.5Z (1s 500ms after its last start)"), "{text}");
         assert!(!text.contains("output"), "{text}");
+    }
+
+    #[test]
+    fn a_task_that_never_started_has_no_last_start() {
+        let text = finished(&TaskResult { attempt: 0, ..failed() }, Paint::plain());
+        assert!(text.ends_with("1970-01-01T00:00:02.5Z"), "{text}");
     }
 
     #[test]

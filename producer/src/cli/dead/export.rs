@@ -26,7 +26,8 @@ One JSON object a line: what `garenne dead list -o json` shows, and `message` wi
 all properties and headers. The body is there to the byte, as `body_text`, or as
 `body_base64` if it is not UTF-8.
 
-A file given by --file is complete or not there at all.";
+A file given by --file is complete or not there at all.
+Exit code 3 if an id is not among the dead letters.";
 
 /// Letters in one question.
 const PAGE: u64 = 500;
@@ -60,6 +61,11 @@ pub(crate) async fn run(context: &Context, arguments: &Arguments) -> Result<Exit
     if let Some(file) = &arguments.file {
         let file = file.display();
         context.output.remark(format_args!("wrote {} to {file}", letters(count)));
+    }
+    let missing = arguments.which.unmatched_ids(count);
+    if missing > 0 {
+        context.output.remark(format_args!("{missing} of the ids are not among the dead letters"));
+        return Ok(Exit::NotYet);
     }
     Ok(Exit::Success)
 }
@@ -168,5 +174,8 @@ fn cannot_write(place: &Path, error: &std::io::Error) -> CliError {
     } else {
         "nothing was left behind"
     };
+    // The message of tempfile ends in the name of the file beside the place, which is nobody's business.
+    let error = error.to_string();
+    let error = error.split(" at path \"").next().unwrap_or_default();
     CliError::unusable(format!("cannot write {}: {error}", place.display())).help(help)
 }

@@ -118,7 +118,7 @@ fn next(letter: &DeadSummary) -> String {
             format!("mend the sender; with other arguments: garenne dead replay {id} --args 'JSON'")
         }
         DeadReason::UnknownTask => {
-            format!("start a worker that knows this name; then garenne dead replay {id}")
+            format!("start a worker that knows this name: it runs then; or: garenne cancel {id}")
         }
         DeadReason::Unrouted => format!(
             "start a worker for queue {}, or: garenne dead replay {id} --to-queue QUEUE",

@@ -1,5 +1,7 @@
 //! Which dead letters: the filters that all subcommands share, and asking the collector for a page.
 
+use std::collections::HashSet;
+
 use clap::Args;
 use garenne_common::wire::{Answer, DeadCursor, DeadFilter, DeadPage, LetterState, Question};
 use garenne_common::{BatchId, DeadReason, TaskId, Timestamp};
@@ -51,6 +53,12 @@ impl Which {
     pub(crate) fn is_ids_alone(&self) -> bool {
         let rest = DeadFilter { ids: vec![], ..self.filter() };
         !self.ids.is_empty() && rest.is_everything()
+    }
+
+    /// How many of the ids are not among the letters that were found, where ids were all that was asked for.
+    pub(crate) fn unmatched_ids(&self, found: u64) -> u64 {
+        let distinct = self.ids.iter().collect::<HashSet<_>>().len() as u64;
+        if self.is_ids_alone() { distinct.saturating_sub(found) } else { 0 }
     }
 
     pub(crate) fn filter(&self) -> DeadFilter {
@@ -148,5 +156,20 @@ mod tests {
         assert!(ids.is_ids_alone() && !ids.is_everything());
         assert!(!Which { late: true, ..ids }.is_ids_alone());
         assert!(Which::default().is_everything());
+    }
+
+    #[test]
+    fn an_id_named_twice_is_missed_once() {
+        let ids = ["a", "b", "b"].map(|id| TaskId::new(id).unwrap());
+        let which = Which { ids: ids.to_vec(), ..Which::default() };
+        assert_eq!(
+            (which.unmatched_ids(2), which.unmatched_ids(1), which.unmatched_ids(0)),
+            (0, 1, 2)
+        );
+        assert_eq!(
+            Which { late: true, ..which }.unmatched_ids(0),
+            0,
+            "the filter may have left them out"
+        );
     }
 }
