@@ -472,6 +472,17 @@ mod tests {
     }
 
     #[test]
+    fn commas_are_no_url_and_no_patience_is_no_limit() {
+        let (_file, sources) = file("[broker]\nurl = \" , \"\nconsumer_timeout = \"0s\"\n");
+        let raw = RawConfig::read(&sources, environment(&[])).unwrap();
+        let problems = raw.check().unwrap_err().problems;
+        assert_eq!(
+            problems,
+            ["broker.url: no URL is given", "broker.consumer_timeout: must be at least 1s"]
+        );
+    }
+
+    #[test]
     fn commands_come_from_the_file() {
         let text =
             "[worker.commands.\"image.resize\"]\nargv = [\"convert\", \"{src}\"]\nstdin = true\n";

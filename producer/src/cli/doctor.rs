@@ -204,7 +204,8 @@ fn way_to_the_broker(context: &Context, error: BrokerError) -> Vec<Check> {
     }
 }
 
-/// An alarm shows only to who publishes; so this publishes something that no queue takes.
+/// An alarm shows only to who publishes; so this publishes something that no queue takes, and twice: the
+/// first message of a connection passes, because it is what makes RabbitMQ block that connection.
 async fn publishing(context: &Context) -> Check {
     let broker = &context.config.broker;
     let link = Link::new(broker, "garenne doctor publish");
@@ -212,9 +213,17 @@ async fn publishing(context: &Context) -> Check {
     let message =
         Message { properties: Properties::default(), headers: vec![], body: b"".to_vec().into() };
     let routing_key = format!("{}.doctor.{}", broker.namespace, TaskId::generate());
-    let outgoing = Outgoing { exchange: String::new(), routing_key, message };
+    let outgoing = || Outgoing {
+        exchange: String::new(),
+        routing_key: routing_key.clone(),
+        message: message.clone(),
+    };
     let started = Instant::now();
-    let check = match publisher.publish(outgoing).await {
+    let published = match publisher.publish(outgoing()).await {
+        Ok(()) => publisher.publish(outgoing()).await,
+        Err(error) => Err(error),
+    };
+    let check = match published {
         Ok(()) => {
             let took = span(started.elapsed());
             Check::good("publishing", format!("the broker takes messages ({took})"))
