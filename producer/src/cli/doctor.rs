@@ -219,11 +219,11 @@ async fn publishing(context: &Context) -> Check {
         message: message.clone(),
     };
     let started = Instant::now();
-    let published = match publisher.publish(outgoing()).await {
+    let taken = match publisher.publish(outgoing()).await {
         Ok(()) => publisher.publish(outgoing()).await,
         Err(error) => Err(error),
     };
-    let check = match published {
+    let check = match taken {
         Ok(()) => {
             let took = span(started.elapsed());
             Check::good("publishing", format!("the broker takes messages ({took})"))

@@ -114,11 +114,12 @@ pub(crate) fn finished(result: &TaskResult, paint: Paint) -> String {
     };
     let again = if result.redelivered { ", delivered again after a loss" } else { "" };
     // Cancelled before it began: there is no start to count from.
-    let took = (result.attempt > 0)
-        .then(|| {
-            format!(" ({} after its last start)", span(result.finished_at.since(result.started_at)))
-        })
-        .unwrap_or_default();
+    let took = if result.attempt > 0 {
+        let took = span(result.finished_at.since(result.started_at));
+        format!(" ({took} after its last start)")
+    } else {
+        String::new()
+    };
     facts(&[
         ("task", Some(format!("{}  {}", result.id, paint.dim(result.name.as_str())))),
         ("state", Some(state)),
