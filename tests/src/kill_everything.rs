@@ -36,10 +36,10 @@ async fn every_confirmed_task_ends_exactly_once_whatever_is_killed() {
     };
     let mut workers = [worker(0).await, worker(1).await, worker(2).await];
 
-    let (first, first_log) = produce(&warren, "first");
+    let (first, first_log) = produce(&warren, "first", "20s");
     at_least(&first_log, "confirmed", TASKS / 6).await;
     first.kill().await;
-    let (mut second, second_log) = produce(&warren, "second");
+    let (mut second, second_log) = produce(&warren, "second", "10m");
 
     for (n, running) in workers.iter_mut().enumerate() {
         observer.more_results(TASKS / 20).await;
@@ -83,10 +83,11 @@ async fn notice(collector: &Process, batch: &str, state: BatchState, total: Opti
 }
 
 /// Starts a real producer process: this test binary, told to run the function below.
-fn produce(warren: &Warren, name: &str) -> (Process, PathBuf) {
+/// Its batch is over after `deadline`, sealed or not.
+fn produce(warren: &Warren, name: &str, deadline: &str) -> (Process, PathBuf) {
     let log = warren.path(name);
     let mut command = warren.command_at(&std::env::current_exe().unwrap());
-    command.env(LOG, &log).env("GARENNE__PRODUCER__BATCH_DEADLINE", "20s");
+    command.env(LOG, &log).env("GARENNE__PRODUCER__BATCH_DEADLINE", deadline);
     command.args(["--ignored", "--exact", "kill_everything::a_producer_process"]);
     (warren.start("producer", command), log)
 }
