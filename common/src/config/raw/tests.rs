@@ -1,0 +1,88 @@
+//! Layers, checks, and what is refused.
+
+use super::*;
+use std::io::Write;
+
+fn environment(pairs: &[(&str, &str)]) -> Surroundings {
+    let pairs = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+    let environment = Environment::default().source(Some(pairs.collect()));
+    Surroundings { environment, amqp_url: None }
+}
+
+fn file(text: &str) -> (tempfile::NamedTempFile, Sources) {
+    let mut file = tempfile::Builder::new().suffix(".conf").tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    let sources = Sources { file: Some(file.path().to_owned()), overrides: vec![] };
+    (file, sources)
+}
+
+#[test]
+fn later_layers_win() {
+    let (_file, sources) = file("[worker]\nslots = 3\ngrace = \"5s\"\nqueues = [\"a\"]\n");
+    let sources = sources.set("worker.grace", Some("7s"));
+    let env = environment(&[("GARENNE__WORKER__SLOTS", "9"), ("GARENNE__WORKER__QUEUES", "b,c")]);
+    let config = RawConfig::read(&sources, env).unwrap().check().unwrap();
+    assert_eq!(config.worker.slots, 9);
+    assert_eq!(config.worker.grace, Duration::from_secs(7));
+    let queues: Vec<_> = config.worker.queues.iter().map(QueueName::as_str).collect();
+    assert_eq!(queues, ["b", "c"]);
+}
+
+#[test]
+fn other_defaults_lie_below_every_layer() {
+    let (_file, sources) = file("[worker]\nslots = 3\n");
+    let defaults = [("worker.slots", "9"), ("log.filter", "warn")];
+    let raw = RawConfig::read_over(&defaults, &sources, environment(&[])).unwrap();
+    let config = raw.check().unwrap();
+    assert_eq!((config.worker.slots, config.log.filter.as_str()), (3, "warn"));
+}
+
+#[test]
+fn every_duration_is_written_as_people_write_it() {
+    let text = include_str!("../raw.rs");
+    let lines: Vec<_> = text.lines().map(str::trim).collect();
+    let durations = lines.windows(2).filter(|pair| pair[1].ends_with(": Duration,"));
+    let durations: Vec<_> = durations.collect();
+    assert!(durations.len() > 10);
+    for pair in durations {
+        assert_eq!(pair[0], "#[serde(with = \"humantime_serde\")]", "before {}", pair[1]);
+    }
+}
+
+#[test]
+fn unknown_keys_are_refused_by_name() {
+    let (_file, sources) = file("[worker]\nslotz = 3\n");
+    let error = RawConfig::read(&sources, environment(&[])).unwrap_err();
+    assert!(error.to_string().contains("slotz"), "{error}");
+}
+
+#[test]
+fn all_problems_come_together() {
+    let text = "[broker]\nurl = \"http://x\"\nnamespace = \"a b\"\n[worker]\nslots = 0\n";
+    let (_file, sources) = file(text);
+    let raw = RawConfig::read(&sources, environment(&[])).unwrap();
+    let problems = raw.check().unwrap_err().problems;
+    assert_eq!(problems.len(), 3, "{problems:?}");
+}
+
+#[test]
+fn commas_are_no_url_and_no_patience_is_no_limit() {
+    let (_file, sources) = file("[broker]\nurl = \" , \"\nconsumer_timeout = \"0s\"\n");
+    let raw = RawConfig::read(&sources, environment(&[])).unwrap();
+    let problems = raw.check().unwrap_err().problems;
+    assert_eq!(
+        problems,
+        ["broker.url: no URL is given", "broker.consumer_timeout: must be at least 1s"]
+    );
+}
+
+#[test]
+fn commands_come_from_the_file() {
+    let text =
+        "[worker.commands.\"image.resize\"]\nargv = [\"convert\", \"{src}\"]\nstdin = true\n";
+    let (_file, sources) = file(text);
+    let config = RawConfig::read(&sources, environment(&[])).unwrap().check().unwrap();
+    let command = &config.worker.commands[&TaskName::new("image.resize").unwrap()];
+    assert_eq!(command.argv, ["convert", "{src}"]);
+    assert!(command.stdin);
+}
