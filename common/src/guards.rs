@@ -56,6 +56,8 @@ guards! {
     Isolation: "a task that came back, perhaps from a dead worker, runs inside the next one",
     CrashBudget: "a task may kill its process for ever",
     DeliveryBudget: "a task that nobody ever settles is delivered for ever",
+    BundleShares: "a bundle is acknowledged with the first of its tasks that is settled",
+    BundleSplit: "a bundle that came before runs here as if it were new",
     SuccessorBeforeAck: "a worker acknowledges before the successor is confirmed",
     DrainHandBack: "a stopping worker keeps what it has not begun",
     FlushBeforeExit: "a stopping worker does not wait for its last confirms",

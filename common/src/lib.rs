@@ -1,11 +1,12 @@
 //! What a Garenne task is and how it travels.
 //!
-//! The pure half ([`names`], [`task`], [`outcome`], [`printable`], [`retry`], [`topology`], [`wire`])
-//! does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`lifeline`],
+//! The pure half ([`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`retry`],
+//! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`lifeline`],
 //! [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
 //! the tests. Nothing lives here that only one crate needs.
 
 pub mod broker;
+pub mod bundling;
 pub mod config;
 pub mod guards;
 pub mod lifeline;

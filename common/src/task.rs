@@ -1,5 +1,6 @@
 //! A task: the contract that both ends share, and the unit of work that travels.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -82,7 +83,7 @@ pub struct Options {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplyTo {
     /// The queue, reached through the default exchange.
-    pub queue: String,
+    pub queue: Arc<str>,
     /// The sender's own mark, echoed in the reply.
     pub correlation_id: Option<String>,
     /// What the sender can read.

@@ -1,18 +1,20 @@
 //! Which deliveries of one consumer can be acknowledged together: arithmetic over delivery numbers.
 //!
 //! AMQP acknowledges either one delivery or all up to one. "All up to" is many times cheaper, and
-//! right exactly when every earlier delivery of the epoch is settled.
+//! right exactly when every earlier delivery of the epoch is settled. A bundle of tasks is settled when
+//! each of its tasks is: it has as many shares.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use garenne_common::broker::DeliveryTag;
+use garenne_common::guards::Guard;
 
 /// The unsettled deliveries of one consumer in its present epoch.
 #[derive(Debug, Default)]
 pub(crate) struct Acks {
     epoch: u64,
-    /// Delivered, and neither done nor handed back.
-    open: BTreeSet<u64>,
+    /// Delivered, and neither done nor handed back; with the shares that are still to be done.
+    open: BTreeMap<u64, usize>,
     /// Done, and not yet acknowledged.
     done: BTreeSet<u64>,
 }
@@ -33,13 +35,28 @@ impl Acks {
             *self = Self { epoch: tag.epoch, ..Self::default() };
         }
         if tag.epoch == self.epoch {
-            self.open.insert(tag.number);
+            self.open.insert(tag.number, 1);
         }
     }
 
-    /// A delivery may be acknowledged: its successor is confirmed.
-    pub(crate) fn done(&mut self, tag: DeliveryTag) {
-        if tag.epoch == self.epoch && self.open.remove(&tag.number) {
+    /// A delivery turned out to be a bundle of so many tasks.
+    pub(crate) fn divided(&mut self, tag: DeliveryTag, shares: usize) {
+        if tag.epoch == self.epoch
+            && let Some(left) = self.open.get_mut(&tag.number)
+        {
+            *left = shares;
+        }
+    }
+
+    /// So many shares of a delivery have confirmed successors; with the last one it may be acknowledged.
+    pub(crate) fn done(&mut self, tag: DeliveryTag, shares: usize) {
+        if tag.epoch != self.epoch {
+            return;
+        }
+        let Some(left) = self.open.get_mut(&tag.number) else { return };
+        *left = left.saturating_sub(shares);
+        if *left == 0 || !Guard::BundleShares.holds() {
+            self.open.remove(&tag.number);
             self.done.insert(tag.number);
         }
     }
@@ -53,8 +70,8 @@ impl Acks {
 
     /// What to send now: one for all that lie below every open one, then one each.
     pub(crate) fn take(&mut self) -> Vec<Ack> {
-        let beyond = match self.open.first() {
-            Some(first_open) => self.done.split_off(first_open),
+        let beyond = match self.open.first_key_value() {
+            Some((first_open, _)) => self.done.split_off(first_open),
             None => BTreeSet::new(),
         };
         let together = std::mem::take(&mut self.done);
@@ -86,7 +103,7 @@ mod tests {
     fn a_finished_run_is_one_ack() {
         let mut acks = delivered(1..=4);
         for number in [2, 1, 3] {
-            acks.done(tag(number));
+            acks.done(tag(number), 1);
         }
         assert_eq!(acks.take(), [Ack { tag: tag(3), multiple: true }]);
         assert_eq!(acks.take(), []);
@@ -96,7 +113,7 @@ mod tests {
     fn a_slow_task_does_not_hold_up_the_others() {
         let mut acks = delivered(1..=4);
         for number in [1, 3] {
-            acks.done(tag(number));
+            acks.done(tag(number), 1);
         }
         let expected = [Ack { tag: tag(1), multiple: false }, Ack { tag: tag(3), multiple: false }];
         assert_eq!(acks.take(), expected);
@@ -107,16 +124,31 @@ mod tests {
         let mut acks = delivered(1..=3);
         acks.handed_back(tag(1));
         for number in [2, 3] {
-            acks.done(tag(number));
+            acks.done(tag(number), 1);
         }
         assert_eq!(acks.take(), [Ack { tag: tag(3), multiple: true }]);
+    }
+
+    #[test]
+    fn a_bundle_is_acknowledged_with_its_last_task() {
+        let mut acks = delivered(1..=3);
+        acks.divided(tag(2), 3);
+        for (number, shares) in [(1, 1), (2, 1), (3, 1), (2, 1)] {
+            acks.done(tag(number), shares);
+        }
+        let apart = [Ack { tag: tag(1), multiple: false }, Ack { tag: tag(3), multiple: false }];
+        assert_eq!(acks.take(), apart);
+        acks.done(tag(2), 1);
+        assert_eq!(acks.take(), [Ack { tag: tag(2), multiple: false }]);
+        acks.done(tag(2), 1);
+        assert_eq!(acks.take(), []);
     }
 
     #[test]
     fn a_new_epoch_voids_the_old_one() {
         let mut acks = delivered(1..=3);
         acks.delivered(DeliveryTag { epoch: 2, number: 1 });
-        acks.done(tag(2));
+        acks.done(tag(2), 1);
         assert_eq!(acks.take(), []);
     }
 
@@ -133,7 +165,7 @@ mod tests {
                 if random.u8(..) < 30 {
                     acks.handed_back(tag(number));
                 } else {
-                    acks.done(tag(number));
+                    acks.done(tag(number), 1);
                     done.insert(number);
                 }
                 if random.bool() {
@@ -144,7 +176,7 @@ mod tests {
                             vec![ack.tag.number]
                         };
                         if ack.multiple {
-                            let first_open = acks.open.first().copied().unwrap_or(u64::MAX);
+                            let first_open = acks.open.keys().next().copied().unwrap_or(u64::MAX);
                             assert!(ack.tag.number < first_open, "seed {seed}");
                         } else {
                             assert!(acked.insert(ack.tag.number), "seed {seed}: twice");

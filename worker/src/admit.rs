@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use garenne_common::{TaskMessage, TaskName};
+use garenne_common::guards::Guard;
+use garenne_common::{TaskMessage, TaskName, Timestamp, wire};
 
 use crate::guard::{self, Verdict};
-use crate::inflight::{Begin, Inflight, Key};
+use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
 use crate::settle::{Arrival, Settlement, Signature, Subject, Successor};
 
 /// What becomes of a delivery; `H` is how the caller names a handler.
@@ -25,24 +26,84 @@ pub fn admit<H>(
     inflight: &Inflight,
     signature: &Signature,
 ) -> Admission<H> {
-    let settle = |settlement| Admission::Settle(Box::new(settlement));
     let Arrival { delivery, message, queue, at } = arrival;
-    let (task, handler) = match guard::inspect(message, queue, find, at) {
-        Verdict::Run(task, handler) => (task, handler),
-        Verdict::AssignId => return settle(signature.identification(arrival)),
+    match guard::inspect(message, queue, find, at) {
+        Verdict::Run(task, handler) => {
+            let key = Key::of(&task, message);
+            enter(&key, (task, handler), delivery, inflight)
+        }
+        Verdict::AssignId => Admission::Settle(Box::new(signature.identification(arrival))),
         Verdict::Refuse { reason, error } => {
             tracing::warn!(%queue, reason = reason.as_str(), error, "dead letter");
-            return settle(signature.refusal(arrival, reason, &error));
+            Admission::Settle(Box::new(signature.refusal(arrival, reason, &error)))
+        }
+    }
+}
+
+/// The same for a task of a bundle.
+pub fn admit_member<H>(
+    (task, delivery): (TaskMessage, DeliveryRef),
+    (app_id, at): (&str, Timestamp),
+    find: impl FnOnce(&TaskName) -> Option<H>,
+    inflight: &Inflight,
+    signature: &Signature,
+) -> Admission<H> {
+    match guard::inspect_member(&task, find, at) {
+        Ok(handler) => {
+            let key = Key::of_member(&task);
+            enter(&key, (Arc::new(task), handler), delivery, inflight)
+        }
+        Err((reason, error)) => {
+            let (message, queue) = (wire::task::encode(&task, app_id), &task.queue);
+            tracing::warn!(%queue, id = %task.id, reason = reason.as_str(), error, "dead letter");
+            let arrival = Arrival { delivery, message: &message, queue, at };
+            Admission::Settle(Box::new(signature.refusal(arrival, reason, &error)))
+        }
+    }
+}
+
+/// Decides about the tasks of a bundle that was delivered before: what is known here is settled with
+/// its run, and everything else leaves the bundle, so that from now on each is counted by itself.
+pub fn split(
+    tasks: Vec<TaskMessage>,
+    delivery: DeliveryRef,
+    app_id: &str,
+    inflight: &Inflight,
+    signature: &Signature,
+) -> Vec<Settlement> {
+    let settlement = |task: &TaskMessage| match inflight.recognise(&Key::of_member(task), delivery) {
+        Some(Begin::Adopted) => None,
+        Some(Begin::Settled | Begin::Run) => {
+            Some(Settlement::bare(Subject::Delivery(delivery), Successor::Confirmed))
+        }
+        None => {
+            let tasks = std::slice::from_ref(task);
+            Some(signature.send_back(delivery, tasks, app_id, &task.queue))
         }
     };
-    match inflight.begin(&Key::of(&task, message), delivery) {
+    tasks.iter().filter_map(settlement).collect()
+}
+
+/// Whether a bundle must be split before anything of it runs.
+pub(crate) fn must_be_split(came_before: bool) -> bool {
+    came_before && Guard::BundleSplit.holds()
+}
+
+fn enter<H>(
+    key: &Key,
+    (task, handler): (Arc<TaskMessage>, H),
+    delivery: DeliveryRef,
+    inflight: &Inflight,
+) -> Admission<H> {
+    match inflight.begin(key, delivery) {
         Begin::Run => Admission::Run(task, handler),
         Begin::Adopted => {
             tracing::info!(id = %task.id, "adopted a redelivery");
             Admission::Adopted
         }
         Begin::Settled => {
-            settle(Settlement::bare(Subject::Delivery(delivery), Successor::Confirmed))
+            let subject = Subject::Delivery(delivery);
+            Admission::Settle(Box::new(Settlement::bare(subject, Successor::Confirmed)))
         }
     }
 }

@@ -24,6 +24,12 @@ pub(crate) fn inspect<H>(
     now: Timestamp,
 ) -> Verdict<H> {
     let refuse = |reason, error| Verdict::Refuse { reason, error };
+    if wire::bundle::is_one(message) {
+        // One that can be read never gets here: its tasks do, one by one.
+        let error = wire::bundle::decode(message, queue).map(drop).map_err(|error| error.to_string());
+        let error = error.err().unwrap_or_else(|| "a bundle of tasks in place of one".to_owned());
+        return refuse(DeadReason::Malformed, error);
+    }
     let task = match decode(message, queue) {
         Ok(Some(task)) => task,
         Ok(None) => return Verdict::AssignId,
@@ -32,14 +38,37 @@ pub(crate) fn inspect<H>(
     if let Err(malformed) = CrashRecord::read(message) {
         return refuse(DeadReason::Malformed, malformed.to_string());
     }
-    if let Some(at) = task.options.expires_at.filter(|at| *at <= now) {
-        return refuse(DeadReason::Expired, format!("it expired at {at} before it could start"));
+    match may_run(&task, find, now) {
+        Ok(handler) => Verdict::Run(Arc::new(task), handler),
+        Err((reason, error)) => refuse(reason, error),
     }
-    let Some(handler) = find(&task.name) else {
-        let error = format!("no handler for {} on this worker of queue {queue}", task.name);
-        return refuse(DeadReason::UnknownTask, error);
-    };
-    Verdict::Run(Arc::new(task), handler)
+}
+
+/// Looks at a task of a bundle, of which only the form is known to be sound: its handler, or why it is
+/// not to be run.
+pub(crate) fn inspect_member<H>(
+    task: &TaskMessage,
+    find: impl FnOnce(&TaskName) -> Option<H>,
+    now: Timestamp,
+) -> Result<H, (DeadReason, String)> {
+    let args = wire::task::check_args(&task.args);
+    args.map_err(|malformed| (DeadReason::Malformed, malformed.to_string()))?;
+    may_run(task, find, now)
+}
+
+fn may_run<H>(
+    task: &TaskMessage,
+    find: impl FnOnce(&TaskName) -> Option<H>,
+    now: Timestamp,
+) -> Result<H, (DeadReason, String)> {
+    if let Some(at) = task.options.expires_at.filter(|at| *at <= now) {
+        return Err((DeadReason::Expired, format!("it expired at {at} before it could start")));
+    }
+    find(&task.name).ok_or_else(|| {
+        let (name, queue) = (&task.name, &task.queue);
+        let error = format!("no handler for {name} on this worker of queue {queue}");
+        (DeadReason::UnknownTask, error)
+    })
 }
 
 fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage>, Malformed> {

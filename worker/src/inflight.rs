@@ -32,6 +32,11 @@ pub struct Key {
 }
 
 impl Key {
+    /// What a task asks for that came in a bundle: its first attempt.
+    pub fn of_member(task: &TaskMessage) -> Self {
+        Self { id: task.id.clone(), attempt: task.attempt, fence: 0 }
+    }
+
     /// What this message asks for.
     pub fn of(task: &TaskMessage, message: &Message) -> Self {
         // What cannot be read counts as none, as it does where an execution begins.
@@ -83,19 +88,18 @@ impl Inflight {
     /// A delivery asks for this attempt.
     pub fn begin(&self, key: &Key, delivery: DeliveryRef) -> Begin {
         let mut state = self.lock();
-        if let Some(run) = state.running.get_mut(key).filter(|_| Guard::Adoption.holds()) {
-            if run.handed_over {
-                return Begin::Settled;
-            }
-            run.deliveries.push(delivery);
-            return Begin::Adopted;
-        }
-        if state.settled.contains(key) && Guard::SettledMemory.holds() {
-            return Begin::Settled;
+        if let Some(known) = state.recognise(key, delivery) {
+            return known;
         }
         let run = Run { deliveries: vec![delivery], handed_over: false };
         state.running.insert(key.clone(), run);
         Begin::Run
+    }
+
+    /// Like [`begin`](Self::begin) for a delivery that will not run here in any case: `None` if this
+    /// attempt is not known.
+    pub fn recognise(&self, key: &Key, delivery: DeliveryRef) -> Option<Begin> {
+        self.lock().recognise(key, delivery)
     }
 
     /// The attempt is over and its message has a confirmed successor: all deliveries to acknowledge.
@@ -132,6 +136,20 @@ impl Inflight {
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn recognise(&mut self, key: &Key, delivery: DeliveryRef) -> Option<Begin> {
+        if let Some(run) = self.running.get_mut(key).filter(|_| Guard::Adoption.holds()) {
+            if run.handed_over {
+                return Some(Begin::Settled);
+            }
+            run.deliveries.push(delivery);
+            return Some(Begin::Adopted);
+        }
+        let settled = self.settled.contains(key) && Guard::SettledMemory.holds();
+        settled.then_some(Begin::Settled)
     }
 }
 

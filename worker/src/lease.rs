@@ -7,10 +7,10 @@
 use std::time::Duration;
 
 use garenne_common::broker::Link;
-use garenne_common::wire::{Fence, Message, lease};
+use garenne_common::wire::Fence;
 use tokio::sync::mpsc;
 
-use crate::settle::Settlement;
+use crate::settle::{Carrier, Settlement};
 
 /// A task may use so much of the broker's patience without a lease.
 const SAFE_SHARE: f64 = 0.8;
@@ -29,10 +29,9 @@ pub(crate) struct LeaseTerms {
 
 impl LeaseTerms {
     /// The execution that this delivery begins, if its time limit asks for a lease.
-    pub(crate) fn fence(&self, limit: Duration, message: &Message) -> Option<Fence> {
+    pub(crate) fn fence(&self, limit: Duration, carrier: &Carrier) -> Option<Fence> {
         let needed = limit > self.patience().mul_f64(SAFE_SHARE);
-        // What cannot be read counts as none: a lower fence costs a repeat and loses nothing.
-        needed.then(|| Fence::begin(lease::next_fence(message).unwrap_or(1)))
+        needed.then(|| Fence::begin(carrier.next_fence()))
     }
 
     fn patience(&self) -> Duration {
@@ -75,7 +74,8 @@ mod tests {
             patience: Duration::from_mins(30),
             link: None,
         };
-        let fence = |minutes| terms.fence(Duration::from_mins(minutes), &Message::default());
+        let carrier = Carrier::Bundle { app_id: "test".into() };
+        let fence = |minutes| terms.fence(Duration::from_mins(minutes), &carrier);
         assert_eq!(fence(24), None);
         assert_eq!(fence(25).map(|fence| fence.number), Some(1));
     }

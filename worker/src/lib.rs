@@ -41,6 +41,7 @@
 mod acks;
 mod admit;
 mod aides;
+mod attempt;
 mod builtin;
 mod cancels;
 mod command;
@@ -57,6 +58,7 @@ mod inflight;
 mod intake;
 mod isolate;
 mod lease;
+mod line;
 mod outcome;
 mod register;
 mod settle;
@@ -76,10 +78,10 @@ pub use worker::{Builder, Running, Worker, WorkerError};
 /// the stable interface: it changes with the worker.
 pub mod protocol {
     pub use crate::acks::Ack;
-    pub use crate::admit::{Admission, admit};
+    pub use crate::admit::{Admission, admit, admit_member, split};
     pub use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
     pub use crate::settle::{
-        Action, Answer, Arrival, Ended, Lane, SettleCore, Settlement, Signature, Subject,
+        Action, Answer, Arrival, Carrier, Ended, Lane, Reply, SettleCore, Settlement, Signature, Subject,
         Successor, Then, Ticket,
     };
 }

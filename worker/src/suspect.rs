@@ -19,7 +19,7 @@ const TOLERANCE: u64 = 10;
 pub(crate) const RENEWAL: Duration = Duration::from_secs(1);
 
 /// What is known of a delivery before it runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Standing {
     /// It came before.
     pub(crate) returned: bool,

@@ -7,6 +7,7 @@ use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource, Settler,
 };
 use garenne_common::config::Config;
+use garenne_common::bundling::Pace;
 use garenne_common::guards::Guard;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
 use tokio::sync::mpsc;
@@ -22,7 +23,9 @@ use crate::doors::Doors;
 use crate::faults;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
-use crate::intake::{Pipeline, intake};
+use crate::attempt::Pipeline;
+use crate::intake::intake;
+use crate::line::Line;
 use crate::isolate::{self, Isolation};
 use crate::lease::LeaseTerms;
 use crate::outcome::TaskError;
@@ -158,13 +161,16 @@ impl Worker {
         let doors = Doors::new(worker.slots, isolation, worker.crash_budget);
         let seen = (Arc::clone(&register), Arc::clone(&doors.slots));
         aides.beat(&config, names, seen, &stop);
+        let lines = (0..lanes.len()).map(Line::new).collect();
         let pipeline = Arc::new(Pipeline {
             registry,
             signature,
             lanes,
+            lines,
             inflight,
             doors,
             settle,
+            pace: Pace::default(),
             task_timeout: worker.task_timeout,
             kill_grace: worker.kill_grace,
             lease: LeaseTerms {

@@ -153,6 +153,15 @@ impl Consumer {
         self.shared.health()
     }
 
+    /// The broker's word on the queue, over a channel of its own.
+    pub fn status(&self) -> impl Future<Output = Result<QueueStatus, BrokerError>> + Send + 'static {
+        let (link, queue) = (self.shared.link.clone(), self.shared.queue.borrow().clone());
+        async move {
+            let queue = queue.ok_or_else(|| BrokerError::Lost("no queue at the moment".to_owned()))?;
+            watch::ask(&link.channel().await?, &queue, link.config().heartbeat).await
+        }
+    }
+
     /// Waits until the broker has registered the consumer, or until a reason is known why that cannot
     /// be without a change by a person.
     pub async fn ready(&self) -> Result<String, BrokerError> {

@@ -142,6 +142,21 @@ pub(super) fn to_bincode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, Co
     bincode::serde::encode_to_vec(value, bincode::config::standard()).map_err(CodecError::encode)
 }
 
+/// [`to_bincode`] at the end of what is there.
+pub(super) fn append_bincode<T: Serialize>(value: &T, to: &mut Vec<u8>) -> Result<(), CodecError> {
+    let written =
+        bincode::serde::encode_into_std_write(value, to, bincode::config::standard());
+    written.map(drop).map_err(CodecError::encode)
+}
+
+/// Decodes one value of several, without copying its text; and how many bytes it took.
+pub(super) fn from_bincode_prefix<'a, T: Deserialize<'a>>(
+    bytes: &'a [u8],
+) -> Result<(T, usize), CodecError> {
+    let config = bincode::config::standard().with_limit::<MAX_BODY_BYTES>();
+    bincode::serde::borrow_decode_from_slice(bytes, config).map_err(CodecError::decode)
+}
+
 pub(super) fn from_bincode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
     let config = bincode::config::standard().with_limit::<MAX_BODY_BYTES>();
     let (value, read) =

@@ -17,6 +17,10 @@ pub(super) const BATCH: &str = "x-garenne-batch";
 pub(super) const REPLY_FORMAT: &str = "x-garenne-reply-format";
 pub(super) const SUBMITTED_AT: &str = "x-garenne-submitted-at-ms";
 pub(super) const TRACEPARENT: &str = "traceparent";
+/// How many tasks a bundle has; for people, who see messages only.
+pub(super) const TASKS: &str = "x-garenne-tasks";
+/// A bundle that a worker passed on because it could not run it soon.
+pub(super) const HANDED_ON: &str = "x-garenne-handed-on";
 pub(super) const DEAD_REASON: &str = "x-garenne-dead-reason";
 pub(super) const DEAD_ERROR: &str = "x-garenne-dead-error";
 pub(super) const DEAD_AT: &str = "x-garenne-dead-at-ms";

@@ -4,6 +4,7 @@
 //! is pure: bytes and headers in, checked values out, and no input makes it panic. Only this module
 //! names a codec crate; nothing here names lapin.
 
+pub mod bundle;
 pub mod codec;
 pub mod control;
 pub mod crash;

@@ -211,7 +211,7 @@ mod tests {
         let task = task::decode(&replay.message, &replay.queue).unwrap().unwrap();
         assert_eq!((task.id, task.attempt), (id("old"), 4));
         assert_eq!(task.batch.unwrap().as_str(), "b-1");
-        assert_eq!(task.reply.unwrap().queue, "r");
+        assert_eq!(&*task.reply.unwrap().queue, "r");
         assert_eq!(replay_of(&replay.message), None);
         assert_eq!(replays(&replay.message), 1);
     }

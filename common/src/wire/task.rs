@@ -27,7 +27,7 @@ pub fn encode(task: &TaskMessage, app_id: &str) -> Message {
         kind: Some(task.name.to_string()),
         message_id: Some(task.id.to_string()),
         correlation_id: reply.and_then(|reply| reply.correlation_id.clone()),
-        reply_to: reply.map(|reply| reply.queue.clone()),
+        reply_to: reply.map(|reply| reply.queue.to_string()),
         app_id: Some(app_id.to_owned()),
         timestamp: task.submitted_at.map(|at| at.as_millis() / 1000),
         priority: task.options.priority,
@@ -119,14 +119,16 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
 fn check_printable(message: &Message) -> Result<(), Malformed> {
     let Properties { correlation_id, reply_to, app_id, .. } = &message.properties;
     let known = [("correlation_id", correlation_id), ("reply_to", reply_to), ("app_id", app_id)];
-    for (name, text) in known {
-        if let Some(text) = text.as_ref().filter(|text| !text.chars().all(is_printable)) {
-            return Err(Malformed::new(format_args!(
-                "the property {name} {text:?} holds what is no printable text"
-            )));
-        }
+    known.into_iter().try_for_each(|(name, text)| check_text(name, text.as_deref()))
+}
+
+pub(super) fn check_text(name: &str, text: Option<&str>) -> Result<(), Malformed> {
+    match text.filter(|text| !text.chars().all(is_printable)) {
+        None => Ok(()),
+        Some(text) => Err(Malformed::new(format_args!(
+            "the property {name} {text:?} holds what is no printable text"
+        ))),
     }
-    Ok(())
 }
 
 /// The same message under a fresh id, ready to be published again.
@@ -191,12 +193,20 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
             ))
         })?,
     };
-    if codec == Codec::Json {
-        // Checked here once, so that a broken body is the sender's fault and no handler's.
-        serde_json::from_slice::<&serde_json::value::RawValue>(&message.body)
-            .map_err(|error| Malformed::new(format_args!("the body is not JSON: {error}")))?;
+    let args = Payload { codec, bytes: message.body.clone() };
+    check_args(&args)?;
+    Ok(args)
+}
+
+/// Whether arguments that say they are JSON are JSON. Checked once, before they are used, so that a
+/// broken body is the sender's fault and no handler's.
+pub fn check_args(args: &Payload) -> Result<(), Malformed> {
+    match args.codec {
+        Codec::Bincode => Ok(()),
+        Codec::Json => serde_json::from_slice::<&serde_json::value::RawValue>(&args.bytes)
+            .map(drop)
+            .map_err(|error| Malformed::new(format_args!("the body is not JSON: {error}"))),
     }
-    Ok(Payload { codec, bytes: message.body.clone() })
 }
 
 /// Who wants to hear of this message, if that can be read; for messages that are no sound tasks.
@@ -214,7 +224,7 @@ fn decode_reply(message: &Message) -> Result<Option<ReplyTo>, Malformed> {
     };
     let properties = &message.properties;
     Ok(properties.reply_to.clone().filter(|queue| !queue.is_empty()).map(|queue| ReplyTo {
-        queue,
+        queue: queue.into(),
         correlation_id: properties.correlation_id.clone(),
         format,
     }))
@@ -245,7 +255,11 @@ fn int(name: &'static str, value: u64) -> (HeaderName, HeaderValue) {
 }
 
 fn span(name: &'static str, value: Duration) -> (HeaderName, HeaderValue) {
-    int(name, u64::try_from(value.as_millis()).unwrap_or(u64::MAX))
+    int(name, as_millis(value))
+}
+
+pub(super) fn as_millis(value: Duration) -> u64 {
+    u64::try_from(value.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -360,7 +374,7 @@ mod tests {
                     attempt: max_attempts,
                     batch: reply.then(BatchId::generate),
                     reply: reply.then(|| ReplyTo {
-                        queue: id.clone(),
+                        queue: id.as_str().into(),
                         correlation_id: bundle.then(|| name.clone()),
                         format,
                     }),

@@ -1,6 +1,7 @@
 //! A bundle of results that fills until it is sent.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use garenne_common::wire::{self, Report};
 
@@ -14,14 +15,34 @@ const MAX_BYTES: usize = 1024 * 1024;
 pub(super) struct Bundle {
     pub(super) claims: Vec<Claim>,
     pub(super) reports: Vec<Report>,
-    pub(super) replies: HashMap<String, Vec<Report>>,
+    pub(super) replies: HashMap<Arc<str>, Vec<Reported>>,
     bytes: usize,
+}
+
+/// What a reply says.
+#[derive(Debug)]
+pub(super) enum Reported {
+    /// The same as one of the bundle's reports, by its place.
+    Same(usize),
+    /// Something that the collector is not told, or not here.
+    Other(Report),
 }
 
 impl Bundle {
     pub(super) fn add(&mut self, report: Report) {
         self.bytes += wire::report::weight(&report);
         self.reports.push(report);
+    }
+
+    /// Adds a report that somebody besides the collector hears, too.
+    pub(super) fn add_with_reply(&mut self, to: Arc<str>, report: Report) {
+        self.replies.entry(to).or_default().push(Reported::Same(self.reports.len()));
+        self.add(report);
+    }
+
+    /// Adds what only a sender hears.
+    pub(super) fn add_reply(&mut self, to: Arc<str>, report: Report) {
+        self.replies.entry(to).or_default().push(Reported::Other(report));
     }
 
     pub(super) fn is_full(&self) -> bool {
@@ -31,6 +52,24 @@ impl Bundle {
     pub(super) fn is_empty(&self) -> bool {
         self.reports.is_empty() && self.replies.is_empty()
     }
+}
+
+/// Whether these replies say just what the collector hears, so that one message does for both.
+pub(super) fn are_the_same(replies: &[Reported], reports: &[Report]) -> bool {
+    let same = |(place, reply): (usize, &Reported)| match reply {
+        Reported::Same(of) => *of == place,
+        Reported::Other(_) => false,
+    };
+    replies.len() == reports.len() && replies.iter().enumerate().all(same)
+}
+
+/// What these replies say.
+pub(super) fn spelt_out(replies: Vec<Reported>, reports: &[Report]) -> Vec<Report> {
+    let report = |reply| match reply {
+        Reported::Same(place) => reports.get(place).cloned(),
+        Reported::Other(report) => Some(report),
+    };
+    replies.into_iter().filter_map(report).collect()
 }
 
 /// Cuts reports into bundles of a bounded size; a report that is larger alone goes alone.

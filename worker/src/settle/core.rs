@@ -11,9 +11,9 @@ use garenne_common::topology::Topology;
 use garenne_common::wire::{self, Message, Report};
 use garenne_common::{ReplyFormat, ReplyTo};
 
-use super::bundle::{Bundle, parts};
+use super::bundle::{Bundle, are_the_same, parts, spelt_out};
 use super::lane::Lane;
-use super::order::{Settlement, Subject, Successor, Then};
+use super::order::{Reply, Settlement, Subject, Successor, Then};
 use super::signature::Signature;
 use crate::acks::Ack;
 use crate::inflight::{DeliveryRef, Inflight};
@@ -123,14 +123,12 @@ impl SettleCore {
     pub fn settle(&mut self, settlement: Settlement, actions: &mut Vec<Action>) {
         let Settlement { subject, successor, then, notes, reply } = settlement;
         let claim = Claim { subject, then };
-        if let Some((to, report)) = reply {
-            self.reply(to, report, actions);
-        }
         match successor {
             Successor::Result(report) => {
                 self.add(notes);
-                self.bundle.add(report);
+                self.result(report, reply, actions);
                 self.bundle.claims.push(claim);
+                return;
             }
             Successor::Message(outgoing) => {
                 let claims = vec![claim];
@@ -142,6 +140,28 @@ impl SettleCore {
             }
             Successor::HandBack => self.hand_back(&claim.subject, actions),
         }
+        match reply {
+            Some(Reply::Other(to, report)) => self.reply(to, report, actions),
+            // There is no result that it could be the same as.
+            Some(Reply::Result(_)) | None => {}
+        }
+    }
+
+    fn result(&mut self, report: Report, reply: Option<Reply>, actions: &mut Vec<Action>) {
+        match reply {
+            Some(Reply::Result(to)) if to.format == ReplyFormat::Bundle => {
+                self.bundle.add_with_reply(to.queue, report);
+            }
+            Some(Reply::Result(to)) => {
+                self.reply(to, report.clone(), actions);
+                self.bundle.add(report);
+            }
+            Some(Reply::Other(to, other)) => {
+                self.reply(to, other, actions);
+                self.bundle.add(report);
+            }
+            None => self.bundle.add(report),
+        }
     }
 
     /// Sends the bundle on its way, and the replies that belong to it, unless enough are under way.
@@ -150,18 +170,19 @@ impl SettleCore {
             return;
         }
         let Bundle { claims, reports, replies, .. } = std::mem::take(&mut self.bundle);
-        for (queue, reports) in replies {
-            for part in parts(&reports) {
-                match wire::report::encode(part, &self.worker) {
-                    Ok(message) => actions.push(reply_to(queue.clone(), message)),
-                    Err(error) => tracing::error!(%error, "replies could not be encoded"),
+        let message = wire::report::encode(&reports, &self.worker);
+        for (queue, replies) in replies {
+            match &message {
+                Ok(message) if are_the_same(&replies, &reports) => {
+                    actions.push(reply_to(&queue, message.clone()));
                 }
+                Ok(_) | Err(_) => self.send_replies(&queue, &spelt_out(replies, &reports), actions),
             }
         }
         if reports.is_empty() {
             return;
         }
-        match wire::report::encode(&reports, &self.worker) {
+        match message {
             Ok(message) => {
                 let (exchange, routing_key) = (self.results.clone(), self.results.clone());
                 let outgoing = Outgoing { exchange, routing_key, message };
@@ -174,6 +195,15 @@ impl SettleCore {
                 for claim in &claims {
                     self.hand_back(&claim.subject, actions);
                 }
+            }
+        }
+    }
+
+    fn send_replies(&self, queue: &str, replies: &[Report], actions: &mut Vec<Action>) {
+        for part in parts(replies) {
+            match wire::report::encode(part, &self.worker) {
+                Ok(message) => actions.push(reply_to(queue, message)),
+                Err(error) => tracing::error!(%error, "replies could not be encoded"),
             }
         }
     }
@@ -203,12 +233,12 @@ impl SettleCore {
     fn reply(&mut self, to: ReplyTo, report: Report, actions: &mut Vec<Action>) {
         match (to.format, report) {
             (ReplyFormat::Bundle, report) => {
-                self.bundle.replies.entry(to.queue).or_default().push(report);
+                self.bundle.add_reply(to.queue, report);
             }
             (ReplyFormat::Plain, Report::Finished(result)) => {
                 let correlation_id = to.correlation_id.as_deref();
                 let message = wire::report::encode_reply(&result, correlation_id, &self.worker);
-                actions.push(reply_to(to.queue, message));
+                actions.push(reply_to(&to.queue, message));
             }
             (
                 ReplyFormat::Plain,
@@ -240,6 +270,10 @@ impl SettleCore {
     fn acknowledge(&self, claims: impl IntoIterator<Item = Claim>, actions: &mut Vec<Action>) {
         for Claim { subject, then } in claims {
             let deliveries = match (&subject, then) {
+                (Subject::Members(bundle, tasks), _) => {
+                    self.lanes[bundle.queue].done(bundle.tag, *tasks);
+                    continue;
+                }
                 (Subject::Attempt(key), Then::Over) => self.inflight.settled(key),
                 (Subject::Attempt(key), Then::MayReturn) => self.inflight.forgotten(key),
                 (Subject::Attempt(key), Then::RunsOn) => self.inflight.handed_over(key),
@@ -247,7 +281,7 @@ impl SettleCore {
                 (Subject::Nothing, _) => vec![],
             };
             for delivery in deliveries {
-                self.lanes[delivery.queue].done(delivery.tag);
+                self.lanes[delivery.queue].done(delivery.tag, 1);
             }
         }
         for (lane, open) in self.lanes.iter().enumerate() {
@@ -259,7 +293,7 @@ impl SettleCore {
     fn hand_back(&self, subject: &Subject, actions: &mut Vec<Action>) {
         let deliveries = match subject {
             Subject::Attempt(key) => self.inflight.forgotten(key),
-            Subject::Delivery(delivery) => vec![*delivery],
+            Subject::Delivery(delivery) | Subject::Members(delivery, _) => vec![*delivery],
             Subject::Nothing => vec![],
         };
         for delivery in deliveries {
@@ -270,8 +304,8 @@ impl SettleCore {
 }
 
 /// Through the default exchange, which routes by the queue's name.
-fn reply_to(queue: String, message: Message) -> Action {
-    Action::Reply(Outgoing { exchange: String::new(), routing_key: queue, message })
+fn reply_to(queue: &str, message: Message) -> Action {
+    Action::Reply(Outgoing { exchange: String::new(), routing_key: queue.to_owned(), message })
 }
 
 #[cfg(test)]

@@ -26,9 +26,15 @@ impl Lane {
         self.acks().delivered(tag);
     }
 
-    /// A delivery may be acknowledged.
-    pub(super) fn done(&self, tag: DeliveryTag) {
-        self.acks().done(tag);
+    /// A delivery turned out to be a bundle of so many tasks; must be called before any of them can be
+    /// settled.
+    pub fn divided(&self, tag: DeliveryTag, tasks: usize) {
+        self.acks().divided(tag, tasks);
+    }
+
+    /// So many tasks of a delivery have confirmed successors.
+    pub(super) fn done(&self, tag: DeliveryTag, tasks: usize) {
+        self.acks().done(tag, tasks);
     }
 
     /// A delivery goes back.

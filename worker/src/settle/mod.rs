@@ -8,6 +8,7 @@
 //! them against a broker of its own making.
 
 mod bundle;
+mod carrier;
 mod core;
 mod driver;
 mod lane;
@@ -16,6 +17,7 @@ mod signature;
 
 pub use self::core::{Action, Answer, SettleCore, Ticket};
 pub(crate) use driver::SettleTask;
+pub use carrier::Carrier;
 pub use lane::Lane;
-pub use order::{Settlement, Subject, Successor, Then};
+pub use order::{Reply, Settlement, Subject, Successor, Then};
 pub use signature::{Arrival, Ended, Signature};

@@ -11,8 +11,10 @@ use crate::inflight::{DeliveryRef, Key};
 pub enum Subject {
     /// All deliveries of an attempt, adopted ones included.
     Attempt(Key),
-    /// One delivery that never became an attempt.
+    /// One delivery, or one task of a bundle, that never became an attempt.
     Delivery(DeliveryRef),
+    /// So many tasks of a bundle that never became attempts.
+    Members(DeliveryRef, usize),
     /// No delivery: the settlement only carries notes.
     Nothing,
 }
@@ -53,7 +55,16 @@ pub struct Settlement {
     /// For the collector, said when the successor is confirmed; nothing waits for them.
     pub notes: Vec<Report>,
     /// For whoever asked for the result itself; best effort and never part of settling.
-    pub reply: Option<(ReplyTo, Report)>,
+    pub reply: Option<Reply>,
+}
+
+/// What a sender hears itself.
+#[derive(Debug)]
+pub enum Reply {
+    /// The same as the collector, whose [`Successor::Result`] it is.
+    Result(ReplyTo),
+    /// Something of its own.
+    Other(ReplyTo, Report),
 }
 
 impl Settlement {

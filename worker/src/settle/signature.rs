@@ -2,6 +2,7 @@
 //!
 //! Pure; nothing is published here, and the time is given.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +16,8 @@ use garenne_common::{
     Timestamp,
 };
 
-use super::order::{Settlement, Subject, Successor, Then};
+use super::carrier::Carrier;
+use super::order::{Reply, Settlement, Subject, Successor, Then};
 use crate::inflight::{DeliveryRef, Key};
 use crate::outcome::Disposition;
 use crate::suspect;
@@ -24,8 +26,8 @@ use crate::suspect;
 pub struct Ended {
     /// What was run.
     pub task: Arc<TaskMessage>,
-    /// As it arrived: a retry and a dead letter keep what its sender wrote.
-    pub message: Message,
+    /// What it came in.
+    pub carrier: Carrier,
     /// Whether the broker had delivered it before.
     pub redelivered: bool,
     /// When the attempt began.
@@ -34,6 +36,16 @@ pub struct Ended {
     pub finished_at: Timestamp,
     /// Which execution it is, if the collector holds its task under a lease.
     pub lease: Option<Fence>,
+}
+
+impl Ended {
+    fn key(&self) -> Key {
+        self.carrier.key(&self.task)
+    }
+
+    fn message(&self) -> Cow<'_, Message> {
+        self.carrier.message(&self.task)
+    }
 }
 
 /// A delivery on its way to become an attempt.
@@ -61,7 +73,7 @@ impl Signature {
     /// Turns a disposition into the order that carries it out; does nothing yet.
     pub fn settlement(&self, ended: &Ended, disposition: Disposition) -> Settlement {
         let task = &ended.task;
-        let subject = Subject::Attempt(Key::of(task, &ended.message));
+        let subject = Subject::Attempt(ended.key());
         match disposition {
             Disposition::Complete(output) => {
                 self.finished(ended, subject, self.result(ended, output))
@@ -71,8 +83,8 @@ impl Signature {
             }
             Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
             Disposition::DeadLetter { reason, error } => {
-                let (message, at) = (&ended.message, ended.finished_at);
-                let mut letter = self.letter(message, &task.queue, reason, &error, at);
+                let (message, at) = (ended.message(), ended.finished_at);
+                let mut letter = self.letter(&message, &task.queue, reason, &error, at);
                 letter.started_at = Some(ended.started_at);
                 letter.redelivered = ended.redelivered;
                 if let Some(fence) = &ended.lease {
@@ -82,7 +94,7 @@ impl Signature {
             }
             Disposition::Again { after } => self.again(ended, subject, after),
             Disposition::Requeue => match &ended.lease {
-                None => self.hand_back(subject, &ended.message, &task.queue),
+                None => self.hand_back(subject, &ended.carrier, task),
                 Some(fence) => self.hand_back_leased(ended, subject, fence),
             },
         }
@@ -91,17 +103,19 @@ impl Signature {
     /// The order for a task that was cancelled before this attempt of it began.
     pub fn unbegun(&self, ended: &Ended, reason: &str) -> Settlement {
         let task = &ended.task;
-        let subject = Subject::Attempt(Key::of(task, &ended.message));
+        let subject = Subject::Attempt(ended.key());
         let result = self.cancelled(ended, reason, task.attempt.saturating_sub(1));
         self.finished(ended, subject, result)
     }
 
     fn finished(&self, ended: &Ended, subject: Subject, result: TaskResult) -> Settlement {
-        let reply = self.reply(ended.task.reply.clone());
-        let reply = reply.map(|to| (to, Report::Finished(result.clone())));
-        let report = match &ended.lease {
-            None => Report::Finished(result),
-            Some(fence) => Report::FinishedUnderLease { fence: fence.clone(), result },
+        let to = self.reply(ended.task.reply.clone());
+        let (reply, report) = match &ended.lease {
+            None => (to.map(Reply::Result), Report::Finished(result)),
+            Some(fence) => (
+                to.map(|to| Reply::Other(to, Report::Finished(result.clone()))),
+                Report::FinishedUnderLease { fence: fence.clone(), result },
+            ),
         };
         Settlement { reply, ..Settlement::bare(subject, Successor::Result(report)) }
     }
@@ -138,7 +152,7 @@ impl Signature {
     /// Its delivery was acknowledged long ago, so it goes back as a message of its own.
     fn hand_back_leased(&self, ended: &Ended, subject: Subject, fence: &Fence) -> Settlement {
         let (task, at) = (&ended.task, ended.finished_at);
-        let mut message = wire::task::for_republish(&ended.message);
+        let mut message = wire::task::for_republish(&ended.message());
         wire::lease::set_fence(&mut message, fence.number);
         let successor = Successor::Message(self.to_tasks(&task.queue, message));
         Settlement {
@@ -149,8 +163,20 @@ impl Signature {
     }
 
     /// The order that gives deliveries back to their queue, without a trace on a message that would
-    /// look guilty by it.
-    pub(crate) fn hand_back(
+    /// look guilty by it. A task of a bundle goes back as a message of its own.
+    fn hand_back(&self, subject: Subject, carrier: &Carrier, task: &TaskMessage) -> Settlement {
+        match carrier {
+            Carrier::Alone(message) => self.hand_back_message(subject, message, &task.queue),
+            Carrier::Bundle { .. } => {
+                let outgoing = self.to_tasks(&task.queue, carrier.message(task).into_owned());
+                let successor = Successor::Message(outgoing);
+                Settlement { then: Then::MayReturn, ..Settlement::bare(subject, successor) }
+            }
+        }
+    }
+
+    /// The order that gives a delivery back that did not become an attempt.
+    pub(crate) fn hand_back_message(
         &self,
         subject: Subject,
         message: &Message,
@@ -165,10 +191,39 @@ impl Signature {
         Settlement { then: Then::MayReturn, ..Settlement::bare(subject, successor) }
     }
 
+    /// The order that sends tasks of a bundle back to their queue, which none of them has left for an
+    /// attempt: one as a message of its own, several as a bundle that is new to the broker.
+    pub(crate) fn send_back(
+        &self,
+        bundle: DeliveryRef,
+        tasks: &[TaskMessage],
+        app_id: &str,
+        queue: &QueueName,
+    ) -> Settlement {
+        let subject = Subject::Members(bundle, tasks.len());
+        let message = match tasks {
+            [task] => Ok(wire::task::encode(task, app_id)),
+            several => wire::bundle::encode(several, app_id).map(|mut bundle| {
+                wire::bundle::mark_handed_on(&mut bundle);
+                bundle
+            }),
+        };
+        match message {
+            Ok(message) => {
+                Settlement::bare(subject, Successor::Message(self.to_tasks(queue, message)))
+            }
+            // What was decoded always encodes. If it ever does not, the bundle comes again, and is split.
+            Err(error) => {
+                tracing::error!(%error, "tasks of a bundle could not be encoded");
+                Settlement::bare(subject, Successor::HandBack)
+            }
+        }
+    }
+
     /// The order that sends the same attempt again, under a fresh count of the broker's.
     fn again(&self, ended: &Ended, subject: Subject, after: Duration) -> Settlement {
         let (task, at) = (&ended.task, ended.finished_at);
-        let mut message = wire::task::for_republish(&ended.message);
+        let mut message = wire::task::for_republish(&ended.message());
         let release = ended.lease.as_ref().map(|fence| {
             wire::lease::set_fence(&mut message, fence.number);
             lease_note(task, fence, LeaseChange::Released, at)
@@ -241,7 +296,7 @@ impl Signature {
 
     fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: String) -> Settlement {
         let (task, at) = (&ended.task, ended.finished_at);
-        let mut message = wire::task::next_attempt(&ended.message, task.attempt.saturating_add(1));
+        let mut message = wire::task::next_attempt(&ended.message(), task.attempt.saturating_add(1));
         if let Some(fence) = &ended.lease {
             wire::lease::set_fence(&mut message, fence.number);
         }
@@ -262,7 +317,7 @@ impl Signature {
         let reply = task.reply.clone().filter(|to| to.format == ReplyFormat::Bundle);
         let reply = self.reply(reply);
         Settlement {
-            reply: reply.map(|to| (to, note.clone())),
+            reply: reply.map(|to| Reply::Other(to, note.clone())),
             notes: std::iter::once(note).chain(release).collect(),
             ..Settlement::bare(subject, Successor::Message(outgoing))
         }
@@ -275,7 +330,7 @@ impl Signature {
         let reply = self.reply(wire::task::reply_of(&letter.message)).zip(letter.to_result());
         Settlement {
             then: if letter.reason.is_final() { Then::Over } else { Then::MayReturn },
-            reply: reply.map(|(to, result)| (to, Report::Finished(result))),
+            reply: reply.map(|(to, result)| Reply::Other(to, Report::Finished(result))),
             ..Settlement::bare(subject, Successor::Message(outgoing))
         }
     }
@@ -285,7 +340,7 @@ impl Signature {
         to.filter(|to| {
             let takes = self.topology.takes_replies(&to.queue);
             if !takes {
-                tracing::warn!(queue = to.queue, "a reply_to names a queue that takes no replies");
+                tracing::warn!(queue = &*to.queue, "a reply_to names a queue that takes no replies");
             }
             takes
         })

@@ -1,0 +1,318 @@
+//! Task bundles: many tasks of one queue, priority and due time in one message.
+//!
+//! A message costs the broker far more than a task costs us, so whoever submits many tasks sends them
+//! together (docs/decisions/0017). A bundle is nothing but their way to a worker: each task in it keeps
+//! its own id, options, result and end, and any of them can leave the bundle as a message of its own
+//! ([`singles`]). What tasks have in common stands once, in a list of heads; the arguments stand
+//! together at the end, so that they are sliced and not copied.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::codec::{Codec, CodecError, Payload, append_bincode, from_bincode_prefix};
+use super::message::{HeaderValue, Message, Properties};
+use super::{MAX_BODY_BYTES, Malformed, headers, task, within};
+use crate::names::{BatchId, QueueName, TaskId, TaskName};
+use crate::retry::RetryPolicy;
+use crate::task::{Options, ReplyFormat, ReplyTo, TaskMessage};
+use crate::timestamp::Timestamp;
+
+/// AMQP `type` of a bundle of tasks. No task can have this name.
+pub const BUNDLE_KIND: &str = "garenne.tasks";
+/// No bundle of more tasks than this is taken.
+pub const MAX_TASKS: usize = 1_000;
+const CONTENT_TYPE: &str = "application/x-garenne-tasks";
+const VERSION_1: u8 = 1;
+
+/// Writes tasks as one message. They go to one queue, together, and are due together, at their first
+/// attempt; at most [`MAX_TASKS`], and not too large for a message, which the caller sees to by
+/// [`weight`].
+pub fn encode(tasks: &[TaskMessage], app_id: &str) -> Result<Message, CodecError> {
+    let mut heads: Vec<&TaskMessage> = vec![];
+    let mut members = Vec::with_capacity(tasks.len() * 64);
+    let mut args_bytes = 0;
+    for task in tasks {
+        // Mostly the last one; a bundle of many kinds of tasks has few heads all the same.
+        let head = heads.iter().rposition(|head| have_one_head(head, task));
+        let head = head.unwrap_or_else(|| {
+            heads.push(task);
+            heads.len() - 1
+        });
+        args_bytes += task.args.bytes.len();
+        append_bincode(&MemberV1::of(task, head), &mut members)?;
+    }
+    let mut body = Vec::with_capacity(64 + heads.len() * 128 + members.len() + args_bytes);
+    body.push(VERSION_1);
+    append_bincode(&(heads.len(), tasks.len()), &mut body)?;
+    for head in &heads {
+        append_bincode(&HeadV1::from(*head), &mut body)?;
+    }
+    body.extend(members);
+    for task in tasks {
+        body.extend_from_slice(&task.args.bytes);
+    }
+    let first = tasks.first();
+    let properties = Properties {
+        content_type: Some(CONTENT_TYPE.to_owned()),
+        kind: Some(BUNDLE_KIND.to_owned()),
+        app_id: Some(app_id.to_owned()),
+        timestamp: first.and_then(|task| task.submitted_at).map(|at| at.as_millis() / 1000),
+        priority: first.and_then(|task| task.options.priority),
+        ..Properties::default()
+    };
+    // For people: the management UI counts messages.
+    let count = HeaderValue::Int(i64::try_from(tasks.len()).unwrap_or(i64::MAX));
+    let headers = vec![(headers::TASKS.into(), count)];
+    Ok(Message { properties, headers, body: body.into() })
+}
+
+/// Whether a message is a bundle of tasks; a cheap look, without decoding.
+pub fn is_one(message: &Message) -> bool {
+    message.properties.kind.as_deref() == Some(BUNDLE_KIND)
+}
+
+/// Reads a bundle that came through `queue`.
+///
+/// It is sound as a whole or malformed as a whole: of what cannot be read nobody knows where one task
+/// ends. JSON arguments are not looked into here, see [`task::check_args`].
+pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, Malformed> {
+    within("a bundle of tasks", &message.body, MAX_BODY_BYTES)?;
+    let mut from = Cursor { rest: &message.body };
+    match from.byte() {
+        Some(VERSION_1) => {}
+        Some(version) => {
+            return Err(Malformed::new(format_args!("a bundle of tasks of version {version}")));
+        }
+        None => return Err(Malformed::new("an empty bundle of tasks")),
+    }
+    let (heads, count): (usize, usize) = from.next()?;
+    // Before anything is made room for: each head is some task's.
+    if !(1..=MAX_TASKS).contains(&count) || !(1..=count).contains(&heads) {
+        return Err(Malformed::new(format_args!(
+            "a bundle of {count} tasks with {heads} heads; it can be 1 to {MAX_TASKS} tasks"
+        )));
+    }
+    let priority = message.properties.priority;
+    let heads = (0..heads).map(|_| from.next::<HeadV1<'_>>()?.read(priority));
+    let heads = heads.collect::<Result<Vec<Head>, Malformed>>()?;
+    let members = (0..count).map(|_| from.next()).collect::<Result<Vec<MemberV1<'_>>, _>>()?;
+    let mut args = message.body.slice_ref(from.rest);
+    let tasks = members.into_iter().map(|member| member.read(&heads, queue, &mut args));
+    let tasks = tasks.collect::<Result<Vec<_>, _>>()?;
+    if args.is_empty() {
+        return Ok(tasks);
+    }
+    Err(Malformed::new(format_args!("a bundle of tasks with {} bytes too many", args.len())))
+}
+
+/// The tasks of a bundle as messages of their own, under their old ids.
+pub fn singles(message: &Message, queue: &QueueName) -> Result<Vec<Message>, Malformed> {
+    let app_id = message.properties.app_id.as_deref().unwrap_or_default();
+    Ok(decode(message, queue)?.iter().map(|member| task::encode(member, app_id)).collect())
+}
+
+/// Marks a bundle as handed on by a worker that could not run it soon, so that the next one keeps it.
+pub fn mark_handed_on(message: &mut Message) {
+    message.set_header(headers::HANDED_ON, HeaderValue::Bool(true));
+}
+
+/// Whether a bundle, or a part of it, was handed on before.
+pub fn is_handed_on(message: &Message) -> bool {
+    message.header(headers::HANDED_ON) == Some(&HeaderValue::Bool(true))
+}
+
+/// How many bytes a task adds to a bundle, roughly.
+pub fn weight(task: &TaskMessage) -> usize {
+    let traceparent = task.traceparent.as_ref().map_or(0, String::len);
+    task.args.bytes.len() + task.id.as_str().len() + traceparent + 32
+}
+
+/// What tasks have in common that were submitted alike. The queue is the bundle's routing key and the
+/// priority its property.
+#[derive(Serialize, Deserialize)]
+struct HeadV1<'a> {
+    name: &'a str,
+    bincode: bool,
+    batch: Option<&'a str>,
+    reply: Option<ReplyV1<'a>>,
+    retry: Option<RetryV1>,
+    timeout_ms: Option<u64>,
+    soft_timeout_ms: Option<u64>,
+    traceparent: Option<&'a str>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ReplyV1<'a> {
+    queue: &'a str,
+    correlation_id: Option<&'a str>,
+    bundle: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+struct RetryV1 {
+    max_attempts: u32,
+    base_ms: u64,
+    factor: f64,
+    max_ms: u64,
+}
+
+/// What each task has of its own.
+#[derive(Serialize, Deserialize)]
+struct MemberV1<'a> {
+    head: usize,
+    id: &'a str,
+    /// How many bytes of the arguments behind the list are its own.
+    args: usize,
+    submitted_at: Option<u64>,
+    expires_at: Option<u64>,
+}
+
+fn have_one_head(one: &TaskMessage, other: &TaskMessage) -> bool {
+    let (a, b) = (&one.options, &other.options);
+    one.name == other.name
+        && one.args.codec == other.args.codec
+        && one.batch == other.batch
+        && one.reply == other.reply
+        && a.retry == b.retry
+        && (a.timeout, a.soft_timeout) == (b.timeout, b.soft_timeout)
+        && one.traceparent == other.traceparent
+}
+
+impl<'a> From<&'a TaskMessage> for HeadV1<'a> {
+    fn from(task: &'a TaskMessage) -> Self {
+        let Options { retry, timeout, soft_timeout, .. } = &task.options;
+        let reply = task.reply.as_ref().map(|reply| ReplyV1 {
+            queue: &reply.queue,
+            correlation_id: reply.correlation_id.as_deref(),
+            bundle: reply.format == ReplyFormat::Bundle,
+        });
+        Self {
+            name: task.name.as_str(),
+            bincode: task.args.codec == Codec::Bincode,
+            batch: task.batch.as_ref().map(BatchId::as_str),
+            reply,
+            retry: (*retry != RetryPolicy::DEFAULT).then(|| RetryV1 {
+                max_attempts: retry.max_attempts,
+                base_ms: task::as_millis(retry.base),
+                factor: retry.factor,
+                max_ms: task::as_millis(retry.max),
+            }),
+            timeout_ms: timeout.map(task::as_millis),
+            soft_timeout_ms: soft_timeout.map(task::as_millis),
+            traceparent: task.traceparent.as_deref(),
+        }
+    }
+}
+
+/// A head as a bundle's tasks are made of it.
+struct Head {
+    name: TaskName,
+    codec: Codec,
+    batch: Option<BatchId>,
+    reply: Option<ReplyTo>,
+    options: Options,
+    traceparent: Option<String>,
+}
+
+impl HeadV1<'_> {
+    fn read(self, priority: Option<u8>) -> Result<Head, Malformed> {
+        let retry = match self.retry {
+            None => RetryPolicy::DEFAULT,
+            Some(retry) if retry.factor.is_finite() => RetryPolicy {
+                max_attempts: retry.max_attempts.max(1),
+                base: Duration::from_millis(retry.base_ms),
+                factor: retry.factor,
+                max: Duration::from_millis(retry.max_ms),
+            },
+            Some(_) => return Err(Malformed::new("a retry factor that is no number")),
+        };
+        Ok(Head {
+            name: TaskName::new(self.name)?,
+            codec: if self.bincode { Codec::Bincode } else { Codec::Json },
+            batch: self.batch.map(BatchId::new).transpose()?,
+            reply: self.reply.map(ReplyV1::read).transpose()?,
+            options: Options {
+                retry,
+                timeout: self.timeout_ms.map(Duration::from_millis),
+                soft_timeout: self.soft_timeout_ms.map(Duration::from_millis),
+                expires_at: None,
+                priority,
+            },
+            traceparent: self.traceparent.map(str::to_owned),
+        })
+    }
+}
+
+impl ReplyV1<'_> {
+    fn read(self) -> Result<ReplyTo, Malformed> {
+        let Self { queue, correlation_id, bundle } = self;
+        task::check_text("reply_to", Some(queue))?;
+        task::check_text("correlation_id", correlation_id)?;
+        Ok(ReplyTo {
+            queue: queue.into(),
+            correlation_id: correlation_id.map(str::to_owned),
+            format: if bundle { ReplyFormat::Bundle } else { ReplyFormat::Plain },
+        })
+    }
+}
+
+impl<'a> MemberV1<'a> {
+    fn of(task: &'a TaskMessage, head: usize) -> Self {
+        Self {
+            head,
+            id: task.id.as_str(),
+            args: task.args.bytes.len(),
+            submitted_at: task.submitted_at.map(Timestamp::as_millis),
+            expires_at: task.options.expires_at.map(Timestamp::as_millis),
+        }
+    }
+
+    fn read(
+        self,
+        heads: &[Head],
+        queue: &QueueName,
+        args: &mut Bytes,
+    ) -> Result<TaskMessage, Malformed> {
+        let head = heads.get(self.head).ok_or_else(|| Malformed::new("a task without a head"))?;
+        if self.args > args.len() {
+            return Err(Malformed::new("a bundle of tasks that ends too early"));
+        }
+        let expires_at = self.expires_at.map(Timestamp::from_millis);
+        Ok(TaskMessage {
+            id: TaskId::new(self.id)?,
+            name: head.name.clone(),
+            queue: queue.clone(),
+            args: Payload { codec: head.codec, bytes: args.split_to(self.args) },
+            attempt: 1,
+            batch: head.batch.clone(),
+            reply: head.reply.clone(),
+            options: Options { expires_at, ..head.options },
+            submitted_at: self.submitted_at.map(Timestamp::from_millis),
+            traceparent: head.traceparent.clone(),
+        })
+    }
+}
+
+/// What of a body is not read yet.
+struct Cursor<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Cursor<'a> {
+    fn byte(&mut self) -> Option<u8> {
+        let (first, rest) = self.rest.split_first()?;
+        self.rest = rest;
+        Some(*first)
+    }
+
+    fn next<T: Deserialize<'a>>(&mut self) -> Result<T, Malformed> {
+        let (value, read) = from_bincode_prefix(self.rest)?;
+        self.rest = self.rest.get(read..).unwrap_or_default();
+        Ok(value)
+    }
+}
+
+#[cfg(test)]
+mod tests;
