@@ -11,7 +11,7 @@ use garenne_collector::store::{open_envelope, seal_envelope};
 use garenne_common::broker::parse_message;
 use garenne_common::wire::{
     Answer, Codec, DeadLetter, Lease, Message, Notice, Payload, Properties, Question, Report,
-    frames, report, task,
+    bundle, frames, report, task,
 };
 use garenne_common::{DeadReason, QueueName};
 
@@ -22,6 +22,7 @@ pub(crate) type Target = fn(&[u8]);
 pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("properties", properties),
     ("task", task_message),
+    ("bundle", task_bundle),
     ("dead", dead_letter),
     ("lease", lease),
     ("reports_bincode", reports_bincode),
@@ -87,6 +88,17 @@ pub(crate) fn task_message(bytes: &[u8]) {
             same(&DeadLetter::decode(&letter.encode()), &letter);
         }
     }
+}
+
+/// A bundle of tasks: what is accepted reads the same after it was written again, together and apart.
+pub(crate) fn task_bundle(bytes: &[u8]) {
+    let (message, queue) = (of_body(bytes, "application/x-garenne-tasks"), QueueName::default());
+    let Ok(tasks) = bundle::decode(&message, &queue) else { return };
+    let Ok(again) = bundle::encode(&tasks, "fuzz") else { panic!("what was read can be written") };
+    assert_eq!(bundle::decode(&again, &queue).as_ref(), Ok(&tasks));
+    assert!(
+        matches!(bundle::singles(&message, &queue), Ok(singles) if singles.len() == tasks.len())
+    );
 }
 
 /// A dead letter: nothing is refused, and it reads the same after it was written again.

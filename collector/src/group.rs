@@ -5,8 +5,8 @@
 
 use garenne_common::outcome::DeadReason;
 use garenne_common::wire::report::{self, BUNDLE_KIND, REPLY_KIND};
-use garenne_common::wire::{DeadLetter, Lease, Message, Report};
-use garenne_common::{TaskResult, Timestamp};
+use garenne_common::wire::{DeadLetter, Lease, Message, Report, bundle};
+use garenne_common::{QueueName, TaskResult, Timestamp};
 
 /// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
@@ -81,6 +81,13 @@ impl Group {
             // Somebody named this queue in a reply_to. It must not count as the end of that task.
             return self.take_stray("dead", message, "a reply, and no dead letter", by);
         }
+        // Given up by the broker, as a whole; a worker gives up the tasks of a bundle one by one.
+        if !DeadLetter::is_one(message)
+            && let Some(tasks) = tasks_of(message, &DeadLetter::decode(message).queue)
+        {
+            let letters = tasks.iter().map(|task| Letter::of_task(DeadLetter::decode(task)));
+            return self.letters.extend(letters);
+        }
         self.letters.push(Letter::of_task(DeadLetter::decode(message)));
     }
 
@@ -125,11 +132,34 @@ impl Group {
             self.take_reports(routing_key, message, by);
         } else {
             let error = format!("no queue {routing_key:?} existed when the broker took the task");
-            let reason = DeadReason::Unrouted;
-            let letter = DeadLetter::new(message, routing_key, reason, &error, by);
-            self.letters.push(Letter::of_task(letter));
+            let letter = |task: &Message| {
+                let reason = DeadReason::Unrouted;
+                Letter::of_task(DeadLetter::new(task, routing_key, reason, &error, by))
+            };
+            match tasks_of(message, routing_key) {
+                Some(tasks) => self.letters.extend(tasks.iter().map(letter)),
+                None => self.letters.push(letter(message)),
+            }
         }
     }
+}
+
+/// The tasks of a bundle as messages of their own, each with what the broker noted on the bundle;
+/// `None` if it is none, or none that can be read.
+fn tasks_of(message: &Message, queue: &str) -> Option<Vec<Message>> {
+    if !bundle::is_one(message) {
+        return None;
+    }
+    let queue = QueueName::new(queue).unwrap_or_default();
+    let mut tasks = bundle::singles(message, &queue).ok()?;
+    for task in &mut tasks {
+        task.headers.extend(message.headers.iter().filter(|(name, _)| is_brokers(name)).cloned());
+    }
+    Some(tasks)
+}
+
+fn is_brokers(header: &str) -> bool {
+    header.starts_with("x-last-death-")
 }
 
 impl Letter {
@@ -186,6 +216,38 @@ mod tests {
         let result = group.letters[0].result.as_ref().unwrap();
         assert_eq!((result.id.as_str(), result.queue.as_str()), ("t-1", "cpu"));
         assert_eq!(result.reason, Some(DeadReason::Unrouted));
+    }
+
+    #[test]
+    fn every_task_of_a_bundle_ends_by_itself() {
+        let tasks = ["t-1", "t-2"].map(|id| {
+            let mut task = task();
+            task.properties.message_id = Some(id.to_owned());
+            garenne_common::wire::task::decode(&task, &QueueName::default()).unwrap().unwrap()
+        });
+        let mut bundle = bundle::encode(&tasks, "test").unwrap();
+        let ends = |source, bundle: &Message| {
+            let results = taken(source, bundle).letters.into_iter().map(|letter| letter.result);
+            let ends =
+                results.map(Option::unwrap).map(|end| (end.id.to_string(), end.queue, end.reason));
+            ends.collect::<Vec<_>>()
+        };
+        let cpu = QueueName::new("cpu").unwrap();
+        let both = |reason| ["t-1", "t-2"].map(|id| (id.to_owned(), cpu.clone(), Some(reason)));
+        assert_eq!(ends(Source::Unrouted, &bundle), both(DeadReason::Unrouted));
+        let note = |text: &str| garenne_common::wire::HeaderValue::Text(text.to_owned());
+        bundle.set_header("x-last-death-reason", note("expired"));
+        bundle.set_header("x-last-death-queue", note("g.tasks.cpu"));
+        assert_eq!(ends(Source::Dead, &bundle), both(DeadReason::Expired));
+    }
+
+    #[test]
+    fn a_bundle_that_cannot_be_read_is_one_letter() {
+        let mut bundle = task();
+        bundle.properties.kind = Some(bundle::BUNDLE_KIND.to_owned());
+        for source in [Source::Dead, Source::Unrouted] {
+            assert_eq!(taken(source, &bundle).letters.len(), 1);
+        }
     }
 
     #[test]

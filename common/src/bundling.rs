@@ -83,7 +83,9 @@ impl Limits {
             let weight = bundle::weight(message);
             (work, bytes) = (work.saturating_add(takes), bytes + weight);
             match bundles.last_mut() {
-                Some(last) if last.len() < self.tasks && work <= self.work && bytes <= MAX_BYTES => {
+                Some(last)
+                    if last.len() < self.tasks && work <= self.work && bytes <= MAX_BYTES =>
+                {
                     last.push(item);
                 }
                 Some(_) | None => {

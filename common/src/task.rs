@@ -61,7 +61,7 @@ pub struct TaskMessage {
     /// When its producer submitted it.
     pub submitted_at: Option<Timestamp>,
     /// W3C trace context of the submission.
-    pub traceparent: Option<String>,
+    pub traceparent: Option<Arc<str>>,
 }
 
 /// How a task wants to be treated. Everything has a default.

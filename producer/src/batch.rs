@@ -14,6 +14,7 @@ use garenne_common::wire::{BatchSummary, Notice, Report, report};
 use garenne_common::{BatchId, TaskId, Timestamp};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::bulk::Submitted;
 use crate::{Handle, NoticeFilter, Notices, Producer, QueryError, Submission, SubmitError};
 
 /// How long a wait asks again after an answer, in case a notice was missed.
@@ -146,7 +147,32 @@ impl Batch {
         Ok(id)
     }
 
-    /// Submits members in order and pipelined; see [`Producer::submit_all`].
+    /// Submits several members together; see [`Producer::submit_many`].
+    pub async fn submit_many<O, I>(&self, submissions: I) -> Vec<Result<Handle<O>, SubmitError>>
+    where
+        I: IntoIterator,
+        I::Item: Into<Submission<O>>,
+    {
+        let submissions = submissions.into_iter().map(Into::into).collect();
+        let outcomes = self.producer.submit_group(submissions, Some(&self.id), true).await;
+        outcomes.into_iter().map(|outcome| self.producer.handle(self.counted(outcome)?)).collect()
+    }
+
+    /// [`submit_many`](Self::submit_many) without asking for results.
+    pub async fn submit_many_detached<O, I>(
+        &self,
+        submissions: I,
+    ) -> Vec<Result<TaskId, SubmitError>>
+    where
+        I: IntoIterator,
+        I::Item: Into<Submission<O>>,
+    {
+        let submissions = submissions.into_iter().map(Into::into).collect();
+        let outcomes = self.producer.submit_group::<O>(submissions, Some(&self.id), false).await;
+        outcomes.into_iter().map(|outcome| Ok(self.counted(outcome)?.id)).collect()
+    }
+
+    /// Submits members in order and in bundles; see [`Producer::submit_all`].
     pub fn submit_all<O, S>(
         &self,
         submissions: S,
@@ -155,7 +181,8 @@ impl Batch {
         S: Stream,
         S::Item: Into<Submission<O>>,
     {
-        submissions.map(|submission| self.submit(submission)).buffered(self.producer.window())
+        let outcomes = self.producer.submit_groups(submissions, Some(&self.id), true);
+        outcomes.map(|outcome| self.producer.handle(self.counted(outcome)?))
     }
 
     /// [`submit_all`](Self::submit_all) without asking for results.
@@ -167,8 +194,8 @@ impl Batch {
         S: Stream,
         S::Item: Into<Submission<O>>,
     {
-        let window = self.producer.window();
-        submissions.map(|submission| self.submit_detached(submission)).buffered(window)
+        let outcomes = self.producer.submit_groups::<O, S>(submissions, Some(&self.id), false);
+        outcomes.map(|outcome| Ok(self.counted(outcome)?.id))
     }
 
     /// Says that there will be no more members; `Ok` means that the broker confirmed it.
@@ -181,6 +208,12 @@ impl Batch {
         let at = Timestamp::now();
         producer.report(&Report::BatchSealed { batch: id.clone(), count, at }).await?;
         Ok(SealedBatch { producer, id, count })
+    }
+
+    fn counted(&self, outcome: Result<Submitted, SubmitError>) -> Result<Submitted, SubmitError> {
+        let submitted = outcome?;
+        self.count_in(&submitted.id, submitted.chosen);
+        Ok(submitted)
     }
 
     fn count_in(&self, id: &TaskId, chosen: bool) {

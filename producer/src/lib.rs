@@ -40,6 +40,7 @@
 
 mod ask;
 mod batch;
+mod bulk;
 mod cancel;
 mod error;
 mod handle;

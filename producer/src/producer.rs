@@ -7,18 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
 use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
+use garenne_common::bundling::{Limits, Pace};
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
 use garenne_common::wire::{self, Message, RetryNote};
-use garenne_common::{BatchId, Codec, QueueName, ReplyFormat, ReplyTo, TaskId, TaskMessage};
+use garenne_common::{BatchId, Codec, QueueName, TaskId, TaskMessage};
 use tokio::sync::{OnceCell, broadcast};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::ask::Asker;
+use crate::bulk;
 use crate::queues::KnownQueues;
 use crate::recovery;
 use crate::replies::Replies;
@@ -41,7 +42,8 @@ struct Inner {
     topology: Topology,
     codec: Codec,
     batch_deadline: Duration,
-    window: usize,
+    bundles: Limits,
+    pace: Arc<Pace>,
     names: Names,
     publisher: Publisher,
     consume_link: Link,
@@ -91,7 +93,8 @@ impl Producer {
         Ok(Self(Arc::new(Inner {
             codec: config.producer.codec,
             batch_deadline: config.producer.batch_deadline,
-            window: config.broker.publish_window,
+            bundles: config.producer.bundles,
+            pace: Arc::default(),
             publisher: Publisher::start(publish_link, core, &config.broker),
             queues: KnownQueues::new(consume_link.clone(), topology.clone()),
             consume_link,
@@ -131,33 +134,6 @@ impl Producer {
         self.submit_detached_in(submission.into(), None).await
     }
 
-    /// Submits everything that `submissions` yields; handles and errors come in the same order.
-    ///
-    /// As many submissions as the publish window holds (`broker.publish_window`) are under way at
-    /// once. Nothing happens while the returned stream is not polled, and an error does not end it.
-    pub fn submit_all<O, S>(
-        &self,
-        submissions: S,
-    ) -> impl Stream<Item = Result<Handle<O>, SubmitError>>
-    where
-        S: Stream,
-        S::Item: Into<Submission<O>>,
-    {
-        submissions.map(|submission| self.submit(submission)).buffered(self.0.window)
-    }
-
-    /// [`submit_all`](Self::submit_all) without asking for results.
-    pub fn submit_all_detached<O, S>(
-        &self,
-        submissions: S,
-    ) -> impl Stream<Item = Result<TaskId, SubmitError>>
-    where
-        S: Stream,
-        S::Item: Into<Submission<O>>,
-    {
-        submissions.map(|submission| self.submit_detached(submission)).buffered(self.0.window)
-    }
-
     /// Closes for all clones: waits some seconds for outstanding confirms, then tells every handle
     /// that it waits in vain, then closes both connections. Submitted tasks go on.
     pub async fn close(self) {
@@ -185,11 +161,7 @@ impl Producer {
         let replies = self.replies(by).await?;
         let queue = replies.queue(by).await?;
         self.require_queue(&task, by).await?;
-        task.reply = Some(ReplyTo {
-            queue: queue.name.to_string(),
-            correlation_id: None,
-            format: ReplyFormat::Bundle,
-        });
+        task.reply = Some(queue.reply_to());
         let id = task.id.clone();
         let waiting = replies.expect(id.clone(), &queue);
         self.publish_task(&task, delay, by).await?;
@@ -208,7 +180,11 @@ impl Producer {
         Ok(task.id)
     }
 
-    async fn require_queue(&self, task: &TaskMessage, by: Instant) -> Result<(), SubmitError> {
+    pub(crate) async fn require_queue(
+        &self,
+        task: &TaskMessage,
+        by: Instant,
+    ) -> Result<(), SubmitError> {
         if self.0.closed.load(Ordering::Acquire) {
             return Err(BrokerError::Closed.into());
         }
@@ -234,19 +210,23 @@ impl Producer {
         by: Instant,
     ) -> Result<(), SubmitError> {
         let message = wire::task::encode(task, &self.0.names.app);
+        let published = self.publish_tasks(&task.queue, message, delay, by).await;
+        published.map_err(|error| bulk::submit_error(&task.id, error))
+    }
+
+    /// Publishes a task, or a bundle of them.
+    pub(crate) async fn publish_tasks(
+        &self,
+        queue: &QueueName,
+        message: Message,
+        delay: Duration,
+        by: Instant,
+    ) -> Result<(), BrokerError> {
         let (exchange, message) = match self.0.topology.delay_route(delay) {
             Some(route) => (route.exchange, wire::task::with_delay_marks(&message, &route.marks)),
             None => (self.0.topology.tasks_exchange(), message),
         };
-        let routing_key = task.queue.to_string();
-        match self.publish(exchange, routing_key, message, by).await {
-            Ok(()) => Ok(()),
-            // These are answers: the broker, or our own encoder, did not take the message.
-            Err(refused @ (BrokerError::Rejected(_) | BrokerError::TooLong(_))) => {
-                Err(refused.into())
-            }
-            Err(source) => Err(SubmitError::Unconfirmed { id: task.id.clone(), source }),
-        }
+        self.publish(exchange, queue.to_string(), message, by).await
     }
 
     pub(crate) async fn publish(
@@ -271,7 +251,8 @@ impl Producer {
         let link = inner.consume_link.clone();
         let (topology, owner) = (inner.topology.clone(), inner.names.owner.clone());
         let scope = (&inner.tasks, inner.stop.clone());
-        let replies = Replies::start(link, topology, owner, inner.retries.clone(), scope).await?;
+        let listeners = (inner.retries.clone(), Arc::clone(&inner.pace));
+        let replies = Replies::start(link, topology, owner, listeners, scope).await?;
         let asker = self.asker_for(Arc::clone(&replies));
         inner.tasks.spawn(recovery::run(asker, inner.stop.clone()));
         Ok(replies)
@@ -294,8 +275,18 @@ impl Producer {
         &self.0.topology
     }
 
-    pub(crate) fn window(&self) -> usize {
-        self.0.window
+    pub(crate) fn codec(&self) -> Codec {
+        self.0.codec
+    }
+
+    /// What bounds the bundles of tasks.
+    pub(crate) fn bundles(&self) -> Limits {
+        self.0.bundles
+    }
+
+    /// How long tasks took whose results came back.
+    pub(crate) fn pace(&self) -> &Pace {
+        &self.0.pace
     }
 
     pub(crate) fn batch_deadline(&self) -> Duration {

@@ -10,10 +10,11 @@ use std::time::Duration;
 use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, QueueSource, Settler,
 };
+use garenne_common::bundling::Pace;
 use garenne_common::topology::Topology;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{Message, Report, RetryNote};
-use garenne_common::{TaskId, TaskResult};
+use garenne_common::{ReplyFormat, ReplyTo, TaskId, TaskResult};
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +36,8 @@ pub(crate) struct Replies {
     /// Askers by correlation id.
     questions: Mutex<HashMap<String, oneshot::Sender<Message>>>,
     retries: broadcast::Sender<RetryNote>,
+    /// How long tasks took, for whoever bundles others like them.
+    pace: Arc<Pace>,
 }
 
 /// A reply queue and its number.
@@ -42,6 +45,13 @@ pub(crate) struct Replies {
 pub(crate) struct ReplyQueue {
     pub(crate) name: Arc<str>,
     pub(crate) epoch: u64,
+}
+
+impl ReplyQueue {
+    /// What a task says that is to be answered here.
+    pub(crate) fn reply_to(&self) -> ReplyTo {
+        ReplyTo { queue: self.name.clone(), correlation_id: None, format: ReplyFormat::Bundle }
+    }
 }
 
 /// The right to one task's result; dropping it gives the place back.
@@ -65,7 +75,7 @@ impl Replies {
         link: Link,
         topology: Topology,
         owner: String,
-        retries: broadcast::Sender<RetryNote>,
+        (retries, pace): (broadcast::Sender<RetryNote>, Arc<Pace>),
         (tasks, stop): (&TaskTracker, CancellationToken),
     ) -> Result<Arc<Self>, BrokerError> {
         // The consumer would try for ever; a first failure should be told at once and by name.
@@ -89,6 +99,7 @@ impl Replies {
             outstanding: Mutex::default(),
             questions: Mutex::default(),
             retries,
+            pace,
         });
         let names = consumer.queue();
         replies.adopt(names.borrow().as_deref());
@@ -129,6 +140,21 @@ impl Replies {
         let now = Instant::now().into_std();
         let (ticket, result) = lock(&self.outstanding).expect(id.clone(), queue.epoch, now);
         Waiting { replies: Arc::clone(self), id, ticket, result }
+    }
+
+    /// [`expect`](Self::expect) for many at once.
+    pub(crate) fn expect_all(
+        self: &Arc<Self>,
+        ids: Vec<TaskId>,
+        queue: &ReplyQueue,
+    ) -> Vec<Waiting> {
+        let now = Instant::now().into_std();
+        let mut outstanding = lock(&self.outstanding);
+        let place = |id: TaskId| {
+            let (ticket, result) = outstanding.expect(id.clone(), queue.epoch, now);
+            Waiting { replies: Arc::clone(self), id, ticket, result }
+        };
+        ids.into_iter().map(place).collect()
     }
 
     /// A place for the answer to the question with this correlation id.
@@ -178,7 +204,10 @@ impl Replies {
         let mut outstanding = lock(&self.outstanding);
         for report in reports {
             match report {
-                Report::Finished(result) => outstanding.resolve(result),
+                Report::Finished(result) => {
+                    self.pace.note(&result.name, result.finished_at.since(result.started_at));
+                    outstanding.resolve(result);
+                }
                 Report::Retrying(note) => drop(self.retries.send(note)),
                 // Addressed to collectors; nothing here waits for them.
                 Report::BatchOpened { .. }

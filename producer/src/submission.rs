@@ -5,9 +5,11 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::topology::MAX_DELAY;
+use garenne_common::wire::bundle::MAX_TEXT_BYTES;
 use garenne_common::wire::codec::CodecError;
 use garenne_common::{
     BatchId, Codec, Options, Payload, QueueName, RetryPolicy, Task, TaskId, TaskMessage, TaskName,
@@ -30,7 +32,7 @@ pub struct Submission<O> {
     delay: Duration,
     expires_in: Option<Duration>,
     options: Options,
-    traceparent: Option<String>,
+    traceparent: Option<Arc<str>>,
     output: PhantomData<fn() -> O>,
 }
 
@@ -152,7 +154,7 @@ impl<O> Submission<O> {
     }
 
     /// The W3C trace context that the task belongs to; passed on as it is.
-    pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
+    pub fn traceparent(mut self, traceparent: impl Into<Arc<str>>) -> Self {
         self.traceparent = Some(traceparent.into());
         self
     }
@@ -212,6 +214,9 @@ impl<O> Submission<O> {
             return refuse(format!(
                 "a soft timeout of {soft:?} comes after the timeout of {hard:?}"
             ));
+        }
+        if self.traceparent.as_ref().is_some_and(|parent| parent.len() > MAX_TEXT_BYTES) {
+            return refuse(format!("a traceparent has at most {MAX_TEXT_BYTES} bytes"));
         }
         match self.expires_in {
             Some(Duration::ZERO) => refuse("it expires before it can start".to_owned()),

@@ -56,6 +56,10 @@ fn noticed_by(guard: Guard) -> &'static str {
             "poison::an_aborting_task_is_a_dead_letter_with_evidence_after_exactly_its_budget"
         }
         Guard::DeliveryBudget => "poison::a_task_that_is_never_settled_is_given_up_in_the_end",
+        Guard::BundleShares => {
+            "bundles::a_worker_that_is_killed_in_the_middle_of_a_bundle_loses_nothing"
+        }
+        Guard::BundleSplit => "bundles::a_task_that_kills_its_process_is_found_in_its_bundle",
         Guard::SuccessorBeforeAck => {
             "redelivery::a_task_is_acknowledged_only_after_its_result_is_confirmed"
         }

@@ -17,6 +17,7 @@ mod harness;
 mod alarm;
 mod batch_and_notices;
 mod broker_outage;
+mod bundles;
 mod cancel;
 mod cli;
 #[cfg(feature = "cluster")]

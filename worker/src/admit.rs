@@ -71,7 +71,8 @@ pub fn split(
     inflight: &Inflight,
     signature: &Signature,
 ) -> Vec<Settlement> {
-    let settlement = |task: &TaskMessage| match inflight.recognise(&Key::of_member(task), delivery) {
+    let settlement = |task: &TaskMessage| match inflight.recognise(&Key::of_member(task), delivery)
+    {
         Some(Begin::Adopted) => None,
         Some(Begin::Settled | Begin::Run) => {
             Some(Settlement::bare(Subject::Delivery(delivery), Successor::Confirmed))

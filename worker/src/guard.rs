@@ -26,7 +26,8 @@ pub(crate) fn inspect<H>(
     let refuse = |reason, error| Verdict::Refuse { reason, error };
     if wire::bundle::is_one(message) {
         // One that can be read never gets here: its tasks do, one by one.
-        let error = wire::bundle::decode(message, queue).map(drop).map_err(|error| error.to_string());
+        let error =
+            wire::bundle::decode(message, queue).map(drop).map_err(|error| error.to_string());
         let error = error.err().unwrap_or_else(|| "a bundle of tasks in place of one".to_owned());
         return refuse(DeadReason::Malformed, error);
     }

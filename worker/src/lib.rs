@@ -81,7 +81,7 @@ pub mod protocol {
     pub use crate::admit::{Admission, admit, admit_member, split};
     pub use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
     pub use crate::settle::{
-        Action, Answer, Arrival, Carrier, Ended, Lane, Reply, SettleCore, Settlement, Signature, Subject,
-        Successor, Then, Ticket,
+        Action, Answer, Arrival, Carrier, Ended, Lane, Reply, SettleCore, Settlement, Signature,
+        Subject, Successor, Then, Ticket,
     };
 }

@@ -155,9 +155,10 @@ impl Line {
         let state = self.lock();
         let long = |arrived: &Arrived| !arrived.handed_on && arrived.at.elapsed() > patience;
         state.open.iter().any(|member| long(&member.arrived))
-            || state.closed.iter().any(|(delivery, arrived)| {
-                long(arrived) && wire::bundle::is_one(&delivery.message)
-            })
+            || state
+                .closed
+                .iter()
+                .any(|(delivery, arrived)| long(arrived) && wire::bundle::is_one(&delivery.message))
     }
 
     /// Takes out what [`has_surplus`](Self::has_surplus) speaks of; or all that waits of bundles, with
@@ -214,8 +215,7 @@ impl Line {
         lane.divided(delivery.tag, tasks.len());
         let bundle = DeliveryRef { queue: self.queue, tag: delivery.tag };
         let app_id: Arc<str> = delivery.message.properties.app_id.unwrap_or_default().into();
-        let member =
-            |task| Member { task, bundle, app_id: Arc::clone(&app_id), arrived };
+        let member = |task| Member { task, bundle, app_id: Arc::clone(&app_id), arrived };
         Ok(tasks.into_iter().map(member).collect())
     }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource, Settler,
 };
-use garenne_common::config::Config;
 use garenne_common::bundling::Pace;
+use garenne_common::config::Config;
 use garenne_common::guards::Guard;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
 use tokio::sync::mpsc;
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::aides::Aides;
+use crate::attempt::Pipeline;
 use crate::builtin;
 use crate::cancels::Cancels;
 use crate::command::CommandHandler;
@@ -23,11 +24,10 @@ use crate::doors::Doors;
 use crate::faults;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
-use crate::attempt::Pipeline;
 use crate::intake::intake;
-use crate::line::Line;
 use crate::isolate::{self, Isolation};
 use crate::lease::LeaseTerms;
+use crate::line::Line;
 use crate::outcome::TaskError;
 use crate::register::Register;
 use crate::settle::{Lane, SettleCore, SettleTask, Signature};

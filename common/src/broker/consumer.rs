@@ -154,10 +154,13 @@ impl Consumer {
     }
 
     /// The broker's word on the queue, over a channel of its own.
-    pub fn status(&self) -> impl Future<Output = Result<QueueStatus, BrokerError>> + Send + 'static {
+    pub fn status(
+        &self,
+    ) -> impl Future<Output = Result<QueueStatus, BrokerError>> + Send + 'static {
         let (link, queue) = (self.shared.link.clone(), self.shared.queue.borrow().clone());
         async move {
-            let queue = queue.ok_or_else(|| BrokerError::Lost("no queue at the moment".to_owned()))?;
+            let queue =
+                queue.ok_or_else(|| BrokerError::Lost("no queue at the moment".to_owned()))?;
             watch::ask(&link.channel().await?, &queue, link.config().heartbeat).await
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::bundling::Limits;
 use crate::names::{Namespace, QueueName, TaskName};
 use crate::topology::Topology;
 use crate::wire::Codec;
@@ -70,6 +71,8 @@ pub struct ProducerConfig {
     pub codec: Codec,
     /// A batch that is not sealed by then ends as abandoned.
     pub batch_deadline: Duration,
+    /// What bounds bundles of tasks that are submitted together.
+    pub bundles: Limits,
 }
 
 /// For workers.

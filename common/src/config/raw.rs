@@ -12,8 +12,10 @@ use super::{
     BrokerConfig, BrokerUrl, CollectorConfig, CommandConfig, CommandOutput, Config, ConfigError,
     LogConfig, LogFormat, ProducerConfig, Sources, WorkerConfig,
 };
+use crate::bundling::Limits;
 use crate::names::{Namespace, QueueName, TaskName};
 use crate::wire::Codec;
+use crate::wire::bundle::MAX_TASKS;
 
 /// The value of the keys as written, with their defaults.
 #[derive(Debug, Default, Deserialize)]
@@ -62,11 +64,19 @@ struct RawProducer {
     codec: Codec,
     #[serde(with = "humantime_serde")]
     batch_deadline: Duration,
+    bundle_tasks: usize,
+    #[serde(with = "humantime_serde")]
+    bundle_work: Duration,
 }
 
 impl Default for RawProducer {
     fn default() -> Self {
-        Self { codec: Codec::Json, batch_deadline: Duration::from_hours(24) }
+        Self {
+            codec: Codec::Json,
+            batch_deadline: Duration::from_hours(24),
+            bundle_tasks: 500,
+            bundle_work: Duration::from_millis(20),
+        }
     }
 }
 
@@ -226,10 +236,7 @@ impl RawConfig {
         let mut problems = Problems::default();
         let config = Config {
             broker: self.broker.check(&mut problems),
-            producer: ProducerConfig {
-                codec: self.producer.codec,
-                batch_deadline: self.producer.batch_deadline,
-            },
+            producer: self.producer.check(&mut problems),
             worker: self.worker.check(&mut problems),
             collector: self.collector.check(&mut problems),
             log: self.log.check(&mut problems),
@@ -305,6 +312,18 @@ impl RawBroker {
             publish_timeout: self.publish_timeout,
             publish_window: self.publish_window,
             consumer_timeout: self.consumer_timeout,
+        }
+    }
+}
+
+impl RawProducer {
+    fn check(self, problems: &mut Problems) -> ProducerConfig {
+        let fine = (1..=MAX_TASKS).contains(&self.bundle_tasks);
+        problems.ensure(fine, "producer.bundle_tasks: must be between 1 and 1000");
+        ProducerConfig {
+            codec: self.codec,
+            batch_deadline: self.batch_deadline,
+            bundles: Limits { tasks: self.bundle_tasks.max(1), work: self.bundle_work },
         }
     }
 }

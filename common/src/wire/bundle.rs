@@ -6,6 +6,7 @@
 //! ([`singles`]). What tasks have in common stands once, in a list of heads; the arguments stand
 //! together at the end, so that they are sliced and not copied.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,17 +24,23 @@ use crate::timestamp::Timestamp;
 pub const BUNDLE_KIND: &str = "garenne.tasks";
 /// No bundle of more tasks than this is taken.
 pub const MAX_TASKS: usize = 1_000;
+/// What tasks have in common may be so long, as AMQP's short strings are.
+pub const MAX_TEXT_BYTES: usize = 255;
 const CONTENT_TYPE: &str = "application/x-garenne-tasks";
 const VERSION_1: u8 = 1;
 
 /// Writes tasks as one message. They go to one queue, together, and are due together, at their first
 /// attempt; at most [`MAX_TASKS`], and not too large for a message, which the caller sees to by
 /// [`weight`].
-pub fn encode(tasks: &[TaskMessage], app_id: &str) -> Result<Message, CodecError> {
+pub fn encode<'a>(
+    tasks: impl IntoIterator<Item = &'a TaskMessage>,
+    app_id: &str,
+) -> Result<Message, CodecError> {
+    let tasks: Vec<&TaskMessage> = tasks.into_iter().collect();
     let mut heads: Vec<&TaskMessage> = vec![];
     let mut members = Vec::with_capacity(tasks.len() * 64);
     let mut args_bytes = 0;
-    for task in tasks {
+    for task in &tasks {
         // Mostly the last one; a bundle of many kinds of tasks has few heads all the same.
         let head = heads.iter().rposition(|head| have_one_head(head, task));
         let head = head.unwrap_or_else(|| {
@@ -50,7 +57,7 @@ pub fn encode(tasks: &[TaskMessage], app_id: &str) -> Result<Message, CodecError
         append_bincode(&HeadV1::from(*head), &mut body)?;
     }
     body.extend(members);
-    for task in tasks {
+    for task in &tasks {
         body.extend_from_slice(&task.args.bytes);
     }
     let first = tasks.first();
@@ -125,7 +132,7 @@ pub fn is_handed_on(message: &Message) -> bool {
 
 /// How many bytes a task adds to a bundle, roughly.
 pub fn weight(task: &TaskMessage) -> usize {
-    let traceparent = task.traceparent.as_ref().map_or(0, String::len);
+    let traceparent = task.traceparent.as_ref().map_or(0, |parent| parent.len());
     task.args.bytes.len() + task.id.as_str().len() + traceparent + 32
 }
 
@@ -213,7 +220,7 @@ struct Head {
     batch: Option<BatchId>,
     reply: Option<ReplyTo>,
     options: Options,
-    traceparent: Option<String>,
+    traceparent: Option<Arc<str>>,
 }
 
 impl HeadV1<'_> {
@@ -228,6 +235,7 @@ impl HeadV1<'_> {
             },
             Some(_) => return Err(Malformed::new("a retry factor that is no number")),
         };
+        check_length("traceparent", self.traceparent)?;
         Ok(Head {
             name: TaskName::new(self.name)?,
             codec: if self.bincode { Codec::Bincode } else { Codec::Json },
@@ -240,7 +248,7 @@ impl HeadV1<'_> {
                 expires_at: None,
                 priority,
             },
-            traceparent: self.traceparent.map(str::to_owned),
+            traceparent: self.traceparent.map(Arc::from),
         })
     }
 }
@@ -248,13 +256,25 @@ impl HeadV1<'_> {
 impl ReplyV1<'_> {
     fn read(self) -> Result<ReplyTo, Malformed> {
         let Self { queue, correlation_id, bundle } = self;
-        task::check_text("reply_to", Some(queue))?;
-        task::check_text("correlation_id", correlation_id)?;
+        for (name, text) in [("reply_to", Some(queue)), ("correlation_id", correlation_id)] {
+            task::check_text(name, text)?;
+            check_length(name, text)?;
+        }
         Ok(ReplyTo {
             queue: queue.into(),
             correlation_id: correlation_id.map(str::to_owned),
             format: if bundle { ReplyFormat::Bundle } else { ReplyFormat::Plain },
         })
+    }
+}
+
+/// Every task that leaves the bundle gets a copy of it.
+fn check_length(name: &str, text: Option<&str>) -> Result<(), Malformed> {
+    match text.filter(|text| text.len() > MAX_TEXT_BYTES) {
+        None => Ok(()),
+        Some(_) => {
+            Err(Malformed::new(format_args!("{name} is longer than {MAX_TEXT_BYTES} bytes")))
+        }
     }
 }
 

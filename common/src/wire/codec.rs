@@ -144,8 +144,7 @@ pub(super) fn to_bincode<T: Serialize + ?Sized>(value: &T) -> Result<Vec<u8>, Co
 
 /// [`to_bincode`] at the end of what is there.
 pub(super) fn append_bincode<T: Serialize>(value: &T, to: &mut Vec<u8>) -> Result<(), CodecError> {
-    let written =
-        bincode::serde::encode_into_std_write(value, to, bincode::config::standard());
+    let written = bincode::serde::encode_into_std_write(value, to, bincode::config::standard());
     written.map(drop).map_err(CodecError::encode)
 }
 

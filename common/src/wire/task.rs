@@ -4,6 +4,7 @@
 //! default. What is present must be right: a number that does not parse is a malformed task, not a
 //! task without that number.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::codec::{Codec, Payload};
@@ -67,7 +68,7 @@ fn encode_headers(task: &TaskMessage) -> Vec<(HeaderName, HeaderValue)> {
         list.push(int(headers::SUBMITTED_AT, at.as_millis()));
     }
     if let Some(parent) = &task.traceparent {
-        list.push((headers::TRACEPARENT.into(), HeaderValue::Text(parent.clone())));
+        list.push((headers::TRACEPARENT.into(), HeaderValue::Text(parent.to_string())));
     }
     if task.reply.as_ref().is_some_and(|reply| reply.format == ReplyFormat::Bundle) {
         list.push((headers::REPLY_FORMAT.into(), HeaderValue::Text(BUNDLE.to_owned())));
@@ -94,7 +95,7 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
         None => properties.timestamp.map(|s| Timestamp::from_millis(s.saturating_mul(1000))),
     };
     let (reply, options) = (decode_reply(message)?, decode_options(message)?);
-    let traceparent = text(message, headers::TRACEPARENT)?.map(str::to_owned);
+    let traceparent = text(message, headers::TRACEPARENT)?.map(Arc::from);
     check_printable(message)?;
     let Some(id) = properties.message_id.as_deref() else { return Ok(None) };
     let id = TaskId::new(id)?;
@@ -386,7 +387,7 @@ mod tests {
                         priority,
                     },
                     submitted_at: at.map(|ms| Timestamp::from_millis(ms.into())),
-                    traceparent: bundle.then_some(name),
+                    traceparent: bundle.then(|| name.into()),
                 }
             },
         )

@@ -9,8 +9,8 @@ use garenne_common::wire::lease::next_fence;
 use garenne_common::wire::{Fence, HeaderValue, Message};
 use garenne_common::{QueueName, TaskId, TaskMessage, TaskName, Timestamp};
 use garenne_worker::protocol::{
-    Action, Admission, Answer, Arrival, DeliveryRef, Ended, Inflight, Key, Lane, SettleCore,
-    Settlement, Signature, Subject, Successor, Ticket, admit,
+    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Key, Lane,
+    SettleCore, Settlement, Signature, Subject, Successor, Ticket, admit,
 };
 use garenne_worker::{Disposition, Outcome, decide};
 
@@ -196,7 +196,8 @@ impl Worker {
         let key = Key::of(&task, &message);
         env.note(|env| format!("{} ended {}", self.name, env.books.label(&key)));
         let finished_at = env.at();
-        let ended = Ended { task, message, redelivered, started_at, finished_at, lease };
+        let carrier = Carrier::Alone(message);
+        let ended = Ended { task, carrier, redelivered, started_at, finished_at, lease };
         self.inbox.push_back(self.signature.settlement(&ended, disposition));
         true
     }

@@ -16,8 +16,8 @@ mod order;
 mod signature;
 
 pub use self::core::{Action, Answer, SettleCore, Ticket};
-pub(crate) use driver::SettleTask;
 pub use carrier::Carrier;
+pub(crate) use driver::SettleTask;
 pub use lane::Lane;
 pub use order::{Reply, Settlement, Subject, Successor, Then};
 pub use signature::{Arrival, Ended, Signature};

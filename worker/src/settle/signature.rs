@@ -296,7 +296,8 @@ impl Signature {
 
     fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: String) -> Settlement {
         let (task, at) = (&ended.task, ended.finished_at);
-        let mut message = wire::task::next_attempt(&ended.message(), task.attempt.saturating_add(1));
+        let mut message =
+            wire::task::next_attempt(&ended.message(), task.attempt.saturating_add(1));
         if let Some(fence) = &ended.lease {
             wire::lease::set_fence(&mut message, fence.number);
         }
@@ -340,7 +341,10 @@ impl Signature {
         to.filter(|to| {
             let takes = self.topology.takes_replies(&to.queue);
             if !takes {
-                tracing::warn!(queue = &*to.queue, "a reply_to names a queue that takes no replies");
+                tracing::warn!(
+                    queue = &*to.queue,
+                    "a reply_to names a queue that takes no replies"
+                );
             }
             takes
         })

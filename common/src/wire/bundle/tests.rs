@@ -33,7 +33,7 @@ fn some() -> Vec<TaskMessage> {
     tasks[2].args = Payload { codec: Codec::Bincode, bytes: vec![1, 2, 3].into() };
     tasks[2].batch = None;
     tasks[2].reply = None;
-    tasks[2].traceparent = Some("00-1-2-01".to_owned());
+    tasks[2].traceparent = Some("00-1-2-01".into());
     tasks
 }
 
@@ -93,6 +93,8 @@ fn each_breach_has_its_own_reason() {
     let mut unprintable = some();
     unprintable[0].reply.as_mut().unwrap().queue = "a\u{7}b".into();
     assert!(reason(&encode(&unprintable, "test").unwrap()).contains("reply_to"));
+    unprintable[0].reply.as_mut().unwrap().queue = "q".repeat(256).into();
+    assert!(reason(&encode(&unprintable, "test").unwrap()).contains("longer"));
 }
 
 #[test]
