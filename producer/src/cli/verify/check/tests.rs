@@ -137,7 +137,7 @@ fn record(mix: Mix, n: u64, batch: Option<&str>) -> TaskResult {
         reason,
         attempt: if job.succeeds() { job.failures + 1 } else { 1 },
         redelivered: false,
-        worker: "w".to_owned(),
+        worker: "w".into(),
         started_at: Timestamp::from_millis(1),
         finished_at: Timestamp::from_millis(2),
     }
