@@ -253,7 +253,7 @@ fn reply(letter: &DeadLetter, result: &TaskResult) -> Option<Outgoing> {
             bundle
         }
     };
-    Some(Outgoing { exchange: String::new(), routing_key: queue, message })
+    Some(Outgoing { exchange: String::new(), routing_key: queue.to_string(), message })
 }
 
 /// As the task says; a message that is no sound task still gets the plain reply it asks for.
@@ -261,7 +261,7 @@ fn reply_to(message: &Message) -> Option<ReplyTo> {
     match task::decode(message, &QueueName::default()) {
         Ok(task) => task?.reply,
         Err(_) => message.properties.reply_to.clone().map(|queue| ReplyTo {
-            queue,
+            queue: queue.into(),
             correlation_id: message.properties.correlation_id.clone(),
             format: ReplyFormat::Plain,
         }),

@@ -17,8 +17,8 @@ use garenne_common::{
 };
 use garenne_worker::Disposition;
 use garenne_worker::protocol::{
-    Action, Admission, Answer, Arrival, DeliveryRef, Ended, Inflight, Lane, SettleCore, Signature,
-    admit,
+    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Lane, SettleCore,
+    Signature, admit,
 };
 
 /// Tasks in a row: what a worker with 64 slots and its default look-ahead holds, more or less.
@@ -51,7 +51,7 @@ impl Desk {
         match admit(arrival, |_| Some(()), &self.inflight, &self.signature) {
             Admission::Run(task, ()) => Ended {
                 task,
-                message,
+                carrier: Carrier::Alone(message),
                 redelivered: false,
                 started_at: at,
                 finished_at: at,
