@@ -3,7 +3,6 @@
 //! The collector's whole write path behind the broker but for decoding, which `common/benches/wire.rs`
 //! measures. The files lie in the directory for temporary files, so its disk is measured too.
 
-#![expect(missing_docs, reason = "criterion's macros make functions without any")]
 #![expect(clippy::unwrap_used, reason = "a benchmark fails as a test does")]
 
 use std::sync::Arc;

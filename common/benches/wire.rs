@@ -2,7 +2,6 @@
 //!
 //! Without a broker: how many of them travel per second is `garenne bench`'s question.
 
-#![expect(missing_docs, reason = "criterion's macros make functions without any")]
 #![expect(clippy::unwrap_used, reason = "a benchmark fails as a test does")]
 
 use std::hint::black_box;

@@ -3,7 +3,6 @@
 //!
 //! Nothing is sent and nothing runs: every result is confirmed at once.
 
-#![expect(missing_docs, reason = "criterion's macros make functions without any")]
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a benchmark fails as a test does")]
 
 use std::sync::Arc;
