@@ -6,7 +6,7 @@ CARGO ?= cargo
 FAILPOINTS := --workspace --features garenne-common/failpoints --target-dir target/guards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench verify
+.PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench microbench verify
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ bench: ## throughput and latency, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup --no-tests
 	$(CARGO) build --release --bins
 	scripts/rabbitmq run -- target/release/garenne bench $(ARGS)
+
+# No broker. What follows `--` is criterion's: ARGS="-p garenne-common -- reports"
+microbench: ## criterion benchmarks of codec, settling and store (ARGS picks some)
+	$(CARGO) bench --bench '*' $(or $(ARGS),-p garenne-common -p garenne-worker -p garenne-collector)
 
 verify: ## tasks under faults, and a certificate, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup --no-tests

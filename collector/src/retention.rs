@@ -15,9 +15,10 @@ use crate::store::Store;
 /// How often it looks for old records.
 const LOOK: Duration = Duration::from_mins(1);
 /// Records of each kind in one transaction: few, so that a group waits only milliseconds for it.
-const SLICE: usize = 500;
-/// Between two slices, so that groups come first.
-const PAUSE: Duration = Duration::from_millis(20);
+const SLICE: usize = 2_000;
+/// Between two slices, so that groups come first. Slice and pause must let it forget faster than a
+/// collector at full speed collects, or the file would grow for as long as the speed lasts.
+const PAUSE: Duration = Duration::from_millis(10);
 
 pub(crate) struct Retention<S> {
     pub(crate) store: S,

@@ -3,6 +3,8 @@
 //! What happened to one attempt, and what becomes of its message, is the worker's own vocabulary
 //! (`garenne_worker::outcome`); this is what the rest of the system hears of it.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
@@ -131,7 +133,7 @@ pub struct TaskResult {
     /// Whether the broker had delivered this attempt before (a worker or connection was lost).
     pub redelivered: bool,
     /// Who ran it, or who gave it up.
-    pub worker: String,
+    pub worker: Arc<str>,
     /// When the last attempt started.
     pub started_at: Timestamp,
     /// When it ended.

@@ -100,7 +100,7 @@ fn output_of<O: DeserializeOwned>(result: TaskResult) -> Result<O, OutputError> 
             reason: result.reason,
             error: result.error.unwrap_or_default(),
             attempt: result.attempt,
-            worker: result.worker,
+            worker: result.worker.to_string(),
         }),
         Status::Cancelled => {
             Err(OutputError::Cancelled { id, reason: result.error.unwrap_or_default() })
@@ -125,7 +125,7 @@ mod tests {
             reason: Some(DeadReason::RetriesExhausted),
             attempt: 4,
             redelivered: false,
-            worker: "host:1".to_owned(),
+            worker: "host:1".into(),
             started_at: Timestamp::from_millis(0),
             finished_at: Timestamp::from_millis(0),
         }

@@ -111,7 +111,7 @@ mod tests {
                 status: Status::Succeeded,
                 reason: None,
                 attempt: 1,
-                worker: "w".to_owned(),
+                worker: "w".into(),
                 finished_at: Timestamp::from_millis(0),
             })
         };

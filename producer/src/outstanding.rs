@@ -153,7 +153,7 @@ mod tests {
             reason: None,
             attempt: 1,
             redelivered: false,
-            worker: "w".to_owned(),
+            worker: "w".into(),
             started_at: Timestamp::from_millis(0),
             finished_at: Timestamp::from_millis(0),
         }

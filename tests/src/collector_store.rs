@@ -184,10 +184,10 @@ async fn nonsense_in_its_queues_does_not_stop_the_collector() {
     let nonsense = |body: &'static [u8]| Message { body: body.into(), ..Message::default() };
     for body in [
         &b""[..],
-        b"\x01\xff\xff\xff\xff\xff",
+        b"\x02\xff\xff\xff\xff\xff",
         b"\x09",
         b"{",
-        b"\x01\xfd\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"\x02\xfd\xff\xff\xff\xff\xff\xff\xff\xff",
     ] {
         amqp.publish(&topology.results(), &topology.results(), nonsense(body)).await;
         amqp.publish(&topology.dead(), "", nonsense(body)).await;

@@ -47,7 +47,7 @@ async fn what_the_broker_itself_gives_up_ends_too() {
     amqp.task(task).await;
     let result = ended(&producer, "t-1").await;
     assert_eq!((result.reason, result.attempt), (Some(DeadReason::Expired), 0));
-    assert_eq!(result.worker, "rabbitmq");
+    assert_eq!(&*result.worker, "rabbitmq");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -61,7 +61,7 @@ async fn a_killed_worker_s_task_runs_elsewhere_under_a_higher_fence() {
     first.kill().await;
     let _second = worker(&warren, "second").await;
     let result = handle.result().within(LONG, "it runs again").await.unwrap();
-    assert_eq!((result.attempt, result.worker.as_str()), (1, "second"));
+    assert_eq!((result.attempt, &*result.worker), (1, "second"));
     assert_eq!(fences(&warren), ["1", "2"]);
     soon("the lease is over", async || (leases(&warren, "held") == 0).then_some(())).await;
 }

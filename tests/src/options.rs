@@ -33,7 +33,7 @@ async fn a_queue_has_its_own_workers() {
     for (queue, worker) in [("default", "generalist"), ("cpu", "specialist"), ("gpu", "specialist")]
     {
         let result = run(&producer, task("garenne.echo", json!(1)).queue(queue).unwrap()).await;
-        assert_eq!((result.queue.as_str(), result.worker.as_str()), (queue, worker));
+        assert_eq!((result.queue.as_str(), &*result.worker), (queue, worker));
     }
 }
 

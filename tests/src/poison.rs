@@ -224,7 +224,7 @@ async fn a_suspect_runs_in_a_child_and_costs_nothing() {
     let (second, child) = isolated(&warren, announce.retries(0)).await;
     let result = warren.amqp().await.results().await.result().soon("it ends").await;
     assert_eq!((result.status, result.attempt), (Status::Succeeded, 1));
-    assert_eq!((result.worker.as_str(), result.redelivered), ("second", true));
+    assert_eq!((&*result.worker, result.redelivered), ("second", true));
     assert_eq!(second.stdout(), "second is processing task me\n");
     // Kept for a while, for further suspects, and then ended.
     gone(child).await;

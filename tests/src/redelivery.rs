@@ -154,7 +154,7 @@ async fn an_acknowledgement_of_an_old_connection_settles_nothing_of_the_next_one
     runs("t-2", 1).await;
     for by in ["first", "second"] {
         let result = results.result().soon("both executions end").await;
-        assert_eq!((result.id.as_str(), result.worker.as_str()), ("t-1", by));
+        assert_eq!((result.id.as_str(), &*result.worker), ("t-1", by));
     }
     first.kill().await;
     runs("t-2", 2).await;
@@ -190,7 +190,7 @@ async fn a_killed_worker_s_task_runs_elsewhere_and_costs_no_attempt() {
     first.kill().await;
     let _second = worker("second").start().await;
     let result = handle.result().soon("it ends elsewhere").await.unwrap();
-    assert_eq!((result.worker.as_str(), result.attempt, result.redelivered), ("second", 1, true));
+    assert_eq!((&*result.worker, result.attempt, result.redelivered), ("second", 1, true));
     assert_eq!(effects::done(&warren).len(), 2, "at least once: the effect happened twice");
 }
 

@@ -47,10 +47,10 @@ async fn sigterm_finishes_what_runs_and_hands_back_the_rest() {
     for handle in handles {
         let result = handle.result().soon("a sleeper ends").await.unwrap();
         assert_eq!(result.attempt, 1, "{result:?}");
-        if result.worker == "first" {
+        if &*result.worker == "first" {
             assert!(!result.redelivered, "it was finished, not run again: {result:?}");
         }
-        workers.push(result.worker);
+        workers.push(result.worker.to_string());
     }
     workers.sort_unstable();
     assert_eq!(workers, ["first", "first", "second", "second", "second", "second"]);

@@ -125,7 +125,7 @@ fn result(id: &str, batch: Option<BatchId>, status: Status, finished: u64) -> Ta
         reason: None,
         attempt: 1,
         redelivered: false,
-        worker: "w".to_owned(),
+        worker: "w".into(),
         started_at: at(finished - 1),
         finished_at: at(finished),
     }

@@ -1,14 +1,14 @@
 //! A SQLite transaction as the ledger of [`crate::aggregate`]: what is written, statement by statement.
 //!
 //! Row at a time through cached statements: the fastest way that says of every row whether it was new
-//! (docs/decisions/0003).
+//! (docs/decisions/0003). What most results do not need, no result pays for (docs/decisions/0018).
 
 use garenne_common::guards::Guard;
 use garenne_common::outcome::Status;
 use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote, replay};
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
 use rusqlite::types::Type;
-use rusqlite::{OptionalExtension, Row, Transaction, params};
+use rusqlite::{CachedStatement, OptionalExtension, Row, Transaction, params};
 
 use super::{StoreError, cancels, leases, parked, seal_envelope};
 use crate::aggregate::{Inserted, Ledger, Resend};
@@ -17,24 +17,31 @@ use crate::lease::{LeaseStanding, LeaseState};
 
 /// One transaction, at one moment.
 pub(super) struct SqliteLedger<'a> {
-    pub(super) transaction: Transaction<'a>,
+    pub(super) transaction: &'a Transaction<'a>,
     pub(super) now: Timestamp,
     /// Whether there is any wish to cancel or any parked task: mostly there is none, and then no
     /// result pays for looking. `None` before the first look.
     pub(super) has_wishes: Option<bool>,
+    /// Likewise whether there is any dead letter.
+    has_letters: Option<bool>,
+    /// Inserts results: kept, because looking a statement up costs something too.
+    insert_result: Option<CachedStatement<'a>>,
 }
+
+const INSERT_RESULT: &str = "INSERT INTO results (id, name, queue, batch, status, bincode, output, \
+     error, reason, attempt, redelivered, worker, started_at, finished_at, stored_at) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
+     ON CONFLICT (id) DO NOTHING";
 
 impl Ledger for SqliteLedger<'_> {
     type Error = StoreError;
 
     fn insert_result(&mut self, result: &TaskResult) -> Result<Inserted, StoreError> {
-        let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO results (id, name, queue, batch, status, bincode, output, error, reason, \
-             attempt, redelivered, worker, started_at, finished_at, stored_at) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
-             ON CONFLICT (id) DO NOTHING",
-        )?;
         let replaced = !Guard::FirstResultWins.holds() && self.remove_result(&result.id)?;
+        let insert = match &mut self.insert_result {
+            Some(known) => known,
+            none => none.insert(self.transaction.prepare_cached(INSERT_RESULT)?),
+        };
         let output = result.output.as_ref();
         let inserted = insert.execute(params![
             result.id.as_str(),
@@ -48,7 +55,7 @@ impl Ledger for SqliteLedger<'_> {
             result.reason.map(DeadReason::as_str),
             result.attempt,
             result.redelivered,
-            result.worker,
+            &*result.worker,
             from_time(result.started_at),
             from_time(result.finished_at),
             from_time(self.now),
@@ -92,6 +99,7 @@ impl Ledger for SqliteLedger<'_> {
 
     /// `OR REPLACE`, not an update: the new row gets the newest rowid, by which retention goes.
     fn keep_letter(&mut self, letter: &DeadLetter, late: bool) -> Result<(), StoreError> {
+        self.has_letters = Some(true);
         // A parked task may die for good later, or be parked again after a replay. But the same letter
         // once more must not park again what was sent to the workers meanwhile.
         let known = self.letter(&letter.id)?;
@@ -130,10 +138,13 @@ impl Ledger for SqliteLedger<'_> {
     }
 
     fn hide_letter(&mut self, id: &TaskId) -> Result<(), StoreError> {
-        let mut update = self
-            .transaction
-            .prepare_cached("UPDATE dead_letters SET late = 1 WHERE id = ?1 AND late = 0")?;
-        update.execute([id.as_str()])?;
+        // Looked for first: an update opens every index of the table before it finds nothing to do.
+        if self.has_letters()? && self.letter(id)?.is_some() {
+            let mut update = self
+                .transaction
+                .prepare_cached("UPDATE dead_letters SET late = 1 WHERE id = ?1 AND late = 0")?;
+            update.execute([id.as_str()])?;
+        }
         Ok(())
     }
 
@@ -226,7 +237,22 @@ impl Ledger for SqliteLedger<'_> {
     }
 }
 
-impl SqliteLedger<'_> {
+impl<'a> SqliteLedger<'a> {
+    pub(super) fn new(transaction: &'a Transaction<'a>, now: Timestamp) -> Self {
+        Self { transaction, now, has_wishes: None, has_letters: None, insert_result: None }
+    }
+
+    fn has_letters(&mut self) -> Result<bool, StoreError> {
+        if let Some(known) = self.has_letters {
+            return Ok(known);
+        }
+        let mut select =
+            self.transaction.prepare_cached("SELECT EXISTS (SELECT 1 FROM dead_letters)")?;
+        let any = select.query_row([], |row| row.get(0))?;
+        self.has_letters = Some(any);
+        Ok(any)
+    }
+
     fn has_wishes(&mut self) -> Result<bool, StoreError> {
         if let Some(known) = self.has_wishes {
             return Ok(known);

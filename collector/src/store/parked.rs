@@ -112,7 +112,7 @@ pub(super) fn release(
         };
         let (exchange, routing_key) = (exchange.to_owned(), queue.to_string());
         ledger.add_resend(&Resend { exchange, routing_key, message })?;
-        let transaction = &ledger.transaction;
+        let transaction = ledger.transaction;
         transaction.prepare_cached("DELETE FROM dead_letters WHERE id = ?1")?.execute([&id])?;
         transaction
             .prepare_cached(

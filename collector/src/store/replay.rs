@@ -32,7 +32,7 @@ pub(super) fn replay_letters(
         if bytes >= MOVED_BYTES {
             break;
         }
-        let outcome = match successor(&ledger.transaction, item, plan)? {
+        let outcome = match successor(ledger.transaction, item, plan)? {
             Ok(task) => {
                 bytes += task.message.body.len();
                 let queue = task.queue.to_string();
@@ -98,7 +98,7 @@ pub(super) fn purge(
     let (mut purged, mut group) = (Purged::default(), Group::new(ledger.now));
     let (ids, mut letters): (BTreeSet<&TaskId>, _) = (ids.iter().collect(), vec![]);
     for id in &ids {
-        let Some(Stored { letter, late, replayed_as }) = stored(&ledger.transaction, id)? else {
+        let Some(Stored { letter, late, replayed_as }) = stored(ledger.transaction, id)? else {
             continue;
         };
         let is_parked = !letter.reason.is_final() && !late && replayed_as.is_none();

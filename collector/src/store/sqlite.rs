@@ -76,9 +76,8 @@ impl SqliteStore {
             // Immediate: a transaction that reads first and then has to wait for the write lock of
             // another process would fail instead of waiting.
             let transaction = connection.transaction_with_behavior(immediate)?;
-            let mut ledger = SqliteLedger { transaction, now: Timestamp::now(), has_wishes: None };
-            let done = job(&mut ledger)?;
-            ledger.transaction.commit()?;
+            let done = job(&mut SqliteLedger::new(&transaction, Timestamp::now()))?;
+            transaction.commit()?;
             Ok(done)
         };
         self.0.writer.run(job).await
@@ -297,14 +296,14 @@ fn forget(
         (before, from_time(before), i64::try_from(limit).unwrap_or(i64::MAX));
     let oldest = |table: &str| {
         format!(
-            "DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM \
-             (SELECT rowid, stored_at FROM {table} ORDER BY rowid LIMIT ?2) WHERE stored_at < ?1)"
+            "DELETE FROM {table} WHERE stored_at < ?1 AND rowid <= (SELECT MAX(rowid) FROM \
+             (SELECT rowid FROM {table} ORDER BY rowid LIMIT ?2))"
         )
     };
     let delete = |transaction: &Transaction<'_>, sql: &str| {
         transaction.prepare_cached(sql)?.execute(params![before, limit])
     };
-    let transaction = &ledger.transaction;
+    let transaction = ledger.transaction;
     let results = delete(transaction, &oldest("results"))?;
     let attempts = delete(transaction, &oldest("attempts"))?;
     // Parked tasks have not ended, so no time is up for them.

@@ -156,10 +156,9 @@ pub(super) fn from_bincode_prefix<'a, T: Deserialize<'a>>(
     bincode::serde::borrow_decode_from_slice(bytes, config).map_err(CodecError::decode)
 }
 
-pub(super) fn from_bincode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
-    let config = bincode::config::standard().with_limit::<MAX_BODY_BYTES>();
-    let (value, read) =
-        bincode::serde::decode_from_slice(bytes, config).map_err(CodecError::decode)?;
+/// Decodes the one value that the bytes are; its text may be borrowed from them.
+pub(super) fn from_bincode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, CodecError> {
+    let (value, read) = from_bincode_prefix(bytes)?;
     // bincode reads what it needs and ignores the rest, which would hide a newer or a broken sender.
     if read == bytes.len() {
         Ok(value)

@@ -157,7 +157,7 @@ impl DeadLetter {
             reason,
             attempt: u32::try_from(attempt).unwrap_or(u32::MAX),
             redelivered: self.redelivered,
-            worker: self.by.clone(),
+            worker: self.by.as_str().into(),
             started_at: self.started_at.unwrap_or(self.at),
             finished_at: self.at,
         })

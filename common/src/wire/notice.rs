@@ -1,5 +1,7 @@
 //! Done notices: JSON, on the notices exchange, under `task.<id>` or `batch.<id>`.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use super::message::{Message, Properties};
@@ -35,7 +37,7 @@ pub struct TaskSummary {
     /// The attempt that ended it.
     pub attempt: u32,
     /// Who ran it.
-    pub worker: String,
+    pub worker: Arc<str>,
     /// When it ended.
     pub finished_at: Timestamp,
 }

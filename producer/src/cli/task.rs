@@ -132,7 +132,7 @@ pub(crate) fn finished(result: &TaskResult, paint: Paint) -> String {
         ("attempts", Some(format!("{}{again}", result.attempt))),
         ("queue", Some(result.queue.to_string())),
         ("batch", result.batch.as_ref().map(ToString::to_string)),
-        ("worker", Some(result.worker.clone())),
+        ("worker", Some(result.worker.to_string())),
         ("finished", Some(format!("{}{took}", result.finished_at))),
     ])
 }
@@ -189,7 +189,7 @@ mod tests {
             reason: Some(DeadReason::RetriesExhausted),
             attempt: 4,
             redelivered: false,
-            worker: "host:7".to_owned(),
+            worker: "host:7".into(),
             started_at: Timestamp::from_millis(1_000),
             finished_at: Timestamp::from_millis(2_500),
         }

@@ -373,8 +373,8 @@ const KINDS: &[Kind] = &[
         let none = [
             vec![],
             vec![9, 1],
-            b"\x01\xfd\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(),
-            [&[1, 250], &noise[..]].concat(),
+            b"\x02\xfd\xff\xff\xff\xff\xff\xff\xff\xff".to_vec(),
+            [&[2, 250], &noise[..]].concat(),
         ];
         sent.properties.text(Place::ContentType, "application/x-garenne-reports");
         sent.body = rng.choice(&none).cloned().unwrap_or_default();

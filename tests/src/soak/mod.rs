@@ -5,6 +5,7 @@
 //! `GARENNE_SOAK_PERCENT` makes all of them smaller, to try them out.
 
 mod alarm;
+mod collector;
 mod delays;
 mod hostile;
 mod poison;

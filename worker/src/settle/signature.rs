@@ -269,7 +269,7 @@ impl Signature {
             reason: None,
             attempt: task.attempt,
             redelivered: ended.redelivered,
-            worker: self.worker.to_string(),
+            worker: Arc::clone(&self.worker),
             started_at: ended.started_at,
             finished_at: ended.finished_at,
         }
@@ -288,7 +288,7 @@ impl Signature {
             reason: None,
             attempt,
             redelivered: ended.redelivered,
-            worker: self.worker.to_string(),
+            worker: Arc::clone(&self.worker),
             started_at: ended.started_at,
             finished_at: ended.finished_at,
         }

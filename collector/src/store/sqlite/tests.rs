@@ -87,7 +87,7 @@ fn result(task: &str, batch: Option<BatchId>, status: Status) -> TaskResult {
         reason: (!succeeded).then_some(DeadReason::Fatal),
         attempt: 2,
         redelivered: true,
-        worker: "host:1".to_owned(),
+        worker: "host:1".into(),
         started_at: at(1),
         finished_at: at(u64::MAX / 4),
     }

@@ -70,7 +70,7 @@ impl Account {
     }
 
     fn add(&mut self, place: usize, result: TaskResult) {
-        *self.shares.entry(result.worker).or_default() += 1;
+        *self.shares.entry(result.worker.to_string()).or_default() += 1;
         self.retries += u64::from(result.attempt.saturating_sub(1));
         self.redelivered += usize::from(result.redelivered);
         match result.status {

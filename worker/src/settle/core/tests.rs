@@ -72,7 +72,7 @@ fn result(id: &str) -> Successor {
         reason: None,
         attempt: 1,
         redelivered: false,
-        worker: "w".to_owned(),
+        worker: "w".into(),
         started_at: at,
         finished_at: at,
     }))

@@ -137,7 +137,7 @@ fn record(mix: Mix, n: u64, batch: Option<&str>) -> TaskResult {
         reason,
         attempt: if job.succeeds() { job.failures + 1 } else { 1 },
         redelivered: false,
-        worker: "w".to_owned(),
+        worker: "w".into(),
         started_at: Timestamp::from_millis(1),
         finished_at: Timestamp::from_millis(2),
     }
@@ -234,7 +234,7 @@ fn phantoms_are_found_in_the_store_on_the_notices_and_in_the_ledger() {
 fn a_changed_outcome_is_found_by_an_early_look_and_by_its_notice() {
     let mut case = Case::sound();
     let mut early = record(case.mix, 0, Some("b-0"));
-    early.worker = "another".to_owned();
+    early.worker = "another".into();
     case.early.push((0, early));
     assert_eq!(case.only(), Invariant::SecondOutcome);
 
