@@ -58,7 +58,7 @@ impl Report {
         if !self.target_rows().is_empty() {
             parts.push(grid(TARGETS, self.target_rows(), paint));
         }
-        if !self.processor_time.is_empty() {
+        if self.main_efforts().next().is_some() {
             parts.push(grid(EFFORTS, self.effort_rows(), paint));
         }
         parts.push(NOTES.join("\n"));
@@ -76,7 +76,7 @@ impl Report {
         if !self.target_rows().is_empty() {
             parts.push(markdown(TARGETS, self.target_rows()));
         }
-        if !self.processor_time.is_empty() {
+        if self.main_efforts().next().is_some() {
             parts.push(markdown(EFFORTS, self.effort_rows()));
             parts.push(markdown(COSTS, self.cost_rows()));
         }
@@ -168,7 +168,7 @@ impl Report {
             let share = |seconds: f64| format!("{:.0} %", 100.0 * seconds / effort.elapsed / cores);
             effort_row(effort, format!("{:.1}", effort.elapsed), share)
         };
-        self.processor_time.iter().map(row).collect()
+        self.main_efforts().map(row).collect()
     }
 
     fn cost_rows(&self) -> Vec<[String; 7]> {
@@ -176,7 +176,13 @@ impl Report {
             let micros = |seconds: f64| format!("{:.1}", 1e6 * seconds / effort.tasks);
             effort_row(effort, format!("{:.0}", effort.tasks), micros)
         };
-        self.processor_time.iter().map(row).collect()
+        self.main_efforts().map(row).collect()
+    }
+
+    /// Those of figures that are no point on a line: every size that was tried would be too much.
+    pub(super) fn main_efforts(&self) -> impl Iterator<Item = &Effort> {
+        let point = |id: &str| self.figures.iter().any(|f| f.id == id && f.point.is_some());
+        self.processor_time.iter().filter(move |effort| !point(&effort.id))
     }
 }
 
@@ -231,7 +237,7 @@ pub(super) mod tests {
                 .wanting(target)
                 .beside(RAW, samples(reference))
         };
-        let rates = |scenario, title| {
+        let rates = |scenario, title: &str| {
             let target = Some(Target::times(1.6));
             figure(scenario, title, Unit::PerSecond, 123_456.0, 87_654.0, target)
         };

@@ -212,10 +212,13 @@ impl<'a> Bench<'a> {
 
     /// Tells a person what goes on; run 0 is the warm-up.
     pub(super) fn remark(&self, what: &str, run: u32) {
-        let output = self.context.output;
         match run {
-            0 => output.remark(format_args!("{what}: warming up")),
-            _ => output.remark(format_args!("{what}: run {run} of {}", self.extent.repeats)),
+            0 => self.note(what, "warming up"),
+            _ => self.note(what, &format!("run {run} of {}", self.extent.repeats)),
         }
+    }
+
+    pub(super) fn note(&self, what: &str, step: &str) {
+        self.context.output.remark(format_args!("{what}: {step}"));
     }
 }

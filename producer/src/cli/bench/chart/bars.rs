@@ -6,6 +6,8 @@ use crate::cli::bench::figure::Figure;
 use crate::cli::bench::meter::Effort;
 
 const BAR: f64 = 9.0;
+/// From the end of a row to the first line of the next.
+const ROW_GAP: f64 = 22.0;
 
 /// Which bars share a scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,7 +39,7 @@ pub(super) fn figures(title: &str, note: &str, figures: &[&Figure], scale: Scale
         };
         y = row(&mut canvas, y, figure, most);
     }
-    canvas.height = y;
+    canvas.height = y - ROW_GAP;
     canvas
 }
 
@@ -66,7 +68,7 @@ fn row(canvas: &mut Canvas, top: f64, figure: &Figure, most: f64) -> f64 {
     if let Some(mark) = figure.mark() {
         canvas.line((long(mark), begin - 2.0), (long(mark), y), "mark");
     }
-    y + 22.0
+    y + ROW_GAP
 }
 
 /// `21,400/s beside 24,300/s · 0.88 x`.
@@ -104,8 +106,8 @@ pub(super) fn shares(title: &str, note: &str, efforts: &[&Effort], cores: f64) -
                 x += long;
             }
         }
-        y += BAR + 25.0;
+        y += BAR + 3.0 + ROW_GAP;
     }
-    canvas.height = y;
+    canvas.height = y - ROW_GAP;
     canvas
 }

@@ -132,17 +132,11 @@ fn targets(figures: &[Figure]) -> Option<Canvas> {
     (!wanting.is_empty()).then_some(canvas)
 }
 
-/// Not of every size that was tried; and the bare client's once, beside the first of ours.
+/// The bare client's once, beside the first of ours.
 fn processor_time(report: &Report) -> Option<Canvas> {
-    let single = |id: &str| report.figures.iter().any(|f| f.id == id && f.point.is_none());
-    let efforts = report.processor_time.iter().filter(|effort| single(&effort.id));
-    let mut raw = 0;
-    let shown: Vec<_> = efforts
-        .filter(|effort| {
-            raw += u32::from(effort.raw);
-            !effort.raw || raw == 1
-        })
-        .collect();
+    let first_raw = report.main_efforts().find(|effort| effort.raw).map(|effort| &effort.id);
+    let shown = report.main_efforts().filter(|e| !e.raw || Some(&e.id) == first_raw);
+    let shown: Vec<_> = shown.collect();
     #[expect(clippy::cast_precision_loss, reason = "a machine has few cores")]
     let cores = report.machine.cores as f64;
     let note = format!("processor time; a full bar is all {cores} cores for all of the run");

@@ -60,7 +60,7 @@ impl Bench<'_> {
     async fn before(&mut self, load: &Load, tasks: u64, depth: u64) -> Result<Vec<f64>, CliError> {
         let what = format!("{} before {}", load.way.name(), HumanCount(depth));
         self.no_workers().await?;
-        self.remark(&format!("{what}: filling the queue"), 0);
+        self.note(&what, "filling the queue");
         let mut heads = vec![];
         for _ in 0..=self.extent.repeats {
             heads.push(load.open_batch(&self.producer, tasks).await?);
