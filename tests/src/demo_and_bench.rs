@@ -4,6 +4,8 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use crate::harness::{Ended, Warren, finish};
 
 async fn garenne(arguments: &[&str]) -> Ended {
@@ -56,9 +58,29 @@ async fn a_real_job_survives_dying_workers_and_is_checked_against_coreutils() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_bench_measures_and_reports() {
-    let small = ["--tasks", "500", "--repeats", "1", "--scenario", "tasks,submit"];
-    let bench = [&["bench", "--output", "json"], &small[..]].concat();
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("out");
+    let small = ["--quick", "--seconds", "0.1", "--output", "json", "--report"];
+    let bench = [&["bench"], &small[..], &[out.to_str().unwrap()]].concat();
     let bench = garenne(&bench).await;
     assert_eq!(bench.code, Some(0), "{bench:#?}");
-    assert!(bench.json().is_object());
+    let report = bench.json();
+    let figures = report["figures"].as_array().unwrap();
+    let measured = |figure: &&Value| figure["garenne"]["median"].as_f64() > Some(0.0);
+    let of = |id: &str| figures.iter().find(|figure| figure["id"] == id).filter(measured);
+    for id in ["singles", "bulk", "replies", "submit.bulk", "sleep", "spin", "latency.p50", "start"]
+    {
+        assert!(of(id).is_some(), "{id}: {report:#}");
+    }
+    for id in ["payload.bulk.10240", "backlog.singles.2000", "workers.2", "producers.2", "queues.2"]
+    {
+        assert!(of(id).is_some_and(|figure| figure["point"].is_object()), "{id}: {report:#}");
+    }
+    assert!(of("singles").unwrap()["ratio"].is_number());
+    assert!(of("singles").unwrap()["verdict"].is_string());
+    let read = |name: &str| std::fs::read_to_string(out.join(name)).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&read("report.json")).unwrap(), report);
+    assert!(read("report.md").contains("| singles, stored |"));
+    let picture = read("report.svg");
+    assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::{InvalidName, Task, TaskName};
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -22,6 +23,7 @@ pub(crate) fn handlers() -> Result<Vec<Named>, InvalidName> {
     Ok(vec![
         (TaskName::new(Echo::NAME)?, Arc::new(AsyncHandler::<Echo, _>::new(echo))),
         (TaskName::new(Sleep::NAME)?, Arc::new(AsyncHandler::<Sleep, _>::new(sleep))),
+        (TaskName::new(Spin::NAME)?, Arc::new(BlockingHandler::<Spin, _>::new(spin))),
         (TaskName::new(Fail::NAME)?, Arc::new(AsyncHandler::<Fail, _>::new(fail))),
         (TaskName::new(Announce::NAME)?, Arc::new(AsyncHandler::<Announce, _>::new(announce))),
         (
@@ -73,6 +75,34 @@ async fn pause(context: &Context, millis: u64) -> Result<(), TaskError> {
         () = tokio::time::sleep(Duration::from_millis(millis)) => Ok(()),
         () = context.cancelled() => Err(TaskError::retry("stopped half-way")),
     }
+}
+
+/// `garenne.spin`: `{"millis": 1}` keeps a processor busy for so much of its own time.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Spin {
+    millis: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Spun {
+    spun_millis: u64,
+}
+
+impl Task for Spin {
+    const NAME: &'static str = "garenne.spin";
+    type Output = Spun;
+}
+
+/// Counts processor time, not time that passes: a machine with too few cores shall be seen to have too few.
+fn spin(context: &Context, Spin { millis }: Spin) -> Result<Spun, TaskError> {
+    let clock = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
+    let end = clock().map_err(std::io::Error::from)?.saturating_add(Duration::from_millis(millis));
+    while clock().map_err(std::io::Error::from)? < end {
+        (0..1_000).for_each(|_| std::hint::spin_loop());
+        stop_if_cancelled(context)?;
+    }
+    Ok(Spun { spun_millis: millis })
 }
 
 /// `garenne.fail`: fails in the way asked for, for trying out retries and dead letters.
@@ -258,6 +288,13 @@ mod tests {
     fn a_word_may_cross_a_buffer() {
         let reader = BufReader::with_capacity(2, &b"abcde fg"[..]);
         assert_eq!(count(&context(), reader).unwrap().words, 2);
+    }
+
+    #[test]
+    fn spinning_takes_the_time_it_says() {
+        let begin = std::time::Instant::now();
+        assert_eq!(spin(&context(), Spin { millis: 20 }).unwrap().spun_millis, 20);
+        assert!(begin.elapsed() >= Duration::from_millis(20));
     }
 
     #[test]

@@ -10,8 +10,8 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Takes tasks from RabbitMQ and runs them.
 ///
-/// Serves the built-in tasks (`garenne.echo`, `garenne.sleep`, `garenne.fail`, `garenne.announce`,
-/// `text.count_words`, `file.sha256`) and the commands of its configuration file.
+/// Serves the built-in tasks (`garenne.echo`, `garenne.sleep`, `garenne.spin`, `garenne.fail`,
+/// `garenne.announce`, `text.count_words`, `file.sha256`) and the commands of its configuration file.
 #[derive(Parser)]
 #[command(name = "garenne-worker", version, after_help = EXAMPLES)]
 struct Arguments {

@@ -1,14 +1,19 @@
-//! The figures of a run, and how they look: tables for people, Markdown, JSON.
+//! What a run of the command found, and how it looks: tables for people, Markdown, JSON. The picture is
+//! in [`chart`](super::chart).
 
 use indicatif::HumanCount;
 use serde::Serialize;
 
+use super::figure::{Figure, Samples, Unit};
+use super::meter::Effort;
 use super::usage::Machine;
 use crate::cli::output::{Paint, cell, table};
 
 /// What a debug build has to say of itself.
 pub(super) const DEBUG_WARNING: &str =
     "THIS IS A DEBUG BUILD: its figures say nothing. Build with --release.";
+/// What a quick run has to say of itself.
+const QUICK_WARNING: &str = "A QUICK RUN: everything once and briefly. Its figures say little.";
 
 /// All that one run measured.
 #[derive(Debug, Serialize)]
@@ -22,7 +27,11 @@ pub(super) struct Report {
 /// What was asked for.
 #[derive(Debug, Clone, Serialize)]
 pub(super) struct Settings {
-    pub(super) tasks: u64,
+    pub(super) quick: bool,
+    /// About how long a run lasts.
+    pub(super) seconds: f64,
+    /// How many tasks a run has, if that was asked for instead.
+    pub(super) tasks: Option<u64>,
     pub(super) repeats: u32,
     pub(super) worker_slots: usize,
     pub(super) worker_lookahead: usize,
@@ -33,151 +42,57 @@ pub(super) struct Settings {
     pub(super) raw_body_bytes: usize,
 }
 
-/// One measured quantity, with the bare client's where it has one.
-#[derive(Debug, Serialize)]
-pub(super) struct Figure {
-    pub(super) what: String,
-    pub(super) unit: Unit,
-    pub(super) garenne: Option<Samples>,
-    pub(super) raw: Option<Samples>,
-    /// Ours over the bare client's, run by run: neighbours in time share the machine's moods, so the
-    /// median of their ratios is steadier than the ratio of two medians.
-    pub(super) ratio: Option<f64>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Unit {
-    PerSecond,
-    Milliseconds,
-    Mebibytes,
-}
-
-/// The values of all runs.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Samples {
-    pub(super) median: f64,
-    pub(super) lowest: f64,
-    pub(super) highest: f64,
-    pub(super) all: Vec<f64>,
-}
-
-/// Processor time of one run, in seconds, averaged over the runs.
-#[derive(Debug, Clone, Serialize)]
-pub(super) struct Effort {
-    pub(super) what: String,
-    pub(super) elapsed: f64,
-    /// This process: the producer, or both ends of the bare client.
-    pub(super) producer: Option<f64>,
-    pub(super) workers: Option<f64>,
-    pub(super) collector: Option<f64>,
-    pub(super) broker: Option<f64>,
-    /// Everything else on the machine, which a fair measurement has little of. Holds the broker where
-    /// that is not known.
-    pub(super) others: Option<f64>,
-}
-
-impl Samples {
-    /// `None` without a value.
-    pub(super) fn of(mut all: Vec<f64>) -> Option<Self> {
-        let in_order = all.clone();
-        all.sort_by(f64::total_cmp);
-        let (lowest, highest) = (*all.first()?, *all.last()?);
-        let middle = all.len() / 2;
-        let median = if all.len().is_multiple_of(2) {
-            f64::midpoint(all[middle - 1], all[middle])
-        } else {
-            all[middle]
-        };
-        Some(Self { median, lowest, highest, all: in_order })
-    }
-}
-
-impl Figure {
-    pub(super) fn new(
-        what: &str,
-        unit: Unit,
-        garenne: Option<Samples>,
-        raw: Option<Samples>,
-    ) -> Self {
-        let ratio = garenne.as_ref().zip(raw.as_ref()).and_then(|(ours, raw)| {
-            let ratios = ours.all.iter().zip(&raw.all).map(|(ours, raw)| ours / raw);
-            Samples::of(ratios.collect())
-        });
-        let ratio = ratio.map(|ratios| ratios.median);
-        Self { what: what.to_owned(), unit, garenne, raw, ratio }
-    }
-}
-
-impl Unit {
-    fn show(self, value: f64) -> String {
-        match self {
-            Self::PerSecond => format!("{}/s", rounded(value)),
-            Self::Milliseconds if value < 10.0 => format!("{value:.2} ms"),
-            Self::Milliseconds => format!("{value:.0} ms"),
-            Self::Mebibytes => format!("{value:.1} MiB"),
-        }
-    }
-
-    fn bare(self, value: f64) -> String {
-        match self {
-            Self::PerSecond => rounded(value),
-            Self::Milliseconds if value < 10.0 => format!("{value:.2}"),
-            Self::Milliseconds => format!("{value:.0}"),
-            Self::Mebibytes => format!("{value:.1}"),
-        }
-    }
-}
-
-/// Three digits: a fourth would claim more than a run can know.
-fn rounded(value: f64) -> String {
-    let mut step = 1.0;
-    while value / step >= 1_000.0 {
-        step *= 10.0;
-    }
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "rates are positive and far below 2^64"
-    )]
-    let value = ((value / step).round() * step) as u64;
-    HumanCount(value).to_string()
-}
-
-const FIGURES: [&str; 5] = ["SCENARIO", "GARENNE", "SPREAD", "RAW LAPIN", "RATIO"];
+const FIGURES: [&str; 5] = ["SCENARIO", "GARENNE", "SPREAD", "REFERENCE", "RATIO"];
+const TARGETS: [&str; 4] = ["TARGET", "MEASURED", "WANTED", "VERDICT"];
 const EFFORTS: [&str; 7] =
-    ["CPU SECONDS", "ELAPSED", "CLIENT", "WORKERS", "COLLECTOR", "BROKER", "OTHERS"];
+    ["SHARE OF CORES", "SECONDS", "CLIENT", "WORKERS", "COLLECTOR", "BROKER", "OTHERS"];
+const COSTS: [&str; 7] =
+    ["\u{b5}s of CPU a task", "tasks", "client", "workers", "collector", "broker", "others"];
 
 impl Report {
     /// Tables that fit 80 columns.
     pub(super) fn as_text(&self, paint: Paint) -> String {
-        let warning = self.machine.is_debug_build().then(|| paint.red(DEBUG_WARNING));
-        let mut parts: Vec<_> = warning.into_iter().collect();
+        let mut parts: Vec<_> = self.warnings().iter().map(|text| paint.red(text)).collect();
         parts.push(self.facts().join("\n"));
         parts.push(grid(FIGURES, self.figure_rows(), paint));
-        if !self.processor_time.is_empty() {
+        if !self.target_rows().is_empty() {
+            parts.push(grid(TARGETS, self.target_rows(), paint));
+        }
+        if self.main_efforts().next().is_some() {
             parts.push(grid(EFFORTS, self.effort_rows(), paint));
         }
         parts.push(NOTES.join("\n"));
         parts.join("\n\n")
     }
 
-    /// The same for a document.
+    /// The same for a document, and more digits of the processor time.
     pub(super) fn as_markdown(&self) -> String {
         let mut parts = vec!["# garenne bench".to_owned()];
-        parts.extend(self.machine.is_debug_build().then(|| format!("**{DEBUG_WARNING}**")));
-        parts.push(
-            self.facts().iter().map(|fact| format!("* {fact}")).collect::<Vec<_>>().join("\n"),
-        );
+        parts.extend(self.warnings().iter().map(|text| format!("**{text}**")));
+        parts.push("![The figures as charts](report.svg)".to_owned());
+        let facts = self.facts();
+        parts.push(facts.iter().map(|fact| format!("* {fact}")).collect::<Vec<_>>().join("\n"));
         parts.push(markdown(FIGURES, self.figure_rows()));
-        if !self.processor_time.is_empty() {
+        if !self.target_rows().is_empty() {
+            parts.push(markdown(TARGETS, self.target_rows()));
+        }
+        if self.main_efforts().next().is_some() {
             parts.push(markdown(EFFORTS, self.effort_rows()));
+            parts.push(markdown(COSTS, self.cost_rows()));
         }
         parts.push(NOTES.join("\n"));
         parts.join("\n\n") + "\n"
     }
 
-    fn facts(&self) -> Vec<String> {
+    /// Why the figures are worth less than they look.
+    pub(super) fn warnings(&self) -> Vec<&'static str> {
+        let debug = self.machine.is_debug_build().then_some(DEBUG_WARNING);
+        let quick = self.settings.quick.then_some(QUICK_WARNING);
+        debug.into_iter().chain(quick).collect()
+    }
+
+    /// Where, when and how it was measured.
+    pub(super) fn facts(&self) -> Vec<String> {
         let (machine, settings) = (&self.machine, &self.settings);
         let unknown = || "unknown".to_owned();
         let text = |text: &Option<String>| text.clone().unwrap_or_else(unknown);
@@ -199,8 +114,8 @@ impl Report {
                 text(&machine.kernel)
             ),
             format!(
-                "{} tasks a run, {} runs; a worker has {} slots and fetches {} ahead",
-                HumanCount(settings.tasks),
+                "{}, {} runs; a worker has {} slots and fetches {} ahead",
+                self.length(),
                 settings.repeats,
                 settings.worker_slots,
                 settings.worker_lookahead
@@ -212,9 +127,16 @@ impl Report {
         ]
     }
 
+    fn length(&self) -> String {
+        match self.settings.tasks {
+            Some(tasks) => format!("{} tasks a run", HumanCount(tasks)),
+            None => format!("a run lasts about {} s", self.settings.seconds),
+        }
+    }
+
     fn figure_rows(&self) -> Vec<[String; 5]> {
-        let shown = |samples: &Option<Samples>, unit: Unit| {
-            samples.as_ref().map_or_else(dash, |samples| unit.show(samples.median))
+        let shown = |samples: Option<&Samples>, unit: Unit| {
+            samples.map_or_else(dash, |s| unit.show(s.median))
         };
         let row = |figure: &Figure| {
             let unit = figure.unit;
@@ -223,36 +145,62 @@ impl Report {
                 format!("{} to {}", unit.bare(ours.lowest), unit.bare(ours.highest))
             });
             let ratio = figure.ratio.map_or_else(dash, |ratio| format!("{ratio:.2}"));
-            [
-                figure.what.clone(),
-                shown(&figure.garenne, unit),
-                spread,
-                shown(&figure.raw, unit),
-                ratio,
-            ]
+            let reference = figure.reference.as_ref().map(|reference| &reference.samples);
+            let ours = shown(figure.garenne.as_ref(), unit);
+            [figure.title.clone(), ours, spread, shown(reference, unit), ratio]
         };
         self.figures.iter().map(row).collect()
     }
 
-    fn effort_rows(&self) -> Vec<[String; 7]> {
-        let seconds = |value: Option<f64>| value.map_or_else(dash, |value| format!("{value:.1}"));
-        let row = |effort: &Effort| {
-            let Effort { what, elapsed, producer, workers, collector, broker, others } = effort;
-            let parts = [*producer, *workers, *collector, *broker, *others].map(seconds);
-            let [client, workers, collector, broker, others] = parts;
-            let elapsed = seconds(Some(*elapsed));
-            [what.clone(), elapsed, client, workers, collector, broker, others]
+    fn target_rows(&self) -> Vec<[String; 4]> {
+        let row = |figure: &Figure| {
+            let [measured, wanted] = figure.judgement()?;
+            let verdict = figure.verdict.map_or_else(dash, |verdict| verdict.word().to_owned());
+            Some([figure.title.clone(), measured, wanted, verdict])
         };
-        self.processor_time.iter().map(row).collect()
+        self.figures.iter().filter_map(row).collect()
+    }
+
+    fn effort_rows(&self) -> Vec<[String; 7]> {
+        #[expect(clippy::cast_precision_loss, reason = "a machine has few cores")]
+        let cores = self.machine.cores as f64;
+        let row = |effort: &Effort| {
+            let share = |seconds: f64| format!("{:.0} %", 100.0 * seconds / effort.elapsed / cores);
+            effort_row(effort, format!("{:.1}", effort.elapsed), share)
+        };
+        self.main_efforts().map(row).collect()
+    }
+
+    fn cost_rows(&self) -> Vec<[String; 7]> {
+        let row = |effort: &Effort| {
+            let micros = |seconds: f64| format!("{:.1}", 1e6 * seconds / effort.tasks);
+            effort_row(effort, format!("{:.0}", effort.tasks), micros)
+        };
+        self.main_efforts().map(row).collect()
+    }
+
+    /// Those of figures that are no point on a line: every size that was tried would be too much.
+    pub(super) fn main_efforts(&self) -> impl Iterator<Item = &Effort> {
+        let point = |id: &str| self.figures.iter().any(|f| f.id == id && f.point.is_some());
+        self.processor_time.iter().filter(move |effort| !point(&effort.id))
     }
 }
 
-const NOTES: [&str; 5] = [
-    "RATIO: Garenne over raw, run by run; above 1: rates are better, times worse.",
-    "Raw lapin: a message a task and one a result, confirmed, through quorum queues;",
-    "it decodes, stores and reports nothing. CLIENT of a raw run is all of its ends.",
-    "As shipped: with the default slots and look-ahead, over a fifth of the tasks.",
-    "OTHERS: what else the machine did; the less, the more a figure is worth.",
+/// A row of what each part spent.
+fn effort_row(effort: &Effort, second: String, show: impl Fn(f64) -> String) -> [String; 7] {
+    let title = if effort.raw { "  the same, raw".to_owned() } else { effort.title.clone() };
+    let [client, workers, collector, broker, others] =
+        effort.spent.parts().map(|part| part.map_or_else(dash, &show));
+    [title, second, client, workers, collector, broker, others]
+}
+
+const NOTES: [&str; 6] = [
+    "REFERENCE: lapin alone: a message a task and one a result, confirmed, through",
+    "quorum queues; it decodes, stores and reports nothing. In `backlog` the empty",
+    "queue, in `queues` one queue, in `spin` what the cores can do.",
+    "RATIO: Garenne over reference, run by run; above 1: rates better, times worse.",
+    "CLIENT of a raw run is all of its ends. OTHERS: what else the machine did; the",
+    "less, the more a figure is worth.",
 ];
 
 fn dash() -> String {
@@ -275,58 +223,86 @@ fn markdown<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::cli::bench::Scenario;
+    use crate::cli::bench::figure::{RAW, Target};
+    use crate::cli::bench::meter::Spent;
 
-    #[test]
-    fn the_median_of_an_even_number_lies_between() {
-        assert_eq!(Samples::of(vec![3.0, 1.0, 2.0]).unwrap().median.to_string(), "2");
-        assert_eq!(Samples::of(vec![4.0, 1.0, 2.0, 3.0]).unwrap().median.to_string(), "2.5");
-        assert!(Samples::of(vec![]).is_none());
-    }
-
-    #[test]
-    fn figures_have_three_digits() {
-        assert_eq!(Unit::PerSecond.show(12_345.6), "12,300/s");
-        assert_eq!(Unit::PerSecond.show(999.4), "999/s");
-        assert_eq!(Unit::Milliseconds.show(1.234), "1.23 ms");
-    }
-
-    #[test]
-    fn the_tables_fit_80_columns() {
-        let sample = |value| Samples::of(vec![value, value * 1.04, value * 0.96]);
-        let report = Report {
+    /// A report with the longest texts that occur, and some that would break a picture.
+    pub(in super::super) fn sample() -> Report {
+        let samples = |value: f64| Samples::of(vec![value, value * 1.04, value * 0.96]);
+        let figure = |scenario, title: &str, unit, ours, reference, target| {
+            Figure::new(scenario, title.replace(' ', "."), title, unit, samples(ours))
+                .wanting(target)
+                .beside(RAW, samples(reference))
+        };
+        let rates = |scenario, title: &str| {
+            let target = Some(Target::times(1.6));
+            figure(scenario, title, Unit::PerSecond, 123_456.0, 87_654.0, target)
+        };
+        let mut figures = vec![
+            rates(Scenario::Singles, "singles, worker as shipped"),
+            rates(Scenario::Replies, "bulk to producer, no store"),
+            figure(Scenario::Latency, "a <b> & \"c\"", Unit::Milliseconds, 1.5, 1.2, None),
+        ];
+        let memory = Figure::new(
+            Scenario::Memory,
+            "memory",
+            "worker, 10,000 in flight",
+            Unit::Mebibytes,
+            samples(17.0),
+        );
+        figures.push(memory.wanting(Some(Target::at_most(20.0))));
+        for (number, at) in [0_u64, 100_000, 1_000_000].into_iter().enumerate() {
+            let title = format!("singles before {at}");
+            for line in ["singles", "bulk"] {
+                figures.push(rates(Scenario::Backlog, &title).at(line, at));
+            }
+            let workers = 1 << number;
+            figures.push(rates(Scenario::Workers, "workers").at("singles", workers));
+        }
+        let spent = Spent { client: Some(12.3), broker: Some(99.9), ..Spent::default() };
+        let effort = |raw| Effort {
+            id: "singles".to_owned(),
+            title: "singles, worker as shipped".to_owned(),
+            raw,
+            tasks: 1_234_567.0,
+            elapsed: 123.4,
+            spent,
+        };
+        Report {
             machine: Machine::describe(),
             settings: Settings {
-                tasks: 100_000,
+                quick: false,
+                seconds: 3.0,
+                tasks: None,
                 repeats: 3,
                 worker_slots: 64,
-                worker_lookahead: 436,
+                worker_lookahead: 936,
                 publish_window: 512,
                 raw_publish_window: 1_000,
                 raw_prefetch: 500,
                 raw_ack_every: 50,
                 raw_body_bytes: 100,
             },
-            figures: vec![Figure::new(
-                "tasks, 1 worker as shipped",
-                Unit::PerSecond,
-                sample(123_456.0),
-                sample(123_456.0),
-            )],
-            processor_time: vec![Effort {
-                what: "tasks, 1 worker as shipped".to_owned(),
-                elapsed: 123.4,
-                producer: Some(12.3),
-                workers: None,
-                collector: Some(1.0),
-                broker: Some(99.9),
-                others: Some(0.1),
-            }],
-        };
-        let text = report.as_text(Paint::plain());
-        assert!(text.starts_with(DEBUG_WARNING), "{text}");
+            figures,
+            processor_time: vec![effort(false), effort(true)],
+        }
+    }
+
+    #[test]
+    fn the_tables_fit_80_columns() {
+        let text = sample().as_text(Paint::plain());
+        assert_eq!(text.starts_with(DEBUG_WARNING), cfg!(debug_assertions), "{text}");
         assert!(text.lines().skip(3).all(|line| line.chars().count() <= 80), "{text}");
-        assert!(report.as_markdown().contains("| scenario |"));
+    }
+
+    #[test]
+    fn the_document_has_all_tables() {
+        let text = sample().as_markdown();
+        for table in ["| scenario |", "| target |", "| share of cores |", "s of cpu a task |"] {
+            assert!(text.contains(table), "{table}: {text}");
+        }
     }
 }

@@ -119,6 +119,6 @@ mod tests {
         let machine = Machine::describe();
         assert!(machine.cores >= 1);
         assert!(machine.memory_mebibytes.is_some_and(|memory| memory > 100.0));
-        assert!(machine.is_debug_build());
+        assert_eq!(machine.is_debug_build(), cfg!(debug_assertions));
     }
 }

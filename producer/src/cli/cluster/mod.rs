@@ -243,6 +243,12 @@ impl Cluster {
         self.processes.iter().find(|process| process.name == name)?.id()
     }
 
+    /// The ids of the running processes whose name `chosen` accepts.
+    pub(crate) fn running(&self, chosen: impl Fn(&str) -> bool) -> Vec<u32> {
+        let chosen = self.processes.iter().filter(|process| chosen(&process.name));
+        chosen.filter_map(Process::id).collect()
+    }
+
     /// SIGTERM, or SIGKILL for who does not react, to the processes whose name `chosen` accepts.
     pub(crate) async fn stop(&mut self, chosen: impl Fn(&str) -> bool) {
         let (stopping, staying): (Vec<_>, Vec<_>) =
