@@ -231,14 +231,6 @@ impl Shared {
     fn patience(&self) -> Duration {
         self.deadline.saturating_mul(PATIENCE).max(LEAST_PATIENCE)
     }
-
-    /// Completes when the channel is gone; polled only while a write waits.
-    async fn until_closed(&self, channel: &Channel) {
-        while channel.status().connected() {
-            self.watch_alarm();
-            tokio::time::sleep(HEALTH_CHECK).await;
-        }
-    }
 }
 
 struct PublishTask {
@@ -310,7 +302,7 @@ impl PublishTask {
         let mut health = tokio::time::interval(HEALTH_CHECK);
         health.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Some(lost) = self.fill(channel, &mut window).await {
+            if let Err(lost) = self.fill(channel, &mut window) {
                 return self.give_back(window, lost);
             }
             if !open && window.is_empty() {
@@ -351,26 +343,28 @@ impl PublishTask {
         }
     }
 
-    /// Puts waiting jobs on the channel while the window has room.
-    async fn fill(&mut self, channel: &Channel, window: &mut Window) -> Option<BrokerError> {
-        while window.len() < self.limit() {
-            let job = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok())?;
-            if job.is_withdrawn() {
-                continue;
-            }
-            if let Err((job, lost)) =
-                window.publish(channel, job, self.shared.until_closed(channel)).await
-            {
-                // Into the window, which `give_back` empties by its rules.
-                window.keep(job);
-                return Some(lost);
+    /// Puts waiting jobs on the channel while the window has room, without waiting for any write: what
+    /// is handed over in one go leaves in few writes.
+    fn fill<'c>(
+        &mut self,
+        channel: &'c Channel,
+        window: &mut Window<'c>,
+    ) -> Result<(), BrokerError> {
+        let limit = self.limit();
+        while window.len() < limit {
+            let job = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok());
+            let Some(job) = job else { break };
+            if !job.is_withdrawn() {
+                window.publish(channel, job)?;
             }
         }
-        None
+        Ok(())
     }
 
+    /// How many messages may be under way. Under an alarm one: the rest waits where its callers can
+    /// still withdraw it.
     fn limit(&self) -> usize {
-        if self.careful > 0 { 1 } else { self.window }
+        if self.careful > 0 || self.shared.link.is_blocked() { 1 } else { self.window }
     }
 
     /// The channel is gone: what it left unconfirmed goes first over the next one, in its old order.
@@ -378,7 +372,7 @@ impl PublishTask {
     /// A channel that ended before it confirmed anything may have ended over one of its messages (too
     /// large for this broker, say). Then all go one at a time, and the one that is alone on a channel
     /// when it ends, and once more, is given up, or it would keep all others from being published.
-    fn give_back(&mut self, window: Window, lost: BrokerError) -> End {
+    fn give_back(&mut self, window: Window<'_>, lost: BrokerError) -> End {
         // Silence is the broker's fault, not a message's.
         let silent = matches!(lost, BrokerError::Unconfirmed(_));
         let (alone, barren) = (window.len() == 1 && !silent, !window.confirmed_any);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use futures_util::stream::FuturesUnordered;
 use lapin::options::BasicPublishOptions;
 use lapin::{Channel, Confirmation};
@@ -19,7 +20,7 @@ pub(super) struct Job {
     pub(super) outgoing: Outgoing,
     /// How many channels ended while this message was alone on them.
     pub(super) strikes: u32,
-    /// When it was last written to a channel.
+    /// When it was last put on a channel.
     written: Option<Instant>,
     /// `None` for messages that nobody waits for and that are not sent again.
     pub(super) answer: Option<Answer>,
@@ -29,16 +30,16 @@ type Verdict = Result<Confirmation, lapin::Error>;
 
 /// What is on the channel and not yet confirmed.
 #[derive(Default)]
-pub(super) struct Window {
+pub(super) struct Window<'c> {
     next: u64,
     pub(super) jobs: BTreeMap<u64, Job>,
     pub(super) confirmed_any: bool,
-    pub(super) confirms: FuturesUnordered<Numbered>,
+    pub(super) confirms: FuturesUnordered<Numbered<'c>>,
 }
 
-type Numbered = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send>>;
+type Numbered<'c> = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send + 'c>>;
 
-impl Window {
+impl<'c> Window<'c> {
     pub(super) fn len(&self) -> usize {
         self.jobs.len()
     }
@@ -53,14 +54,9 @@ impl Window {
         Some(job.written?.max(since).elapsed())
     }
 
-    /// Writes one message, or gives it back when the channel has `ended`. A message that AMQP cannot
-    /// carry fails alone; anything else is the channel.
-    pub(super) async fn publish(
-        &mut self,
-        channel: &Channel,
-        mut job: Job,
-        ended: impl Future<Output = ()>,
-    ) -> Result<(), (Job, BrokerError)> {
+    /// Puts one message on the channel. A message that AMQP cannot carry fails alone; an error means
+    /// that the channel is gone, and the message is in the window with the others.
+    pub(super) fn publish(&mut self, channel: &'c Channel, mut job: Job) -> Result<(), BrokerError> {
         let out = &job.outgoing;
         let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
         let (exchange, key, properties) = match parts {
@@ -70,36 +66,33 @@ impl Window {
                 return Ok(());
             }
         };
-        let options = BasicPublishOptions::default();
-        let body = &out.message.body;
-        // Under a memory or disk alarm this waits until the alarm is over; callers have deadlines.
-        let written = channel.basic_publish(exchange, key, options, body, properties);
-        let written = tokio::select! {
-            biased;
-            written = written => written.map_err(|error| BrokerError::operating(&error, "an exchange")),
-            () = ended => Err(BrokerError::Lost("it ended while blocked".to_owned())),
-        };
-        match written {
-            Ok(confirm) => {
-                let number = self.next;
-                self.next += 1;
-                job.written = Some(Instant::now());
-                if Guard::ConfirmWait.holds() {
-                    self.jobs.insert(number, job);
-                } else {
-                    job.answer(Ok(()));
-                }
-                self.confirms.push(Box::pin(async move { (number, confirm.await) }));
+        let (number, body) = (self.next, out.message.body.clone());
+        let mut verdict: Numbered<'c> = Box::pin(async move {
+            let options = BasicPublishOptions::default();
+            let written = channel.basic_publish(exchange, key, options, &body, properties).await;
+            let verdict = match written {
+                Ok(confirm) => confirm.await,
+                Err(error) => Err(error),
+            };
+            (number, verdict)
+        });
+        self.next += 1;
+        job.written = Some(Instant::now());
+        if Guard::ConfirmWait.holds() {
+            self.jobs.insert(number, job);
+        } else {
+            job.answer(Ok(()));
+        }
+        // The first poll hands the message over to lapin. The later ones wait until it is written,
+        // under an alarm until that is over, and then for the confirm. To await the write here would
+        // cost a trip to lapin's thread and back, and a write of its own, for every message.
+        match verdict.as_mut().now_or_never() {
+            Some((number, verdict)) => self.conclude(number, verdict),
+            None => {
+                self.confirms.push(verdict);
                 Ok(())
             }
-            Err(error) => Err((job, error)),
         }
-    }
-
-    /// Counts a message that could not even be written as being under way.
-    pub(super) fn keep(&mut self, job: Job) {
-        self.jobs.insert(self.next, job);
-        self.next += 1;
     }
 
     /// Tells the caller what the broker said. An error means that the channel is gone.
