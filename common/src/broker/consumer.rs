@@ -7,7 +7,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use futures_util::stream::FuturesUnordered;
 use lapin::Channel;
 use lapin::options::{
@@ -204,7 +204,7 @@ impl Settler {
     /// `false` when its channel is gone: the delivery will come again.
     pub async fn ack(&self, tag: DeliveryTag, multiple: bool) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
-        let acked = channel.basic_ack(tag.number, BasicAckOptions { multiple }).await.is_ok();
+        let acked = handed_over(channel.basic_ack(tag.number, BasicAckOptions { multiple }));
         self.0.settled(tag, multiple);
         acked
     }
@@ -213,7 +213,7 @@ impl Settler {
     pub async fn requeue(&self, tag: DeliveryTag) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
         let options = BasicNackOptions { multiple: false, requeue: true };
-        let returned = channel.basic_nack(tag.number, options).await.is_ok();
+        let returned = handed_over(channel.basic_nack(tag.number, options));
         self.0.settled(tag, false);
         returned
     }
@@ -222,6 +222,14 @@ impl Settler {
     pub fn health(&self) -> Health {
         self.0.health()
     }
+}
+
+/// Hands something over to lapin, which writes it in its turn; `false` if the channel takes nothing.
+///
+/// Whether it was written says nothing about whether it arrived, so to wait for that would only cost a
+/// trip to lapin's thread and back.
+fn handed_over(sending: impl Future<Output = lapin::Result<()>>) -> bool {
+    !matches!(sending.now_or_never(), Some(Err(_)))
 }
 
 impl Shared {
