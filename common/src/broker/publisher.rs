@@ -117,31 +117,38 @@ impl Publisher {
     ///
     /// An error leaves open whether the message arrived, unless it is `Rejected` or `TooLong`; so try
     /// again under the same message id.
-    pub async fn publish(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
-        self.publish_within(outgoing, self.shared.deadline).await
+    pub fn publish(&self, outgoing: Outgoing) -> impl Future<Output = Result<(), BrokerError>> {
+        self.publish_within(outgoing, self.shared.deadline)
     }
 
     /// [`publish`](Self::publish) with a deadline of the caller's.
-    pub async fn publish_within(
+    pub fn publish_within(
         &self,
         outgoing: Outgoing,
         deadline: Duration,
-    ) -> Result<(), BrokerError> {
-        let whole = async { self.send(outgoing).await?.confirmed().await };
-        if !Guard::PublishDeadline.holds() {
-            return whole.await;
-        }
-        match timeout(deadline, whole).await {
-            Ok(result) => result,
-            Err(_) => Err(self.why_late(deadline)),
+    ) -> impl Future<Output = Result<(), BrokerError>> {
+        // Out of the future, or each that wraps it carries a whole message along and is moved with it.
+        let sending = self.send(outgoing);
+        async move {
+            let whole = async { sending.await?.confirmed().await };
+            if !Guard::PublishDeadline.holds() {
+                return whole.await;
+            }
+            match timeout(deadline, whole).await {
+                Ok(result) => result,
+                Err(_) => Err(self.why_late(deadline)),
+            }
         }
     }
 
     /// Hands a message over and returns before it is confirmed; waits only for room in the window.
-    pub async fn send(&self, outgoing: Outgoing) -> Result<Receipt, BrokerError> {
+    pub fn send(&self, outgoing: Outgoing) -> impl Future<Output = Result<Receipt, BrokerError>> {
         let (tx, answer) = oneshot::channel();
-        self.hand_over(Job::new(outgoing, Some(tx))).await?;
-        Ok(Receipt { answer })
+        let job = Job::new(outgoing, Some(tx));
+        async move {
+            self.hand_over(job).await?;
+            Ok(Receipt { answer })
+        }
     }
 
     /// Sends a message once without caring what becomes of it; waits only for room in the window.
@@ -310,12 +317,13 @@ impl PublishTask {
             }
             let room = window.len() < self.limit();
             tokio::select! {
-                Some((number, verdict)) = window.confirms.next() => {
-                    if let Err(lost) = window.conclude(number, verdict) {
-                        return self.give_back(window, lost);
-                    }
+                Some(confirm) = window.confirms.next() => {
+                    let count = match window.conclude_ready(confirm) {
+                        Ok(count) => count,
+                        Err(lost) => return self.give_back(window, lost),
+                    };
                     self.shared.mended();
-                    self.careful = self.careful.saturating_sub(1);
+                    self.careful = self.careful.saturating_sub(count);
                 }
                 job = self.inbox.recv(), if open && room => match job {
                     Some(job) => self.to_send.push_back(job),

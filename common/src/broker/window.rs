@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::stream::FuturesUnordered;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::BasicPublishOptions;
 use lapin::{Channel, Confirmation};
 use tokio::sync::oneshot;
@@ -17,7 +17,8 @@ type Answer = oneshot::Sender<Result<(), BrokerError>>;
 
 /// A message on its way, and who waits for its confirm.
 pub(super) struct Job {
-    pub(super) outgoing: Outgoing,
+    /// Boxed, because a job changes hands often and a message has half a kilobyte of fields.
+    pub(super) outgoing: Box<Outgoing>,
     /// How many channels ended while this message was alone on them.
     pub(super) strikes: u32,
     /// When it was last put on a channel.
@@ -56,7 +57,11 @@ impl<'c> Window<'c> {
 
     /// Puts one message on the channel. A message that AMQP cannot carry fails alone; an error means
     /// that the channel is gone, and the message is in the window with the others.
-    pub(super) fn publish(&mut self, channel: &'c Channel, mut job: Job) -> Result<(), BrokerError> {
+    pub(super) fn publish(
+        &mut self,
+        channel: &'c Channel,
+        mut job: Job,
+    ) -> Result<(), BrokerError> {
         let out = &job.outgoing;
         let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
         let (exchange, key, properties) = match parts {
@@ -95,6 +100,18 @@ impl<'c> Window<'c> {
         }
     }
 
+    /// Concludes `first` and every confirm that is here besides; how many those were. One confirm of
+    /// the broker's often stands for many messages.
+    pub(super) fn conclude_ready(&mut self, first: (u64, Verdict)) -> Result<usize, BrokerError> {
+        let (mut next, mut count) = (Some(first), 0);
+        while let Some((number, verdict)) = next {
+            self.conclude(number, verdict)?;
+            count += 1;
+            next = self.confirms.next().now_or_never().flatten();
+        }
+        Ok(count)
+    }
+
     /// Tells the caller what the broker said. An error means that the channel is gone.
     pub(super) fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
         let answer = match verdict {
@@ -117,7 +134,7 @@ impl<'c> Window<'c> {
 
 impl Job {
     pub(super) fn new(outgoing: Outgoing, answer: Option<Answer>) -> Self {
-        Self { outgoing, strikes: 0, written: None, answer }
+        Self { outgoing: Box::new(outgoing), strikes: 0, written: None, answer }
     }
 
     pub(super) fn is_withdrawn(&self) -> bool {
