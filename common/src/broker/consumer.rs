@@ -7,8 +7,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use lapin::Channel;
 use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
@@ -32,6 +32,9 @@ const HEALTH_CHECK: Duration = Duration::from_secs(2);
 
 /// An epoch that lasted so long was a success.
 const STABLE: Duration = Duration::from_secs(2);
+
+/// So many deliveries that are here are passed on before anything else is looked at.
+const AT_ONCE: usize = 64;
 
 /// What to consume.
 pub struct ConsumerSpec {
@@ -207,7 +210,7 @@ impl Settler {
     /// `false` when its channel is gone: the delivery will come again.
     pub async fn ack(&self, tag: DeliveryTag, multiple: bool) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
-        let acked = channel.basic_ack(tag.number, BasicAckOptions { multiple }).await.is_ok();
+        let acked = handed_over(channel.basic_ack(tag.number, BasicAckOptions { multiple }));
         self.0.settled(tag, multiple);
         acked
     }
@@ -216,7 +219,7 @@ impl Settler {
     pub async fn requeue(&self, tag: DeliveryTag) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
         let options = BasicNackOptions { multiple: false, requeue: true };
-        let returned = channel.basic_nack(tag.number, options).await.is_ok();
+        let returned = handed_over(channel.basic_nack(tag.number, options));
         self.0.settled(tag, false);
         returned
     }
@@ -225,6 +228,14 @@ impl Settler {
     pub fn health(&self) -> Health {
         self.0.health()
     }
+}
+
+/// Hands something over to lapin, which writes it in its turn; `false` if the channel takes nothing.
+///
+/// Whether it was written says nothing about whether it arrived, so to wait for that would only cost a
+/// trip to lapin's thread and back.
+fn handed_over(sending: impl Future<Output = lapin::Result<()>>) -> bool {
+    !matches!(sending.now_or_never(), Some(Err(_)))
 }
 
 impl Shared {
@@ -367,8 +378,9 @@ impl ConsumeTask {
         epoch: u64,
         channel: &Channel,
         queue: &str,
-        mut stream: lapin::Consumer,
+        stream: lapin::Consumer,
     ) -> BrokerError {
+        let mut arrivals = stream.ready_chunks(AT_ONCE);
         let mut health = tokio::time::interval(HEALTH_CHECK);
         let every = self.shared.link.config().heartbeat;
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
@@ -378,9 +390,10 @@ impl ConsumeTask {
         let mut cancelled = false;
         loop {
             tokio::select! {
-                item = stream.next() => match item {
-                    Some(Ok(delivery)) => self.pass_on(epoch, delivery).await,
-                    Some(Err(error)) => return BrokerError::operating(&error, &self.spec.tag),
+                arrived = arrivals.next() => match arrived {
+                    Some(arrived) => if let Err(lost) = self.pass_on(epoch, arrived).await {
+                        return lost;
+                    },
                     // When its queue is deleted, and from RabbitMQ 4.3 on for an acknowledgement
                     // that did not come in time.
                     None => return BrokerError::Lost("the broker ended the consumer".to_owned()),
@@ -429,18 +442,32 @@ impl ConsumeTask {
         }
     }
 
-    async fn pass_on(&self, epoch: u64, delivery: lapin::message::Delivery) {
-        self.shared.lock().flow.delivered(delivery.delivery_tag, !self.spec.no_ack);
-        let ours = Delivery {
-            tag: DeliveryTag { epoch, number: delivery.delivery_tag },
-            routing_key: delivery.routing_key.as_str().to_owned(),
-            redelivered: delivery.redelivered,
-            message: from_properties(&delivery.properties, delivery.data),
-        };
-        if self.to_owner.send(ours).await.is_err() {
-            // The owner is gone without a word; nothing is lost, the broker has the message still.
-            self.shared.stop.cancel();
+    async fn pass_on(
+        &self,
+        epoch: u64,
+        arrived: Vec<lapin::Result<lapin::message::Delivery>>,
+    ) -> Result<(), BrokerError> {
+        {
+            let flow = &mut self.shared.lock().flow;
+            for delivery in arrived.iter().flatten() {
+                flow.delivered(delivery.delivery_tag, !self.spec.no_ack);
+            }
         }
+        for delivery in arrived {
+            let delivery =
+                delivery.map_err(|error| BrokerError::operating(&error, &self.spec.tag))?;
+            let ours = Delivery {
+                tag: DeliveryTag { epoch, number: delivery.delivery_tag },
+                routing_key: delivery.routing_key.as_str().to_owned(),
+                redelivered: delivery.redelivered,
+                message: from_properties(&delivery.properties, delivery.data),
+            };
+            if self.to_owner.send(ours).await.is_err() {
+                // The owner is gone without a word; nothing is lost, the broker has the message still.
+                self.shared.stop.cancel();
+            }
+        }
+        Ok(())
     }
 }
 

@@ -38,6 +38,10 @@ enum State {
     Up(Arc<Connection>),
 }
 
+/// RabbitMQ's own limit. lapin makes its buffers of 32 frames twice: when it is told the size before
+/// the broker says it, they are memory that nobody has touched, else 8 MiB are written with zeros.
+const FRAME_BYTES: u32 = 128 * 1024;
+
 impl Link {
     /// A link that has not connected yet. `name` is what people see in the management UI.
     pub fn new(config: &BrokerConfig, name: &str) -> Self {
@@ -157,6 +161,7 @@ impl Link {
         let mut uri: AMQPUri = url.expose().parse().map_err(failed)?;
         let heartbeat = u16::try_from(config.heartbeat.as_secs()).unwrap_or(u16::MAX);
         uri.query.heartbeat.get_or_insert(heartbeat);
+        uri.query.frame_max.get_or_insert(FRAME_BYTES);
         let properties = ConnectionProperties::default()
             .with_connection_name(self.0.name.as_str().into())
             .with_client_property("product".into(), "Garenne".into())

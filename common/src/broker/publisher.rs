@@ -117,31 +117,38 @@ impl Publisher {
     ///
     /// An error leaves open whether the message arrived, unless it is `Rejected` or `TooLong`; so try
     /// again under the same message id.
-    pub async fn publish(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
-        self.publish_within(outgoing, self.shared.deadline).await
+    pub fn publish(&self, outgoing: Outgoing) -> impl Future<Output = Result<(), BrokerError>> {
+        self.publish_within(outgoing, self.shared.deadline)
     }
 
     /// [`publish`](Self::publish) with a deadline of the caller's.
-    pub async fn publish_within(
+    pub fn publish_within(
         &self,
         outgoing: Outgoing,
         deadline: Duration,
-    ) -> Result<(), BrokerError> {
-        let whole = async { self.send(outgoing).await?.confirmed().await };
-        if !Guard::PublishDeadline.holds() {
-            return whole.await;
-        }
-        match timeout(deadline, whole).await {
-            Ok(result) => result,
-            Err(_) => Err(self.why_late(deadline)),
+    ) -> impl Future<Output = Result<(), BrokerError>> {
+        // Out of the future, or each that wraps it carries a whole message along and is moved with it.
+        let sending = self.send(outgoing);
+        async move {
+            let whole = async { sending.await?.confirmed().await };
+            if !Guard::PublishDeadline.holds() {
+                return whole.await;
+            }
+            match timeout(deadline, whole).await {
+                Ok(result) => result,
+                Err(_) => Err(self.why_late(deadline)),
+            }
         }
     }
 
     /// Hands a message over and returns before it is confirmed; waits only for room in the window.
-    pub async fn send(&self, outgoing: Outgoing) -> Result<Receipt, BrokerError> {
+    pub fn send(&self, outgoing: Outgoing) -> impl Future<Output = Result<Receipt, BrokerError>> {
         let (tx, answer) = oneshot::channel();
-        self.hand_over(Job::new(outgoing, Some(tx))).await?;
-        Ok(Receipt { answer })
+        let job = Job::new(outgoing, Some(tx));
+        async move {
+            self.hand_over(job).await?;
+            Ok(Receipt { answer })
+        }
     }
 
     /// Sends a message once without caring what becomes of it; waits only for room in the window.
@@ -231,14 +238,6 @@ impl Shared {
     fn patience(&self) -> Duration {
         self.deadline.saturating_mul(PATIENCE).max(LEAST_PATIENCE)
     }
-
-    /// Completes when the channel is gone; polled only while a write waits.
-    async fn until_closed(&self, channel: &Channel) {
-        while channel.status().connected() {
-            self.watch_alarm();
-            tokio::time::sleep(HEALTH_CHECK).await;
-        }
-    }
 }
 
 struct PublishTask {
@@ -310,7 +309,7 @@ impl PublishTask {
         let mut health = tokio::time::interval(HEALTH_CHECK);
         health.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Some(lost) = self.fill(channel, &mut window).await {
+            if let Err(lost) = self.fill(channel, &mut window) {
                 return self.give_back(window, lost);
             }
             if !open && window.is_empty() {
@@ -318,12 +317,13 @@ impl PublishTask {
             }
             let room = window.len() < self.limit();
             tokio::select! {
-                Some((number, verdict)) = window.confirms.next() => {
-                    if let Err(lost) = window.conclude(number, verdict) {
-                        return self.give_back(window, lost);
-                    }
+                Some(confirm) = window.confirms.next() => {
+                    let count = match window.conclude_ready(confirm) {
+                        Ok(count) => count,
+                        Err(lost) => return self.give_back(window, lost),
+                    };
                     self.shared.mended();
-                    self.careful = self.careful.saturating_sub(1);
+                    self.careful = self.careful.saturating_sub(count);
                 }
                 job = self.inbox.recv(), if open && room => match job {
                     Some(job) => self.to_send.push_back(job),
@@ -351,26 +351,28 @@ impl PublishTask {
         }
     }
 
-    /// Puts waiting jobs on the channel while the window has room.
-    async fn fill(&mut self, channel: &Channel, window: &mut Window) -> Option<BrokerError> {
-        while window.len() < self.limit() {
-            let job = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok())?;
-            if job.is_withdrawn() {
-                continue;
-            }
-            if let Err((job, lost)) =
-                window.publish(channel, job, self.shared.until_closed(channel)).await
-            {
-                // Into the window, which `give_back` empties by its rules.
-                window.keep(job);
-                return Some(lost);
+    /// Puts waiting jobs on the channel while the window has room, without waiting for any write: what
+    /// is handed over in one go leaves in few writes.
+    fn fill<'c>(
+        &mut self,
+        channel: &'c Channel,
+        window: &mut Window<'c>,
+    ) -> Result<(), BrokerError> {
+        let limit = self.limit();
+        while window.len() < limit {
+            let job = self.to_send.pop_front().or_else(|| self.inbox.try_recv().ok());
+            let Some(job) = job else { break };
+            if !job.is_withdrawn() {
+                window.publish(channel, job)?;
             }
         }
-        None
+        Ok(())
     }
 
+    /// How many messages may be under way. Under an alarm one: the rest waits where its callers can
+    /// still withdraw it.
     fn limit(&self) -> usize {
-        if self.careful > 0 { 1 } else { self.window }
+        if self.careful > 0 || self.shared.link.is_blocked() { 1 } else { self.window }
     }
 
     /// The channel is gone: what it left unconfirmed goes first over the next one, in its old order.
@@ -378,7 +380,7 @@ impl PublishTask {
     /// A channel that ended before it confirmed anything may have ended over one of its messages (too
     /// large for this broker, say). Then all go one at a time, and the one that is alone on a channel
     /// when it ends, and once more, is given up, or it would keep all others from being published.
-    fn give_back(&mut self, window: Window, lost: BrokerError) -> End {
+    fn give_back(&mut self, window: Window<'_>, lost: BrokerError) -> End {
         // Silence is the broker's fault, not a message's.
         let silent = matches!(lost, BrokerError::Unconfirmed(_));
         let (alone, barren) = (window.len() == 1 && !silent, !window.confirmed_any);

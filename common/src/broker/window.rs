@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use futures_util::stream::FuturesUnordered;
+use futures_util::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use lapin::options::BasicPublishOptions;
 use lapin::{Channel, Confirmation};
 use tokio::sync::oneshot;
@@ -16,10 +17,11 @@ type Answer = oneshot::Sender<Result<(), BrokerError>>;
 
 /// A message on its way, and who waits for its confirm.
 pub(super) struct Job {
-    pub(super) outgoing: Outgoing,
+    /// Boxed, because a job changes hands often and a message has half a kilobyte of fields.
+    pub(super) outgoing: Box<Outgoing>,
     /// How many channels ended while this message was alone on them.
     pub(super) strikes: u32,
-    /// When it was last written to a channel.
+    /// When it was last put on a channel.
     written: Option<Instant>,
     /// `None` for messages that nobody waits for and that are not sent again.
     pub(super) answer: Option<Answer>,
@@ -29,16 +31,16 @@ type Verdict = Result<Confirmation, lapin::Error>;
 
 /// What is on the channel and not yet confirmed.
 #[derive(Default)]
-pub(super) struct Window {
+pub(super) struct Window<'c> {
     next: u64,
     pub(super) jobs: BTreeMap<u64, Job>,
     pub(super) confirmed_any: bool,
-    pub(super) confirms: FuturesUnordered<Numbered>,
+    pub(super) confirms: FuturesUnordered<Numbered<'c>>,
 }
 
-type Numbered = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send>>;
+type Numbered<'c> = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send + 'c>>;
 
-impl Window {
+impl<'c> Window<'c> {
     pub(super) fn len(&self) -> usize {
         self.jobs.len()
     }
@@ -53,14 +55,13 @@ impl Window {
         Some(job.written?.max(since).elapsed())
     }
 
-    /// Writes one message, or gives it back when the channel has `ended`. A message that AMQP cannot
-    /// carry fails alone; anything else is the channel.
-    pub(super) async fn publish(
+    /// Puts one message on the channel. A message that AMQP cannot carry fails alone; an error means
+    /// that the channel is gone, and the message is in the window with the others.
+    pub(super) fn publish(
         &mut self,
-        channel: &Channel,
+        channel: &'c Channel,
         mut job: Job,
-        ended: impl Future<Output = ()>,
-    ) -> Result<(), (Job, BrokerError)> {
+    ) -> Result<(), BrokerError> {
         let out = &job.outgoing;
         let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
         let (exchange, key, properties) = match parts {
@@ -70,36 +71,45 @@ impl Window {
                 return Ok(());
             }
         };
-        let options = BasicPublishOptions::default();
-        let body = &out.message.body;
-        // Under a memory or disk alarm this waits until the alarm is over; callers have deadlines.
-        let written = channel.basic_publish(exchange, key, options, body, properties);
-        let written = tokio::select! {
-            biased;
-            written = written => written.map_err(|error| BrokerError::operating(&error, "an exchange")),
-            () = ended => Err(BrokerError::Lost("it ended while blocked".to_owned())),
-        };
-        match written {
-            Ok(confirm) => {
-                let number = self.next;
-                self.next += 1;
-                job.written = Some(Instant::now());
-                if Guard::ConfirmWait.holds() {
-                    self.jobs.insert(number, job);
-                } else {
-                    job.answer(Ok(()));
-                }
-                self.confirms.push(Box::pin(async move { (number, confirm.await) }));
+        let (number, body) = (self.next, out.message.body.clone());
+        let mut verdict: Numbered<'c> = Box::pin(async move {
+            let options = BasicPublishOptions::default();
+            let written = channel.basic_publish(exchange, key, options, &body, properties).await;
+            let verdict = match written {
+                Ok(confirm) => confirm.await,
+                Err(error) => Err(error),
+            };
+            (number, verdict)
+        });
+        self.next += 1;
+        job.written = Some(Instant::now());
+        if Guard::ConfirmWait.holds() {
+            self.jobs.insert(number, job);
+        } else {
+            job.answer(Ok(()));
+        }
+        // The first poll hands the message over to lapin. The later ones wait until it is written,
+        // under an alarm until that is over, and then for the confirm. To await the write here would
+        // cost a trip to lapin's thread and back, and a write of its own, for every message.
+        match verdict.as_mut().now_or_never() {
+            Some((number, verdict)) => self.conclude(number, verdict),
+            None => {
+                self.confirms.push(verdict);
                 Ok(())
             }
-            Err(error) => Err((job, error)),
         }
     }
 
-    /// Counts a message that could not even be written as being under way.
-    pub(super) fn keep(&mut self, job: Job) {
-        self.jobs.insert(self.next, job);
-        self.next += 1;
+    /// Concludes `first` and every confirm that is here besides; how many those were. One confirm of
+    /// the broker's often stands for many messages.
+    pub(super) fn conclude_ready(&mut self, first: (u64, Verdict)) -> Result<usize, BrokerError> {
+        let (mut next, mut count) = (Some(first), 0);
+        while let Some((number, verdict)) = next {
+            self.conclude(number, verdict)?;
+            count += 1;
+            next = self.confirms.next().now_or_never().flatten();
+        }
+        Ok(count)
     }
 
     /// Tells the caller what the broker said. An error means that the channel is gone.
@@ -124,7 +134,7 @@ impl Window {
 
 impl Job {
     pub(super) fn new(outgoing: Outgoing, answer: Option<Answer>) -> Self {
-        Self { outgoing, strikes: 0, written: None, answer }
+        Self { outgoing: Box::new(outgoing), strikes: 0, written: None, answer }
     }
 
     pub(super) fn is_withdrawn(&self) -> bool {
