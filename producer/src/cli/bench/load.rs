@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use crate::cli::error::CliError;
 
 /// A run that takes longer has gone wrong.
-const PATIENCE: Duration = Duration::from_mins(10);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// The built-in `garenne.echo`, as a program would declare it.
 #[derive(Serialize, Deserialize)]
