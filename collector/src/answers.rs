@@ -77,7 +77,7 @@ impl<S: Store> Answers<S> {
 
     async fn handle(&self, question: Delivery, settler: &Settler) {
         // Acknowledged first: a question that cannot be answered must not come again for ever.
-        settler.ack(question.tag, false).await;
+        settler.ack(question.tag, false);
         let properties = &question.message.properties;
         let Some(reply_to) = properties.reply_to.clone() else {
             tracing::debug!(app_id = properties.app_id, "a question without reply_to");

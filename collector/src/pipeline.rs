@@ -240,13 +240,13 @@ impl<S: Store> Committer<S> {
         let group = Arc::new(parcel.group);
         if !Guard::CommitBeforeAck.holds() {
             for (_, settler, tag) in &parcel.newest {
-                settler.ack(*tag, true).await;
+                settler.ack(*tag, true);
             }
         }
         let Some(committed) = self.commit(&group).await else { return false };
         self.progress.finished.fetch_add(1, Ordering::AcqRel);
         for (_, settler, tag) in parcel.newest {
-            if !settler.ack(tag, true).await {
+            if !settler.ack(tag, true) {
                 // The group comes again, and changes nothing then.
                 tracing::debug!(?tag, "the channel of these deliveries is gone");
             }

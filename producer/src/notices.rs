@@ -63,7 +63,7 @@ impl Notices {
             let delivery = self.consumer.next().await?;
             // At once, because an idle listener would reach the broker's consumer timeout. If it
             // fails, the channel is gone, and with it the queue and all it held.
-            if !self.consumer.settler().ack(delivery.tag, false).await {
+            if !self.consumer.settler().ack(delivery.tag, false) {
                 tracing::debug!("the subscription is being renewed");
             }
             match Notice::decode(&delivery.message) {

@@ -208,7 +208,7 @@ impl Settler {
     /// Acknowledges one delivery, or with `multiple` also all earlier ones of its epoch.
     ///
     /// `false` when its channel is gone: the delivery will come again.
-    pub async fn ack(&self, tag: DeliveryTag, multiple: bool) -> bool {
+    pub fn ack(&self, tag: DeliveryTag, multiple: bool) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
         let acked = handed_over(channel.basic_ack(tag.number, BasicAckOptions { multiple }));
         self.0.settled(tag, multiple);
@@ -216,7 +216,7 @@ impl Settler {
     }
 
     /// Hands one delivery back, to be delivered again to anybody.
-    pub async fn requeue(&self, tag: DeliveryTag) -> bool {
+    pub fn requeue(&self, tag: DeliveryTag) -> bool {
         let Some(channel) = self.0.channel_of(tag.epoch) else { return false };
         let options = BasicNackOptions { multiple: false, requeue: true };
         let returned = handed_over(channel.basic_nack(tag.number, options));

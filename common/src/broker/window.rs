@@ -91,13 +91,11 @@ impl<'c> Window<'c> {
         // The first poll hands the message over to lapin. The later ones wait until it is written,
         // under an alarm until that is over, and then for the confirm. To await the write here would
         // cost a trip to lapin's thread and back, and a write of its own, for every message.
-        match verdict.as_mut().now_or_never() {
-            Some((number, verdict)) => self.conclude(number, verdict),
-            None => {
-                self.confirms.push(verdict);
-                Ok(())
-            }
+        if let Some((number, verdict)) = verdict.as_mut().now_or_never() {
+            return self.conclude(number, verdict);
         }
+        self.confirms.push(verdict);
+        Ok(())
     }
 
     /// Concludes `first` and every confirm that is here besides; how many those were. One confirm of

@@ -133,12 +133,12 @@ impl Tap {
     pub(crate) async fn next(&mut self) -> Message {
         let what = format!("a message arrives in {}", self.name);
         let delivery = self.consumer.next().soon(&what).await.expect("the tap is open");
-        self.settle(delivery).await
+        self.settle(delivery)
     }
 
-    async fn settle(&self, delivery: Delivery) -> Message {
+    fn settle(&self, delivery: Delivery) -> Message {
         // A lost acknowledgement brings the message again, which a test would notice.
-        self.consumer.settler().ack(delivery.tag, false).await;
+        self.consumer.settler().ack(delivery.tag, false);
         delivery.message
     }
 

@@ -62,13 +62,13 @@ impl SettleTask {
                 }
             }
             Action::Acknowledge { lane, ack } => {
-                if !self.settlers[lane].ack(ack.tag, ack.multiple).await {
+                if !self.settlers[lane].ack(ack.tag, ack.multiple) {
                     // Its channel is gone: it comes again, and `Inflight` knows it as settled.
                     tracing::debug!(?ack, "the acknowledgement came too late");
                 }
             }
             Action::HandBack(delivery) => {
-                self.settlers[delivery.queue].requeue(delivery.tag).await;
+                self.settlers[delivery.queue].requeue(delivery.tag);
             }
         }
     }

@@ -48,7 +48,9 @@ fn reason(message: &Message) -> String {
 #[test]
 fn tasks_come_out_as_they_went_in() {
     let mut tasks = some();
-    tasks.iter_mut().for_each(|task| task.options.priority = Some(3));
+    for task in &mut tasks {
+        task.options.priority = Some(3);
+    }
     let bundle = encode(&tasks, "test").unwrap();
     assert!(is_one(&bundle));
     assert_eq!(bundle.properties.priority, Some(3));

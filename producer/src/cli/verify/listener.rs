@@ -86,7 +86,7 @@ async fn listen(mut consumer: Consumer, heard: Arc<Mutex<Heard>>, mix: Mix) {
             }
         }
         // If it fails the channel is gone, and all of this comes again as repeats.
-        consumer.settler().ack(last, true).await;
+        consumer.settler().ack(last, true);
     }
 }
 
