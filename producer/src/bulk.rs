@@ -244,11 +244,11 @@ fn go_together(one: &Item, other: &Item) -> bool {
 
 /// What a failed publish means for one of its tasks.
 pub(crate) fn submit_error(id: &TaskId, error: BrokerError) -> SubmitError {
-    match error {
-        // These are answers: the broker, or our own encoder, did not take the message.
-        refused @ (BrokerError::Rejected(_) | BrokerError::TooLong(_)) => refused.into(),
-        source => SubmitError::Unconfirmed { id: id.clone(), source },
+    // These are answers: the broker, or our own encoder, did not take the message.
+    if matches!(error, BrokerError::Rejected(_) | BrokerError::TooLong(_)) {
+        return error.into();
     }
+    SubmitError::Unconfirmed { id: id.clone(), source: error }
 }
 
 /// Outcomes in the order of the submissions: promised, until something comes in between.

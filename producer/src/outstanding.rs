@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use foldhash::fast::RandomState;
 use garenne_common::{TaskId, TaskResult};
 use tokio::sync::oneshot;
 
@@ -23,7 +24,7 @@ struct Pauses {
 /// The tasks that handles wait for. As large as the number of living handles, never larger.
 #[derive(Default)]
 pub(crate) struct Outstanding {
-    entries: HashMap<TaskId, Entry>,
+    entries: HashMap<TaskId, Entry, RandomState>,
     /// The reply queue at present, counted; entries of older ones get no reply any more.
     epoch: u64,
     tickets: u64,

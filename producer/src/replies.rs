@@ -60,6 +60,7 @@ pub(crate) struct Waiting {
     id: TaskId,
     ticket: u64,
     result: oneshot::Receiver<TaskResult>,
+    answered: bool,
 }
 
 /// The right to one answer; dropping it gives the place back.
@@ -139,7 +140,7 @@ impl Replies {
     pub(crate) fn expect(self: &Arc<Self>, id: TaskId, queue: &ReplyQueue) -> Waiting {
         let now = Instant::now().into_std();
         let (ticket, result) = lock(&self.outstanding).expect(id.clone(), queue.epoch, now);
-        Waiting { replies: Arc::clone(self), id, ticket, result }
+        Waiting { replies: Arc::clone(self), id, ticket, result, answered: false }
     }
 
     /// [`expect`](Self::expect) for many at once.
@@ -152,7 +153,7 @@ impl Replies {
         let mut outstanding = lock(&self.outstanding);
         let place = |id: TaskId| {
             let (ticket, result) = outstanding.expect(id.clone(), queue.epoch, now);
-            Waiting { replies: Arc::clone(self), id, ticket, result }
+            Waiting { replies: Arc::clone(self), id, ticket, result, answered: false }
         };
         ids.into_iter().map(place).collect()
     }
@@ -254,13 +255,18 @@ impl Drop for Router {
 impl Waiting {
     /// Waits; `None` when the router has ended. Cancel-safe, and not to be called after it returned.
     pub(crate) async fn result(&mut self) -> Option<TaskResult> {
-        (&mut self.result).await.ok()
+        let result = (&mut self.result).await.ok();
+        self.answered = true;
+        result
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        lock(&self.replies.outstanding).forget(&self.id, self.ticket);
+        // With its result the place was given up.
+        if !self.answered {
+            lock(&self.replies.outstanding).forget(&self.id, self.ticket);
+        }
     }
 }
 

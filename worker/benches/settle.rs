@@ -50,7 +50,7 @@ impl Desk {
         match admit(arrival, |_| Some(()), &self.inflight, &self.signature) {
             Admission::Run(task, ()) => Ended {
                 task,
-                carrier: Carrier::Alone(message),
+                carrier: Carrier::Alone(Box::new(message)),
                 redelivered: false,
                 started_at: at,
                 finished_at: at,

@@ -42,7 +42,7 @@ pub fn admit<H>(
 
 /// The same for a task of a bundle.
 pub fn admit_member<H>(
-    (task, delivery): (TaskMessage, DeliveryRef),
+    (task, delivery): (Arc<TaskMessage>, DeliveryRef),
     (app_id, at): (&str, Timestamp),
     find: impl FnOnce(&TaskName) -> Option<H>,
     inflight: &Inflight,
@@ -51,7 +51,7 @@ pub fn admit_member<H>(
     match guard::inspect_member(&task, find, at) {
         Ok(handler) => {
             let key = Key::of_member(&task);
-            enter(&key, (Arc::new(task), handler), delivery, inflight)
+            enter(&key, (task, handler), delivery, inflight)
         }
         Err((reason, error)) => {
             let (message, queue) = (wire::task::encode(&task, app_id), &task.queue);
@@ -65,7 +65,7 @@ pub fn admit_member<H>(
 /// Decides about the tasks of a bundle that was delivered before: what is known here is settled with
 /// its run, and everything else leaves the bundle, so that from now on each is counted by itself.
 pub fn split(
-    tasks: Vec<TaskMessage>,
+    tasks: &[TaskMessage],
     delivery: DeliveryRef,
     app_id: &str,
     inflight: &Inflight,
@@ -77,10 +77,7 @@ pub fn split(
         Some(Begin::Settled | Begin::Run) => {
             Some(Settlement::bare(Subject::Delivery(delivery), Successor::Confirmed))
         }
-        None => {
-            let tasks = std::slice::from_ref(task);
-            Some(signature.send_back(delivery, tasks, app_id, &task.queue))
-        }
+        None => Some(signature.send_back(delivery, &[task], app_id, &task.queue)),
     };
     tasks.iter().filter_map(settlement).collect()
 }

@@ -122,11 +122,12 @@ impl Pipeline {
     fn admit(&self, queue: usize, work: Work) -> (Admission<Arc<dyn Handler>>, Carrier, bool) {
         let (find, at) = (|name: &_| self.registry.find(name), Timestamp::now());
         match work {
-            Work::Alone(Delivery { tag, message, redelivered, .. }) => {
+            Work::Alone(delivery) => {
+                let Delivery { tag, message, redelivered, .. } = *delivery;
                 let (delivery, queue) = (DeliveryRef { queue, tag }, &self.lanes[queue].queue);
                 let arrival = Arrival { delivery, message: &message, queue, at };
                 let admission = admit(arrival, find, &self.inflight, &self.signature);
-                (admission, Carrier::Alone(message), redelivered)
+                (admission, Carrier::Alone(Box::new(message)), redelivered)
             }
             Work::Member(Member { task, bundle, app_id, .. }) => {
                 let sender = (&*app_id, at);
@@ -170,7 +171,7 @@ impl Pipeline {
         let (outcome, free) = self.execute(&context, entered, (place, lease)).await;
         if let Outcome::Crashed(crash) = &outcome {
             let message = crash.record.write(&ended.carrier.message(&task));
-            ended.carrier = Carrier::Alone(message);
+            ended.carrier = Carrier::Alone(Box::new(message));
         }
         let decided = decide(outcome, task.attempt, &task.options.retry, fastrand::f64());
         let disposition = match self.cancels.wish(&task) {

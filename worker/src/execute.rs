@@ -1,6 +1,9 @@
 //! Runs one attempt to its outcome: time limit, panic and interruption end here and nowhere else.
 
+use std::future::poll_fn;
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -47,6 +50,27 @@ pub(crate) async fn execute(
     // async block. What a panic leaves behind is dropped with the attempt.
     let attempt = async { handler.run(context.clone(), slot).await };
     let mut attempt = std::pin::pin!(AssertUnwindSafe(attempt).catch_unwind());
+    // Many tasks end at once; they need no clock, and no room for what only waiting needs.
+    let at_once = poll_fn(|now| Poll::Ready(attempt.as_mut().poll(now))).await;
+    match at_once {
+        Poll::Ready(ended) => {
+            // For what an async handler has spawned.
+            context.end();
+            outcome(ended)
+        }
+        Poll::Pending => {
+            Box::pin(wait(attempt, (handler.is_process(), context), limits, stops)).await
+        }
+    }
+}
+
+/// Waits for an attempt under way.
+async fn wait(
+    mut attempt: Pin<&mut impl Future<Output = Ended>>,
+    (is_process, context): (bool, &Context),
+    limits: Limits,
+    stops: Stops<'_>,
+) -> Outcome {
     let mut hard = std::pin::pin!(tokio::time::sleep(limits.hard));
     let soft = limits.soft.filter(|soft| *soft < limits.hard);
     let warning = async {
@@ -62,7 +86,6 @@ pub(crate) async fn execute(
     let outcome = loop {
         tokio::select! {
             ended = &mut attempt => {
-                // For what an async handler has spawned.
                 context.end();
                 return outcome(ended);
             }
@@ -78,7 +101,7 @@ pub(crate) async fn execute(
     let told = context.is_cancelled();
     // For a blocking handler that goes on, and for what an async one has spawned.
     context.end();
-    if handler.is_process() {
+    if is_process {
         // One that was told in time has had its time.
         let grace = if told { Duration::ZERO } else { limits.grace };
         let patience = async {

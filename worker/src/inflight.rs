@@ -8,6 +8,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, PoisonError};
 
+use foldhash::fast::RandomState;
 use garenne_common::broker::DeliveryTag;
 use garenne_common::guards::Guard;
 use garenne_common::wire::Message;
@@ -65,21 +66,44 @@ pub enum Begin {
     Settled,
 }
 
+/// The deliveries of one attempt: mostly one, for which nothing is allocated.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Deliveries {
+    first: Option<DeliveryRef>,
+    adopted: Vec<DeliveryRef>,
+}
+
+impl Deliveries {
+    pub(crate) fn one(delivery: DeliveryRef) -> Self {
+        Self { first: Some(delivery), adopted: vec![] }
+    }
+}
+
+impl IntoIterator for Deliveries {
+    type Item = DeliveryRef;
+    type IntoIter =
+        std::iter::Chain<std::option::IntoIter<DeliveryRef>, std::vec::IntoIter<DeliveryRef>>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.first.into_iter().chain(self.adopted)
+    }
+}
+
 /// The attempts of one worker; shared by intake and settling.
 #[derive(Debug, Default)]
 pub struct Inflight(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    running: HashMap<Key, Run>,
-    settled: HashSet<Key>,
+    running: HashMap<Key, Run, RandomState>,
+    settled: HashSet<Key, RandomState>,
     settled_order: VecDeque<Key>,
 }
 
 /// A running attempt.
 #[derive(Debug, Default)]
 struct Run {
-    deliveries: Vec<DeliveryRef>,
+    deliveries: Deliveries,
     /// The collector has the task; what the broker delivers of it is a left-over.
     handed_over: bool,
 }
@@ -91,7 +115,7 @@ impl Inflight {
         if let Some(known) = state.recognise(key, delivery) {
             return known;
         }
-        let run = Run { deliveries: vec![delivery], handed_over: false };
+        let run = Run { deliveries: Deliveries::one(delivery), handed_over: false };
         state.running.insert(key.clone(), run);
         Begin::Run
     }
@@ -103,7 +127,7 @@ impl Inflight {
     }
 
     /// The attempt is over and its message has a confirmed successor: all deliveries to acknowledge.
-    pub fn settled(&self, key: &Key) -> Vec<DeliveryRef> {
+    pub fn settled(&self, key: &Key) -> Deliveries {
         let mut state = self.lock();
         if state.settled.insert(key.clone()) {
             state.settled_order.push_back(key.clone());
@@ -117,15 +141,15 @@ impl Inflight {
     }
 
     /// The attempt goes on and its message has a confirmed successor: its deliveries to acknowledge.
-    pub(crate) fn handed_over(&self, key: &Key) -> Vec<DeliveryRef> {
+    pub(crate) fn handed_over(&self, key: &Key) -> Deliveries {
         let mut state = self.lock();
-        let Some(run) = state.running.get_mut(key) else { return vec![] };
+        let Some(run) = state.running.get_mut(key) else { return Deliveries::default() };
         run.handed_over = true;
         std::mem::take(&mut run.deliveries)
     }
 
     /// The attempt is over but may rightly come again: all its deliveries.
-    pub fn forgotten(&self, key: &Key) -> Vec<DeliveryRef> {
+    pub fn forgotten(&self, key: &Key) -> Deliveries {
         self.lock().running.remove(key).unwrap_or_default().deliveries
     }
 
@@ -145,7 +169,7 @@ impl State {
             if run.handed_over {
                 return Some(Begin::Settled);
             }
-            run.deliveries.push(delivery);
+            run.deliveries.adopted.push(delivery);
             return Some(Begin::Adopted);
         }
         let settled = self.settled.contains(key) && Guard::SettledMemory.holds();
@@ -161,6 +185,10 @@ mod tests {
         Key { id: TaskId::generate(), attempt: 1, fence: 0 }
     }
 
+    fn all(deliveries: Deliveries) -> Vec<DeliveryRef> {
+        deliveries.into_iter().collect()
+    }
+
     fn delivery(epoch: u64) -> DeliveryRef {
         DeliveryRef { queue: 0, tag: DeliveryTag { epoch, number: 1 } }
     }
@@ -171,7 +199,7 @@ mod tests {
         let key = key();
         assert_eq!(inflight.begin(&key, delivery(1)), Begin::Run);
         assert_eq!(inflight.begin(&key, delivery(2)), Begin::Adopted);
-        assert_eq!(inflight.settled(&key), [delivery(1), delivery(2)]);
+        assert_eq!(all(inflight.settled(&key)), [delivery(1), delivery(2)]);
         assert_eq!(inflight.begin(&key, delivery(3)), Begin::Settled);
     }
 
@@ -191,9 +219,9 @@ mod tests {
         let inflight = Inflight::default();
         let key = key();
         inflight.begin(&key, delivery(1));
-        assert_eq!(inflight.handed_over(&key), [delivery(1)]);
+        assert_eq!(all(inflight.handed_over(&key)), [delivery(1)]);
         assert_eq!(inflight.begin(&key, delivery(2)), Begin::Settled);
-        assert_eq!(inflight.settled(&key), []);
+        assert_eq!(all(inflight.settled(&key)), []);
     }
 
     #[test]
@@ -201,7 +229,7 @@ mod tests {
         let inflight = Inflight::default();
         let key = key();
         inflight.begin(&key, delivery(1));
-        assert_eq!(inflight.forgotten(&key), [delivery(1)]);
+        assert_eq!(all(inflight.forgotten(&key)), [delivery(1)]);
         assert_eq!(inflight.begin(&key, delivery(1)), Begin::Run);
     }
 

@@ -12,7 +12,7 @@ use futures_util::future::{self, Either};
 use garenne_common::broker::{BrokerError, Consumer, Delivery, QueueStatus};
 use garenne_common::bundling::Limits;
 use garenne_common::guards::Guard;
-use garenne_common::wire;
+use garenne_common::{TaskMessage, wire};
 use tokio::time::MissedTickBehavior;
 
 use crate::admit;
@@ -92,7 +92,7 @@ impl Pipeline {
             }
         } else if came_before {
             // It waits for its turn by itself, so that nothing else has to wait behind it.
-            Self::begin_alone(this, queue, Work::Alone(delivery));
+            Self::begin_alone(this, queue, Work::Alone(Box::new(delivery)));
         } else {
             line.push(delivery);
         }
@@ -133,13 +133,13 @@ impl Pipeline {
     /// A bundle that was delivered before, perhaps to a worker that died of one of its tasks.
     fn split(this: &Arc<Self>, queue: usize, delivery: Delivery) {
         let Ok(tasks) = wire::bundle::decode(&delivery.message, &this.lanes[queue].queue) else {
-            return Self::begin_alone(this, queue, Work::Alone(delivery));
+            return Self::begin_alone(this, queue, Work::Alone(Box::new(delivery)));
         };
         tracing::info!(tasks = tasks.len(), "a bundle came again; its tasks go on one by one");
         this.lanes[queue].divided(delivery.tag, tasks.len());
         let at = DeliveryRef { queue, tag: delivery.tag };
         let app_id = delivery.message.properties.app_id.unwrap_or_default();
-        let settlements = admit::split(tasks, at, &app_id, &this.inflight, &this.signature);
+        let settlements = admit::split(&tasks, at, &app_id, &this.inflight, &this.signature);
         let pipeline = Arc::clone(this);
         this.attempts.spawn(async move {
             for settlement in settlements {
@@ -165,7 +165,8 @@ impl Pipeline {
         let estimate = |name: &_| self.pace.estimate(name).unwrap_or(SLICE.work);
         for Surplus { bundle, app_id, tasks } in surplus {
             tracing::debug!(tasks = tasks.len(), %queue, "handed on");
-            for part in SLICE.divide(tasks, |task| task, estimate) {
+            for part in SLICE.divide(&tasks, |task| task, estimate) {
+                let part: Vec<&TaskMessage> = part.into_iter().map(|task| &**task).collect();
                 self.settle(self.signature.send_back(bundle, &part, &app_id, queue)).await;
             }
         }
@@ -173,16 +174,16 @@ impl Pipeline {
 
     /// Hands back everything that waits. A bundle goes back as a new one, or it would have to be split.
     async fn hand_back_line(&self, queue: usize) {
-        let (line, lane) = (&self.lines[queue], &self.lanes[queue]);
         if !Guard::DrainHandBack.holds() {
             return;
         }
-        let bundles = line.surplus(lane, None);
+        let (line, name) = (&self.lines[queue], &self.lanes[queue].queue);
+        let bundles = line.surplus(&self.lanes[queue], None);
         self.send_back(queue, bundles).await;
         for delivery in line.drain() {
             let subject = Subject::Delivery(DeliveryRef { queue, tag: delivery.tag });
             let message = &delivery.message;
-            self.settle(self.signature.hand_back_message(subject, message, &lane.queue)).await;
+            self.settle(self.signature.hand_back_message(subject, message, name)).await;
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::settle::Lane;
 #[derive(Debug)]
 pub(crate) enum Work {
     /// A message with one task, or one that cannot be read.
-    Alone(Delivery),
+    Alone(Box<Delivery>),
     /// A task of a bundle.
     Member(Member),
 }
@@ -26,7 +26,7 @@ pub(crate) enum Work {
 /// A task of a bundle.
 #[derive(Debug)]
 pub(crate) struct Member {
-    pub(crate) task: TaskMessage,
+    pub(crate) task: Arc<TaskMessage>,
     /// The bundle.
     pub(crate) bundle: DeliveryRef,
     pub(crate) app_id: Arc<str>,
@@ -44,7 +44,7 @@ struct Arrived {
 pub(crate) struct Surplus {
     pub(crate) bundle: DeliveryRef,
     pub(crate) app_id: Arc<str>,
-    pub(crate) tasks: Vec<TaskMessage>,
+    pub(crate) tasks: Vec<Arc<TaskMessage>>,
 }
 
 /// Deliveries of one queue that wait for a slot; as many as the prefetch lets come.
@@ -60,7 +60,7 @@ struct State {
     /// Tasks of bundles whose turn has come; they go first.
     open: VecDeque<Member>,
     /// Messages, bundles among them, in the order of their arrival.
-    closed: VecDeque<(Delivery, Arrived)>,
+    closed: VecDeque<(Box<Delivery>, Arrived)>,
     epoch: u64,
 }
 
@@ -81,7 +81,7 @@ impl Line {
     pub(crate) fn push(&self, delivery: Delivery) {
         let handed_on = wire::bundle::is_handed_on(&delivery.message);
         let arrived = Arrived { at: Instant::now(), handed_on };
-        self.lock().closed.push_back((delivery, arrived));
+        self.lock().closed.push_back((Box::new(delivery), arrived));
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -101,7 +101,7 @@ impl Line {
         // Opened outside the lock, in which others would wait.
         let mut members = match self.open(delivery, arrived, lane) {
             Ok(members) => members,
-            Err(alone) => return Some(Work::Alone(*alone)),
+            Err(alone) => return Some(Work::Alone(alone)),
         };
         let first = members.pop_front();
         let mut state = self.lock();
@@ -135,7 +135,7 @@ impl Line {
     /// A bundle with a wanted task in it is opened before its turn; any other one stays in line.
     fn sort_bundle(
         &self,
-        (delivery, arrived): (Delivery, Arrived),
+        (delivery, arrived): (Box<Delivery>, Arrived),
         lane: &Lane,
         wanted: impl Fn(&TaskMessage) -> bool,
         state: &mut State,
@@ -146,7 +146,7 @@ impl Line {
         }
         match self.open(delivery, arrived, lane) {
             Ok(mut members) => state.open.append(&mut members),
-            Err(alone) => state.closed.push_back((*alone, arrived)),
+            Err(alone) => state.closed.push_back((alone, arrived)),
         }
     }
 
@@ -177,7 +177,7 @@ impl Line {
             }
             match self.open(delivery, arrived, lane) {
                 Ok(mut opened) => members.append(&mut opened),
-                Err(alone) => kept.push_back((*alone, arrived)),
+                Err(alone) => kept.push_back((alone, arrived)),
             }
         }
         state.closed = kept;
@@ -196,26 +196,27 @@ impl Line {
 
     /// Takes out every message that waits and is no bundle.
     pub(crate) fn drain(&self) -> Vec<Delivery> {
-        self.lock().closed.drain(..).map(|(delivery, _)| delivery).collect()
+        self.lock().closed.drain(..).map(|(delivery, _)| *delivery).collect()
     }
 
     /// The tasks of a bundle; the delivery itself if it is none, or none that can be read.
     fn open(
         &self,
-        delivery: Delivery,
+        delivery: Box<Delivery>,
         arrived: Arrived,
         lane: &Lane,
     ) -> Result<VecDeque<Member>, Box<Delivery>> {
         if !wire::bundle::is_one(&delivery.message) {
-            return Err(Box::new(delivery));
+            return Err(delivery);
         }
         let Ok(tasks) = wire::bundle::decode(&delivery.message, &lane.queue) else {
-            return Err(Box::new(delivery));
+            return Err(delivery);
         };
         lane.divided(delivery.tag, tasks.len());
         let bundle = DeliveryRef { queue: self.queue, tag: delivery.tag };
         let app_id: Arc<str> = delivery.message.properties.app_id.unwrap_or_default().into();
-        let member = |task| Member { task, bundle, app_id: Arc::clone(&app_id), arrived };
+        let member =
+            |task| Member { task: Arc::new(task), bundle, app_id: Arc::clone(&app_id), arrived };
         Ok(tasks.into_iter().map(member).collect())
     }
 

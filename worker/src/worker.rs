@@ -115,11 +115,7 @@ impl Worker {
             Link::new(&config.broker, &link_name("publish")),
         );
         let names = registry.names();
-        let tasks = names.iter().map(TaskName::as_str).collect::<Vec<_>>().join(",");
-        tracing::info!(
-            worker = identity, queues, slots = worker.slots, namespace = %config.broker.namespace,
-            tasks, "starting"
-        );
+        say_start(&config, &identity, &queues, &names);
         let topology = config.broker.topology();
         let publisher = Publisher::start(publish.clone(), topology.core(), &config.broker);
         let register = Arc::<Register>::default();
@@ -161,12 +157,11 @@ impl Worker {
         let doors = Doors::new(worker.slots, isolation, worker.crash_budget);
         let seen = (Arc::clone(&register), Arc::clone(&doors.slots));
         aides.beat(&config, names, seen, &stop);
-        let lines = (0..lanes.len()).map(Line::new).collect();
         let pipeline = Arc::new(Pipeline {
             registry,
             signature,
+            lines: (0..lanes.len()).map(Line::new).collect(),
             lanes,
-            lines,
             inflight,
             doors,
             settle,
@@ -207,6 +202,12 @@ impl Worker {
             grace,
         })
     }
+}
+
+fn say_start(config: &Config, worker: &str, queues: &str, names: &[TaskName]) {
+    let tasks = names.iter().map(TaskName::as_str).collect::<Vec<_>>().join(",");
+    let (slots, namespace) = (config.worker.slots, &config.broker.namespace);
+    tracing::info!(worker, queues, slots, %namespace, tasks, "starting");
 }
 
 /// Says again and again what a stopping worker waits for; never completes.

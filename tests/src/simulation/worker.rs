@@ -196,7 +196,7 @@ impl Worker {
         let key = Key::of(&task, &message);
         env.note(|env| format!("{} ended {}", self.name, env.books.label(&key)));
         let finished_at = env.at();
-        let carrier = Carrier::Alone(message);
+        let carrier = Carrier::Alone(Box::new(message));
         let ended = Ended { task, carrier, redelivered, started_at, finished_at, lease };
         self.inbox.push_back(self.signature.settlement(&ended, disposition));
         true

@@ -15,7 +15,7 @@ use crate::inflight::Key;
 #[derive(Debug, Clone)]
 pub enum Carrier {
     /// Its own message, as it arrived: a retry and a dead letter keep what its sender wrote.
-    Alone(Message),
+    Alone(Box<Message>),
     /// A bundle.
     Bundle {
         /// Who sent it.

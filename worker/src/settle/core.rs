@@ -3,7 +3,7 @@
 //! Results travel in bundles: while one bundle waits for its confirm the next one fills, so an idle
 //! worker sends at once and a busy one sends many results per message without any timer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use garenne_common::broker::Outgoing;
@@ -16,7 +16,7 @@ use super::lane::Lane;
 use super::order::{Reply, Settlement, Subject, Successor, Then};
 use super::signature::Signature;
 use crate::acks::Ack;
-use crate::inflight::{DeliveryRef, Inflight};
+use crate::inflight::{Deliveries, DeliveryRef, Inflight};
 
 /// Bundles of results that wait for their confirm at once. Two keep the broker busy while one fills.
 const BUNDLES_UNDER_WAY: usize = 2;
@@ -86,6 +86,8 @@ pub struct SettleCore {
     /// Exchange and routing key of bundles.
     results: String,
     bundle: Bundle,
+    /// Full ones that wait to be sent, the oldest first.
+    full: VecDeque<Bundle>,
     /// Successors without an answer.
     published: HashMap<Ticket, Published>,
     last_ticket: u64,
@@ -102,6 +104,7 @@ impl SettleCore {
             worker: Arc::clone(&signature.worker),
             results: Topology::results(&signature.topology),
             bundle: Bundle::default(),
+            full: VecDeque::new(),
             published: HashMap::new(),
             last_ticket: 0,
             bundles_under_way: 0,
@@ -111,16 +114,22 @@ impl SettleCore {
 
     /// Whether more settlements may be taken in.
     pub fn has_room(&self) -> bool {
-        self.claims_under_way + self.bundle.claims.len() < MAX_UNDER_WAY && !self.bundle.is_full()
+        self.claims_under_way + self.bundle.claims.len() < MAX_UNDER_WAY
+            && self.full.is_empty()
+            && !self.bundle.is_full()
     }
 
     /// Whether everything taken in is answered.
     pub fn is_idle(&self) -> bool {
-        self.published.is_empty() && self.bundle.is_empty()
+        self.published.is_empty() && self.full.is_empty() && self.bundle.is_empty()
     }
 
     /// Takes a settlement in. [`flush`](Self::flush) must follow, after this one or after several.
     pub fn settle(&mut self, settlement: Settlement, actions: &mut Vec<Action>) {
+        // Several come at once, and a bundle must fit into a message.
+        if self.bundle.is_full() {
+            self.full.push_back(std::mem::take(&mut self.bundle));
+        }
         let Settlement { subject, successor, then, notes, reply } = settlement;
         let claim = Claim { subject, then };
         match successor {
@@ -132,7 +141,7 @@ impl SettleCore {
             }
             Successor::Message(outgoing) => {
                 let claims = vec![claim];
-                self.publish(outgoing, Published { claims, notes, is_bundle: false }, actions);
+                self.publish(*outgoing, Published { claims, notes, is_bundle: false }, actions);
             }
             Successor::Confirmed => {
                 self.add(notes);
@@ -141,7 +150,7 @@ impl SettleCore {
             Successor::HandBack => self.hand_back(&claim.subject, actions),
         }
         match reply {
-            Some(Reply::Other(to, report)) => self.reply(to, report, actions),
+            Some(Reply::Other(to, report)) => self.reply(to, *report, actions),
             // There is no result that it could be the same as.
             Some(Reply::Result(_)) | None => {}
         }
@@ -157,19 +166,27 @@ impl SettleCore {
                 self.bundle.add(report);
             }
             Some(Reply::Other(to, other)) => {
-                self.reply(to, other, actions);
+                self.reply(to, *other, actions);
                 self.bundle.add(report);
             }
             None => self.bundle.add(report),
         }
     }
 
-    /// Sends the bundle on its way, and the replies that belong to it, unless enough are under way.
+    /// Sends bundles on their way, and the replies that belong to them, unless enough are under way.
     pub fn flush(&mut self, actions: &mut Vec<Action>) {
-        if self.bundles_under_way >= BUNDLES_UNDER_WAY || self.bundle.is_empty() {
-            return;
+        while self.bundles_under_way < BUNDLES_UNDER_WAY {
+            let full = self.full.pop_front();
+            let bundle = full.unwrap_or_else(|| std::mem::take(&mut self.bundle));
+            if bundle.is_empty() {
+                return;
+            }
+            self.send(bundle, actions);
         }
-        let Bundle { claims, reports, replies, .. } = std::mem::take(&mut self.bundle);
+    }
+
+    fn send(&mut self, bundle: Bundle, actions: &mut Vec<Action>) {
+        let Bundle { claims, reports, replies, .. } = bundle;
         let message = wire::report::encode(&reports, &self.worker);
         for (queue, replies) in replies {
             match &message {
@@ -277,8 +294,8 @@ impl SettleCore {
                 (Subject::Attempt(key), Then::Over) => self.inflight.settled(key),
                 (Subject::Attempt(key), Then::MayReturn) => self.inflight.forgotten(key),
                 (Subject::Attempt(key), Then::RunsOn) => self.inflight.handed_over(key),
-                (Subject::Delivery(delivery), _) => vec![*delivery],
-                (Subject::Nothing, _) => vec![],
+                (Subject::Delivery(delivery), _) => Deliveries::one(*delivery),
+                (Subject::Nothing, _) => continue,
             };
             for delivery in deliveries {
                 self.lanes[delivery.queue].done(delivery.tag, 1);
@@ -293,8 +310,10 @@ impl SettleCore {
     fn hand_back(&self, subject: &Subject, actions: &mut Vec<Action>) {
         let deliveries = match subject {
             Subject::Attempt(key) => self.inflight.forgotten(key),
-            Subject::Delivery(delivery) | Subject::Members(delivery, _) => vec![*delivery],
-            Subject::Nothing => vec![],
+            Subject::Delivery(delivery) | Subject::Members(delivery, _) => {
+                Deliveries::one(*delivery)
+            }
+            Subject::Nothing => Deliveries::default(),
         };
         for delivery in deliveries {
             self.lanes[delivery.queue].handed_back(delivery.tag);

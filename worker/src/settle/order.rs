@@ -24,8 +24,8 @@ pub enum Subject {
 pub enum Successor {
     /// How the task ended, for the collector, bundled with others.
     Result(Report),
-    /// A message of its own.
-    Message(Outgoing),
+    /// A message of its own; in a box, because few tasks need one and all settlements are moved.
+    Message(Box<Outgoing>),
     /// Nothing: a successor was confirmed before.
     Confirmed,
     /// None: the deliveries go back to their queue.
@@ -64,7 +64,14 @@ pub enum Reply {
     /// The same as the collector, whose [`Successor::Result`] it is.
     Result(ReplyTo),
     /// Something of its own.
-    Other(ReplyTo, Report),
+    Other(ReplyTo, Box<Report>),
+}
+
+impl Successor {
+    /// A message of its own.
+    pub fn message(outgoing: Outgoing) -> Self {
+        Self::Message(Box::new(outgoing))
+    }
 }
 
 impl Settlement {

@@ -113,7 +113,7 @@ impl Signature {
         let (reply, report) = match &ended.lease {
             None => (to.map(Reply::Result), Report::Finished(result)),
             Some(fence) => (
-                to.map(|to| Reply::Other(to, Report::Finished(result.clone()))),
+                to.map(|to| Reply::Other(to, Box::new(Report::Finished(result.clone())))),
                 Report::FinishedUnderLease { fence: fence.clone(), result },
             ),
         };
@@ -139,7 +139,7 @@ impl Signature {
         let (results, message) = (self.topology.results(), lease.encode());
         let outgoing = Outgoing { exchange: results.clone(), routing_key: results, message };
         let subject = Subject::Attempt(Key::of(task, &lease.message));
-        let successor = Successor::Message(outgoing);
+        let successor = Successor::message(outgoing);
         Settlement { then: Then::RunsOn, ..Settlement::bare(subject, successor) }
     }
 
@@ -154,7 +154,7 @@ impl Signature {
         let (task, at) = (&ended.task, ended.finished_at);
         let mut message = wire::task::for_republish(&ended.message());
         wire::lease::set_fence(&mut message, fence.number);
-        let successor = Successor::Message(self.to_tasks(&task.queue, message));
+        let successor = Successor::message(self.to_tasks(&task.queue, message));
         Settlement {
             then: Then::MayReturn,
             notes: vec![lease_note(task, fence, LeaseChange::Released, at)],
@@ -169,7 +169,7 @@ impl Signature {
             Carrier::Alone(message) => self.hand_back_message(subject, message, &task.queue),
             Carrier::Bundle { .. } => {
                 let outgoing = self.to_tasks(&task.queue, carrier.message(task).into_owned());
-                let successor = Successor::Message(outgoing);
+                let successor = Successor::message(outgoing);
                 Settlement { then: Then::MayReturn, ..Settlement::bare(subject, successor) }
             }
         }
@@ -187,7 +187,7 @@ impl Signature {
         }
         let message = wire::task::for_republish(message);
         let (outgoing, _) = self.delayed(queue, message, suspect::RENEWAL);
-        let successor = Successor::Message(outgoing);
+        let successor = Successor::message(outgoing);
         Settlement { then: Then::MayReturn, ..Settlement::bare(subject, successor) }
     }
 
@@ -196,21 +196,21 @@ impl Signature {
     pub(crate) fn send_back(
         &self,
         bundle: DeliveryRef,
-        tasks: &[TaskMessage],
+        tasks: &[&TaskMessage],
         app_id: &str,
         queue: &QueueName,
     ) -> Settlement {
         let subject = Subject::Members(bundle, tasks.len());
         let message = match tasks {
             [task] => Ok(wire::task::encode(task, app_id)),
-            several => wire::bundle::encode(several, app_id).map(|mut bundle| {
+            several => wire::bundle::encode(several.iter().copied(), app_id).map(|mut bundle| {
                 wire::bundle::mark_handed_on(&mut bundle);
                 bundle
             }),
         };
         match message {
             Ok(message) => {
-                Settlement::bare(subject, Successor::Message(self.to_tasks(queue, message)))
+                Settlement::bare(subject, Successor::message(self.to_tasks(queue, message)))
             }
             // What was decoded always encodes. If it ever does not, the bundle comes again, and is split.
             Err(error) => {
@@ -232,7 +232,7 @@ impl Signature {
         Settlement {
             then: Then::MayReturn,
             notes: release.into_iter().collect(),
-            ..Settlement::bare(subject, Successor::Message(outgoing))
+            ..Settlement::bare(subject, Successor::message(outgoing))
         }
     }
 
@@ -252,7 +252,7 @@ impl Signature {
     pub(crate) fn identification(&self, arrival: Arrival<'_>) -> Settlement {
         let (id, message) = wire::task::assign_id(arrival.message);
         tracing::debug!(%id, "a task without an id got one");
-        let successor = Successor::Message(self.to_tasks(arrival.queue, message));
+        let successor = Successor::message(self.to_tasks(arrival.queue, message));
         Settlement::bare(Subject::Delivery(arrival.delivery), successor)
     }
 
@@ -318,9 +318,9 @@ impl Signature {
         let reply = task.reply.clone().filter(|to| to.format == ReplyFormat::Bundle);
         let reply = self.reply(reply);
         Settlement {
-            reply: reply.map(|to| Reply::Other(to, note.clone())),
+            reply: reply.map(|to| Reply::Other(to, Box::new(note.clone()))),
             notes: std::iter::once(note).chain(release).collect(),
-            ..Settlement::bare(subject, Successor::Message(outgoing))
+            ..Settlement::bare(subject, Successor::message(outgoing))
         }
     }
 
@@ -331,8 +331,8 @@ impl Signature {
         let reply = self.reply(wire::task::reply_of(&letter.message)).zip(letter.to_result());
         Settlement {
             then: if letter.reason.is_final() { Then::Over } else { Then::MayReturn },
-            reply: reply.map(|(to, result)| Reply::Other(to, Report::Finished(result))),
-            ..Settlement::bare(subject, Successor::Message(outgoing))
+            reply: reply.map(|(to, result)| Reply::Other(to, Box::new(Report::Finished(result)))),
+            ..Settlement::bare(subject, Successor::message(outgoing))
         }
     }
 

@@ -80,7 +80,7 @@ fn result(id: &str) -> Successor {
 
 fn message() -> Successor {
     let (exchange, routing_key) = ("g.delay.00".to_owned(), "default".to_owned());
-    Successor::Message(Outgoing { exchange, routing_key, message: Message::default() })
+    Successor::message(Outgoing { exchange, routing_key, message: Message::default() })
 }
 
 /// The ticket of the only action, which publishes to this exchange.
@@ -126,6 +126,36 @@ fn a_third_bundle_fills_until_one_of_two_is_confirmed() {
     assert_eq!(acked(&actions), [(1, false)]);
     let both = published(&actions[1..], "g.results");
     assert_eq!(acked(&desk.answer(both, Answer::Confirmed)), [(3, false), (4, false)]);
+}
+
+#[test]
+fn large_results_that_end_together_go_in_bundles_that_fit_into_a_message() {
+    let mut desk = Desk::new();
+    let large = |id: &str| {
+        let Successor::Result(Report::Finished(mut result)) = result(id) else { unreachable!() };
+        result.output = Some(Payload { codec: Codec::Bincode, bytes: vec![0; 700_000].into() });
+        Settlement::bare(Subject::Attempt(key(id)), Successor::Result(Report::Finished(result)))
+    };
+    let ids: Vec<String> = (0..40).map(|number| number.to_string()).collect();
+    ids.iter().for_each(|id| drop(desk.begin(id)));
+    let mut actions = desk.settle_all(ids.iter().map(|id| large(id)));
+    assert!(!desk.core.has_room());
+    let mut acknowledged = 0;
+    while !actions.is_empty() {
+        let published = actions.iter().filter_map(|action| match action {
+            Action::Publish { ticket, outgoing } => Some((*ticket, outgoing.message.body.len())),
+            Action::Acknowledge { .. } | Action::Reply(_) | Action::HandBack(_) => None,
+        });
+        let published: Vec<_> = published.collect();
+        acknowledged = acked(&actions).last().map_or(acknowledged, |(number, _)| *number);
+        actions = vec![];
+        for (ticket, bytes) in published {
+            assert!(bytes < 2_000_000, "{bytes}");
+            actions.extend(desk.answer(ticket, Answer::Confirmed));
+        }
+    }
+    assert_eq!(acknowledged, 40);
+    assert!(desk.core.is_idle());
 }
 
 #[test]
