@@ -137,7 +137,9 @@ fn large_results_that_end_together_go_in_bundles_that_fit_into_a_message() {
         Settlement::bare(Subject::Attempt(key(id)), Successor::Result(Report::Finished(result)))
     };
     let ids: Vec<String> = (0..40).map(|number| number.to_string()).collect();
-    ids.iter().for_each(|id| drop(desk.begin(id)));
+    for id in &ids {
+        assert_eq!(desk.begin(id), Begin::Run);
+    }
     let mut actions = desk.settle_all(ids.iter().map(|id| large(id)));
     assert!(!desk.core.has_room());
     let mut acknowledged = 0;
