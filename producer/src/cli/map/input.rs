@@ -17,8 +17,9 @@ use crate::cli::error::CliError;
 /// What arrives from [`Lines::feed`].
 pub(crate) type Receiver = mpsc::Receiver<Result<Line, CliError>>;
 
-/// How many lines may be read ahead: the capacity of its channel.
-pub(crate) const AHEAD: usize = 64;
+/// How many lines may be read ahead: the capacity of its channel, and so the most that are submitted
+/// together.
+pub(crate) const AHEAD: usize = 500;
 
 /// Where lines come from.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,13 +1,15 @@
 //! `garenne map`: one task per line, as one batch, results in the order of the lines.
 //!
 //! Streaming: a window of tasks is under way at once, and nothing but that window is held in memory.
-//! How lines are read is in [`input`], how results find their order in [`order`], what a person sees
-//! meanwhile in [`progress`], and the loop that holds it together in [`pump`].
+//! How lines are read is in [`input`], how they reach the broker in [`submit`](mod@submit), how results
+//! find their order in [`order`], what a person sees meanwhile in [`progress`], and the loop that holds
+//! it together in [`pump`].
 
 mod input;
 mod order;
 mod progress;
 mod pump;
+mod submit;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,6 +36,9 @@ Examples:
 Prints one JSON object per line of input, in the order of the input:
   {\"line\":1,\"id\":\"0192…\",\"status\":\"succeeded\",\"output\":4}
   {\"line\":2,\"id\":\"0192…\",\"status\":\"failed\",\"error\":\"…\",\"reason\":\"fatal\",…}
+
+Lines that are read together share messages (producer.bundle_tasks = 1: each has
+its own).
 
 Blank lines are skipped. A file is checked whole before anything is submitted.
 Standard input is not: at a line that cannot be read no more is submitted, what

@@ -3,24 +3,23 @@
 //! One task of the runtime does it all, so nothing here is shared or locked. Opening and sealing the
 //! batch is not done here.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use garenne_common::{DeadReason, Payload, Status, TaskId, TaskResult};
-use garenne_producer::{Batch, Handle, OutputError, Producer, Retried, RetryNotes, SubmitError};
+use garenne_producer::{Batch, OutputError, Producer, Retried, RetryNotes, SubmitError};
 use serde::Serialize;
-use serde_json::Value;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use super::Arguments;
-use super::input::{Line, Receiver};
+use super::input::{AHEAD, Line, Receiver};
 use super::order::InOrder;
 use super::progress::{Progress, Tally, summary};
+use super::submit::{Outcome, submit};
 use crate::cli::context::Context;
 use crate::cli::error::{CliError, Exit};
 use crate::cli::output::json_line;
-use crate::cli::submit::submission;
 
 /// How often the bar moves.
 const TICK: Duration = Duration::from_millis(100);
@@ -28,8 +27,9 @@ const TICK: Duration = Duration::from_millis(100);
 const SILENCE: Duration = Duration::from_secs(15);
 /// How much later than the end of the input a signal may be noticed that caused both.
 const SIGNAL_LAG: Duration = Duration::from_millis(50);
-/// The pause before a submission that failed for the moment is tried again.
-const AGAIN: Duration = Duration::from_millis(500);
+/// Groups of lines that are on their way to the broker at once. While they are, more lines are read, so
+/// that the next group is a larger one.
+const GROUPS_UNDER_WAY: usize = 8;
 
 /// Why it ended before the end.
 pub(crate) enum Halt {
@@ -83,7 +83,8 @@ impl Row {
     }
 }
 
-type Submitted<'a> = BoxFuture<'a, (Place, Result<Option<Handle<Value>>, SubmitError>)>;
+type Submitted = Vec<(Place, Outcome)>;
+type Submits<'a> = FuturesUnordered<BoxFuture<'a, Submitted>>;
 type Ended = BoxFuture<'static, (Place, Result<TaskResult, OutputError>)>;
 
 /// A map under way.
@@ -97,6 +98,8 @@ pub(crate) struct Pump<'a> {
     streaming: bool,
     /// Lines taken from the input.
     begun: u64,
+    /// Those of them that are on their way to the broker.
+    submitting: u64,
     tally: Tally,
     progress: Progress,
     tick: Interval,
@@ -123,6 +126,7 @@ impl<'a> Pump<'a> {
             order: InOrder::new(!arguments.unordered),
             streaming: total.is_none(),
             begun: 0,
+            submitting: 0,
             tally: Tally::default(),
             progress: Progress::new(context, total),
             tick,
@@ -138,19 +142,23 @@ impl<'a> Pump<'a> {
         first: Line,
         mut lines: Receiver,
     ) -> Result<(), Halt> {
-        let mut submits: FuturesUnordered<Submitted<'_>> = FuturesUnordered::new();
-        submits.push(self.begin(batch, first));
-        let mut more = true;
+        let mut submits = Submits::new();
+        submits.push(self.begin(batch, vec![first]));
+        let (mut more, mut ready) = (true, vec![]);
         while more || !submits.is_empty() {
-            let room = more && self.has_room(submits.len());
+            let room = if more && submits.len() < GROUPS_UNDER_WAY { self.room() } else { 0 };
             let halted = tokio::select! {
-                line = lines.recv(), if room => match line {
-                    Some(Ok(line)) => { submits.push(self.begin(batch, line)); Ok(()) }
-                    Some(Err(error)) => { more = false; self.stop_at(error); Ok(()) }
-                    None => { more = false; Ok(()) }
-                },
-                Some((place, submitted)) = submits.next(), if !submits.is_empty() => {
-                    self.submitted(place, submitted)
+                // What is there already; nothing waits for company.
+                count = lines.recv_many(&mut ready, room), if room > 0 => {
+                    more = count > 0;
+                    let group = self.good_lines(ready.drain(..), &mut more);
+                    if !group.is_empty() {
+                        submits.push(self.begin(batch, group));
+                    }
+                    Ok(())
+                }
+                Some(submitted) = submits.next(), if !submits.is_empty() => {
+                    self.submitted(submitted)
                 }
                 halted = self.step() => halted,
             };
@@ -209,37 +217,72 @@ impl<'a> Pump<'a> {
         }
     }
 
-    /// Whether another task may begin: the window spans from the oldest row not yet written.
-    fn has_room(&self, submitting: usize) -> bool {
+    /// How many more tasks may begin: the window spans from the oldest row not yet written.
+    fn room(&self) -> usize {
         let under_way = if self.arguments.detach {
-            submitting as u64
+            self.submitting
         } else {
             self.begun - self.order.released()
         };
-        under_way < self.arguments.window
+        let room = self.arguments.window.saturating_sub(under_way);
+        usize::try_from(room).map_or(AHEAD, |room| room.min(AHEAD))
     }
 
-    fn begin<'b>(&mut self, batch: &'b Batch, line: Line) -> Submitted<'b>
+    /// The lines until the first bad one, after which there are no more.
+    fn good_lines(
+        &mut self,
+        ready: impl Iterator<Item = Result<Line, CliError>>,
+        more: &mut bool,
+    ) -> Vec<Line> {
+        let mut lines = vec![];
+        for line in ready {
+            match line {
+                Ok(line) => lines.push(line),
+                Err(error) => {
+                    *more = false;
+                    self.stop_at(error);
+                }
+            }
+        }
+        lines
+    }
+
+    fn begin<'b>(&mut self, batch: &'b Batch, lines: Vec<Line>) -> BoxFuture<'b, Submitted>
     where
         'a: 'b,
     {
-        let place = Place { number: self.begun, line: line.number };
-        self.begun += 1;
+        let numbers = self.begun..;
+        let places = numbers.zip(&lines).map(|(number, line)| Place { number, line: line.number });
+        let places: Vec<_> = places.collect();
+        self.begun += lines.len() as u64;
+        self.submitting += lines.len() as u64;
         let arguments = self.arguments;
-        Box::pin(async move { (place, submit(batch, arguments, &line).await) })
+        Box::pin(async move {
+            let outcomes = submit(batch, arguments, &lines).await;
+            places.into_iter().zip(outcomes).collect()
+        })
     }
 
-    fn submitted(
-        &mut self,
-        place: Place,
-        submitted: Result<Option<Handle<Value>>, SubmitError>,
-    ) -> Result<(), Halt> {
-        let handle = submitted.map_err(|error| self.not_submitted(place, error))?;
-        self.tally.submitted += 1;
-        if let Some(handle) = handle {
-            self.results.push(Box::pin(async move { (place, handle.result().await) }));
+    /// Takes in what became of a group. The first problem ends the map; what the broker has of the rest
+    /// is counted all the same.
+    fn submitted(&mut self, submitted: Submitted) -> Result<(), Halt> {
+        self.submitting -= submitted.len() as u64;
+        let mut halted = Ok(());
+        for (place, outcome) in submitted {
+            match outcome {
+                Ok(handle) => {
+                    self.tally.submitted += 1;
+                    self.results.extend(handle.map(|handle| -> Ended {
+                        Box::pin(async move { (place, handle.result().await) })
+                    }));
+                }
+                Err(error) if halted.is_ok() => {
+                    halted = Err(Halt::Error(self.not_submitted(place, error)));
+                }
+                Err(_) => {}
+            }
         }
-        Ok(())
+        halted
     }
 
     fn not_submitted(&self, place: Place, error: SubmitError) -> CliError {
@@ -261,10 +304,11 @@ impl<'a> Pump<'a> {
     }
 
     /// Gives submissions under way the deadline to be confirmed, so that the batch counts them.
-    async fn settle(&mut self, mut submits: FuturesUnordered<Submitted<'_>>) {
+    async fn settle(&mut self, mut submits: Submits<'_>) {
         let confirmed = async {
-            while let Some((_, submitted)) = submits.next().await {
-                self.tally.submitted += u64::from(submitted.is_ok());
+            while let Some(group) = submits.next().await {
+                let good = group.iter().filter(|(_, outcome)| outcome.is_ok()).count();
+                self.tally.submitted += good as u64;
             }
         };
         if tokio::time::timeout(self.context.deadline, confirmed).await.is_err() {
@@ -333,38 +377,6 @@ impl<'a> Pump<'a> {
             Some(error) => error.exit,
             None if self.tally.failed > 0 => Exit::Failed,
             None => Exit::Success,
-        }
-    }
-}
-
-/// Submits a line, again and again while the broker is away or refuses, and patience lasts. An id
-/// that may have arrived is used again, so that nothing is counted twice.
-async fn submit(
-    batch: &Batch,
-    arguments: &Arguments,
-    line: &Line,
-) -> Result<Option<Handle<Value>>, SubmitError> {
-    let started = Instant::now();
-    let mut id = None;
-    loop {
-        let mut submission = submission(&arguments.task, &line.args, &arguments.options)?;
-        if let Some(id) = &id {
-            submission = submission.id(TaskId::clone(id));
-        }
-        let submitted = if arguments.detach {
-            batch.submit_detached(submission).await.map(|_| None)
-        } else {
-            batch.submit(submission).await.map(Some)
-        };
-        match submitted {
-            Err(error) if error.is_transient() && started.elapsed() < arguments.patience => {
-                tracing::info!(line = line.number, "submitting again: {error}");
-                if let SubmitError::Unconfirmed { id: uncertain, .. } = error {
-                    id = Some(uncertain);
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
-            done => return done,
         }
     }
 }
