@@ -132,6 +132,39 @@ async fn map_keeps_the_order_of_its_lines() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn lines_of_a_map_share_messages_and_each_is_a_task() {
+    let warren = Warren::new().await;
+    let amqp = warren.amqp().await;
+    let input: String = (0..2_000).map(|n| format!("{n}\n")).collect();
+    let map = ["map", "garenne.echo", "--detach"];
+    let id = warren.garenne_reading(&input, &map).await.ok();
+    assert!((1..400).contains(&amqp.waiting().await), "{} messages", amqp.waiting().await);
+    let alone = ["map", "garenne.echo", "--detach"];
+    let before = amqp.waiting().await;
+    let mut command = warren.command("garenne");
+    command.args(alone).env("GARENNE__PRODUCER__BUNDLE_TASKS", "1");
+    finish(command, "1\n2\n3\n", Duration::from_mins(1)).await.ok();
+    assert_eq!(amqp.waiting().await - before, 3, "if it is told to, each has its own");
+    let _crew = warren.crew().await;
+    let wait = ["batch", "wait", id.trim(), "--timeout", "60s", "--output", "json"];
+    let waited = warren.garenne(&wait).await.json();
+    assert_eq!((&waited["state"], &waited["succeeded"]), (&json!("done"), &json!(2_000)));
+}
+
+/// `tail -f | garenne map`: a line that comes alone is not kept back until others come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_of_a_map_waits_for_no_other() {
+    let warren = Warren::new().await;
+    let _crew = warren.crew().await;
+    let mut map = warren.start_garenne(&["map", "garenne.echo"]);
+    for number in 1..=3 {
+        map.write(&format!("{number}\n")).await;
+        let row = async || map.stdout().lines().nth(number - 1).map(drop);
+        soon("its row is there, with the input still open", row).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn map_says_by_its_exit_code_whether_all_succeeded() {
     let warren = Warren::new().await;
     let _crew = warren.crew().await;

@@ -46,6 +46,7 @@ async fn a_small_run_holds_whatever_dies() {
     assert_eq!(counts["confirmed"], 300);
     let number = |key: &str| counts[key].as_u64().unwrap_or_else(|| panic!("{key}: {counts:#}"));
     assert_eq!(number("succeeded") + number("failed"), 300);
+    assert!((1..300).contains(&number("bundled")), "both ways are gone: {counts:#}");
     assert!(number("failed") > 0 && number("executions") >= 300, "{counts:#}");
     assert!(number("batches_done") + number("batches_abandoned") > 0, "{counts:#}");
     for key in ["duplicate_executions", "refused_effects", "resubmitted", "repeated_results"] {

@@ -53,6 +53,8 @@ pub(super) struct Versions {
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Counts {
     pub(super) confirmed: u64,
+    /// Those of them that shared a message on their way to a worker.
+    pub(super) bundled: u64,
     /// Submitted again under the same id, because a killed producer had not reported the confirm.
     pub(super) resubmitted: u64,
     pub(super) succeeded: u64,
@@ -199,10 +201,11 @@ impl Certificate {
     }
 
     fn outcomes(&self) -> String {
-        let Counts { confirmed, succeeded, failed, batches_done, batches_abandoned, .. } =
-            self.counts;
+        let Counts {
+            confirmed, bundled, succeeded, failed, batches_done, batches_abandoned, ..
+        } = self.counts;
         format!(
-            "{confirmed} confirmed, {succeeded} succeeded, {failed} given up as they should; \
+            "{confirmed} confirmed, {bundled} of them in bundles; {succeeded} succeeded, {failed} given up as they should; \
              {batches_done} batches done, {batches_abandoned} abandoned with their producer"
         )
     }

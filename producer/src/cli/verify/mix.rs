@@ -1,6 +1,7 @@
 //! What each task of a run does and how it must end: a pure function of the seed and the task's number,
 //! so that the process that submits and the one that judges agree without a word.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use garenne_common::outcome::{DeadReason, Status};
@@ -12,14 +13,17 @@ use crate::cli::error::CliError;
 
 /// How many tasks stand together; some of these blocks are batches.
 const BLOCK: u64 = 40;
+/// Members of a batch that are submitted together, if so many are left; at most it is the whole block.
+const FEWEST_TOGETHER: u64 = 2;
 /// How long a task that overruns may run.
 const LIMIT: Duration = Duration::from_millis(250);
 /// Attempts that a task which must succeed has beside those that are meant to fail.
 const SPARE_ATTEMPTS: u32 = 4;
 /// How often the process of a task may die; the workers of a run get the same.
 pub(super) const CRASH_BUDGET: u32 = 3;
-/// This task kills the process that runs it, in a run of any size.
-const POISON: u64 = 41;
+/// These tasks kill the process that runs them, in a run of any size: one in the first batch, where it
+/// comes in a bundle, and one after it.
+const POISON: [u64; 2] = [21, 41];
 
 /// All tasks of a run.
 #[derive(Debug, Clone, Copy)]
@@ -91,7 +95,7 @@ impl Mix {
             300 => job.end = End::Crash,
             _ => {}
         }
-        if index == POISON {
+        if POISON.contains(&index) {
             job.end = End::Crash;
         }
         job
@@ -124,11 +128,30 @@ impl Mix {
         }
         units
     }
+
+    /// Which of these tasks are submitted together: groups of all sizes, one after the other.
+    pub(super) fn groups(self, mut members: Range<u64>) -> Vec<Range<u64>> {
+        let mut groups = vec![];
+        while !members.is_empty() {
+            let mut rng = fastrand::Rng::with_seed(self.seed.wrapping_sub(members.start));
+            let end = (members.start + rng.u64(FEWEST_TOGETHER..=BLOCK)).min(members.end);
+            groups.push(members.start..end);
+            members.start = end;
+        }
+        groups
+    }
+
+    /// Whether a task of a group that is submitted together shares its message: with those that become
+    /// due when it does.
+    pub(super) fn shares(self, index: u64, group: &Range<u64>) -> bool {
+        let delay = self.job(index).delay;
+        group.clone().any(|other| other != index && self.job(other).delay == delay)
+    }
 }
 
 impl Unit {
     /// The numbers of its tasks.
-    pub(super) fn indices(self) -> std::ops::Range<u64> {
+    pub(super) fn indices(self) -> Range<u64> {
         match self {
             Self::One(index) => index..index + 1,
             Self::Batch { first, count } => first..first + count,
@@ -181,10 +204,10 @@ impl Job {
         }
     }
 
-    /// How often one message of it runs at most: a crash costs no attempt, and the first one, of a task
-    /// that nobody suspects, is not charged.
+    /// How often one message of it runs at most: a crash costs no attempt, and those of a task that
+    /// nobody suspects are not charged: in the bundle that it may have come in, and once more alone.
     pub(super) fn most_executions(&self) -> u32 {
-        self.max_attempts() + if self.crashes() { CRASH_BUDGET } else { 0 }
+        self.max_attempts() + if self.crashes() { CRASH_BUDGET + 1 } else { 0 }
     }
 
     /// Whether it kills the process that runs it.
@@ -236,6 +259,19 @@ mod tests {
         assert!(indices.iter().all(|n| MIX.index_of(MIX.id(*n).unwrap().as_str()) == Some(*n)));
         assert_eq!(MIX.index_of("v-7-5000"), None, "beyond the last one");
         assert_eq!(MIX.index_of("v-8-1"), None, "of another run");
+    }
+
+    #[test]
+    fn groups_cover_a_batch_and_most_of_its_tasks_share_a_message() {
+        let groups: Vec<_> = (0..MIX.tasks).step_by(40).map(|n| MIX.groups(n..n + 40)).collect();
+        assert!(groups.iter().any(|groups| groups.len() == 1));
+        assert!(groups.iter().any(|groups| groups.len() > 2));
+        let groups: Vec<_> = groups.into_iter().flatten().collect();
+        assert!(groups.iter().cloned().flatten().eq(0..MIX.tasks), "each task once and in order");
+        let shares = |group: &Range<u64>| group.clone().filter(|n| MIX.shares(*n, group)).count();
+        let sharing: usize = groups.iter().map(shares).sum();
+        assert!((4_000..5_000).contains(&sharing), "all but delayed and lonely ones: {sharing}");
+        assert!(!MIX.shares(7, &(7..8)));
     }
 
     #[test]

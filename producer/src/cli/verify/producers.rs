@@ -124,7 +124,7 @@ impl Producers {
                 seat.units
                     .retain(|unit| !matches!(unit, Unit::Batch { first, .. } if *first == at));
             }
-            Said::Opened { .. } => {}
+            Said::Bundled(_) | Said::Opened { .. } => {}
         }
         workload.heard(&said, Instant::now());
         Ok(())

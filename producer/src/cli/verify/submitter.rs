@@ -2,11 +2,15 @@
 //!
 //! It reads what to submit from standard input, `task INDEX` or `batch FIRST COUNT`, many at once, and
 //! reports on standard output what the broker has confirmed: `confirmed INDEX`, `opened FIRST ID`,
-//! `sealed FIRST`. A report is written before anything that follows from it.
+//! `sealed FIRST`. A report is written before anything that follows from it. Tasks travel alone, members
+//! of a batch in bundles; `bundled COUNT` says how many did, for the record only.
+
+use std::ops::Range;
 
 use clap::Args;
+use futures_util::StreamExt;
+use futures_util::future::try_join_all;
 use futures_util::stream::FuturesUnordered;
-use futures_util::{StreamExt, stream};
 use garenne_producer::{Batch, Producer, SubmitError};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
@@ -93,18 +97,46 @@ async fn serve(producer: &Producer, mix: Mix, unit: Unit) -> Result<(), CliError
     };
     let batch = persist(async || producer.batch().await).await?;
     output::line(format_args!("opened {first} {}", batch.id()))?;
-    let members = stream::iter(unit.indices()).map(|n| submit(producer, Some(&batch), mix, n));
-    let mut members = members.buffer_unordered(16);
-    while let Some(submitted) = members.next().await {
-        submitted?;
-    }
-    drop(members);
+    let groups = mix.groups(unit.indices()).into_iter();
+    try_join_all(groups.map(|group| submit_together(producer, &batch, mix, group))).await?;
     // Its error leaves open whether the seal arrived, so nothing is reported then.
     match batch.seal().await {
         Ok(_) => output::line(format_args!("sealed {first}")),
         Err(error) if error.is_transient() => output::line(format_args!("unsealed {first}")),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Submits members of a batch in as few messages as may be. What fails for the moment goes again alone.
+async fn submit_together(
+    producer: &Producer,
+    batch: &Batch,
+    mix: Mix,
+    group: Range<u64>,
+) -> Result<(), CliError> {
+    let submissions = group.clone().map(|n| Ok(mix.job(n).submission(mix.id(n)?)?));
+    let submissions = submissions.collect::<Result<Vec<_>, CliError>>()?;
+    let outcomes = batch.submit_many_detached(submissions).await;
+    let (mut bundled, mut again) = (0, vec![]);
+    for (index, outcome) in group.clone().zip(outcomes) {
+        match outcome {
+            Ok(_) => {
+                output::line(format_args!("confirmed {index}"))?;
+                bundled += u64::from(mix.shares(index, &group));
+            }
+            Err(error) if error.is_transient() => {
+                tracing::info!(%error, "submitting again");
+                again.push(index);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if bundled > 0 {
+        output::line(format_args!("bundled {bundled}"))?;
+    }
+    let again = again.into_iter();
+    try_join_all(again.map(|index| submit(producer, Some(batch), mix, index))).await?;
+    Ok(())
 }
 
 async fn submit(

@@ -98,6 +98,7 @@ fn counts(stage: &Stage, records: &[Option<TaskResult>], repeated_results: u64) 
         |status| records.iter().flatten().filter(|record| record.status == status).count() as u64;
     let mut counts = Counts {
         confirmed: stage.workload.confirmed_count(),
+        bundled: stage.workload.bundled,
         resubmitted: stage.workload.resubmitted(),
         succeeded: ended(Status::Succeeded),
         failed: ended(Status::Failed),

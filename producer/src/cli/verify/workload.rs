@@ -19,6 +19,8 @@ pub(super) struct Workload {
     /// By number: when the broker had it.
     pub(super) confirmed: Vec<Option<Instant>>,
     confirmed_count: u64,
+    /// How many of these are known to have shared a message.
+    pub(super) bundled: u64,
     handed_count: u64,
     /// When confirmed tasks become due, and how many have.
     due_later: BinaryHeap<Reverse<Instant>>,
@@ -46,6 +48,8 @@ pub(super) struct BatchFate {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Said {
     Confirmed(u64),
+    /// So many of the confirmed came to the broker in bundles.
+    Bundled(u64),
     Opened {
         first: u64,
         id: String,
@@ -62,6 +66,7 @@ impl Said {
         let (what, index) = (words.next()?, words.next()?.parse().ok()?);
         match (what, words.next()) {
             ("confirmed", None) => Some(Self::Confirmed(index)),
+            ("bundled", None) => Some(Self::Bundled(index)),
             ("opened", Some(id)) => Some(Self::Opened { first: index, id: id.to_owned() }),
             ("sealed", None) => Some(Self::Sealed(index)),
             ("unsealed", None) => Some(Self::Unsealed(index)),
@@ -79,6 +84,7 @@ impl Workload {
             handed: vec![0; tasks],
             confirmed: vec![None; tasks],
             confirmed_count: 0,
+            bundled: 0,
             handed_count: 0,
             due_later: BinaryHeap::new(),
             due: 0,
@@ -124,6 +130,7 @@ impl Workload {
                     self.due_later.push(Reverse(now + self.mix.job(*index).delay));
                 }
             }
+            Said::Bundled(count) => self.bundled += count,
             Said::Opened { first, id } => {
                 if let Some(batch) = self.batches.get_mut(first) {
                     batch.id = Some(id.clone());
@@ -220,6 +227,7 @@ mod tests {
     #[test]
     fn lines_are_read_whole_or_not_at_all() {
         assert_eq!(Said::read("confirmed 7"), Some(Said::Confirmed(7)));
+        assert_eq!(Said::read("bundled 7"), Some(Said::Bundled(7)));
         let opened = Said::Opened { first: 0, id: "b".to_owned() };
         assert_eq!(Said::read("opened 0 b"), Some(opened));
         for bad in ["", "confirmed", "confirmed x", "sealed 1 2", "hello 1"] {
