@@ -1,3 +1,5 @@
+//! A bundle survives its way, damaged ones are refused, and the bytes are those of the protocol.
+
 use super::*;
 use proptest::prelude::*;
 
