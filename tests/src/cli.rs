@@ -139,10 +139,9 @@ async fn lines_of_a_map_share_messages_and_each_is_a_task() {
     let map = ["map", "garenne.echo", "--detach"];
     let id = warren.garenne_reading(&input, &map).await.ok();
     assert!((1..400).contains(&amqp.waiting().await), "{} messages", amqp.waiting().await);
-    let alone = ["map", "garenne.echo", "--detach"];
     let before = amqp.waiting().await;
     let mut command = warren.command("garenne");
-    command.args(alone).env("GARENNE__PRODUCER__BUNDLE_TASKS", "1");
+    command.args(map).env("GARENNE__PRODUCER__BUNDLE_TASKS", "1");
     finish(command, "1\n2\n3\n", Duration::from_mins(1)).await.ok();
     assert_eq!(amqp.waiting().await - before, 3, "if it is told to, each has its own");
     let _crew = warren.crew().await;

@@ -37,8 +37,8 @@ Prints one JSON object per line of input, in the order of the input:
   {\"line\":1,\"id\":\"0192…\",\"status\":\"succeeded\",\"output\":4}
   {\"line\":2,\"id\":\"0192…\",\"status\":\"failed\",\"error\":\"…\",\"reason\":\"fatal\",…}
 
-Lines that are read together share messages (producer.bundle_tasks = 1: each has
-its own).
+Lines that are read together share messages; with producer.bundle_tasks = 1
+each has its own.
 
 Blank lines are skipped. A file is checked whole before anything is submitted.
 Standard input is not: at a line that cannot be read no more is submitted, what
