@@ -121,6 +121,8 @@ impl Setting {
         };
         cluster.set("GARENNE__BROKER__HEARTBEAT", seconds(HEARTBEAT));
         cluster.set("GARENNE__PRODUCER__BATCH_DEADLINE", seconds(batch_deadline));
+        // Bundles are part of what is tried, and the certificate counts their tasks.
+        cluster.set("GARENNE__PRODUCER__BUNDLE_TASKS", "500");
         cluster.set("GARENNE__WORKER__CRASH_BUDGET", CRASH_BUDGET.to_string());
         cluster.set("GARENNE__WORKER__VERIFY_LEDGER", ledger.address());
         if let Some(proxy) = &proxy {
