@@ -136,46 +136,55 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
         _ = context.stop.requested() => Ok(None),
     };
     cluster.close(context).await;
-    let Some(report) = measured? else { return Ok(context.stop.requested().await) };
+    let Some((report, failed)) = measured? else { return Ok(context.stop.requested().await) };
     context.output.show(&report, |paint| report.as_text(paint))?;
     if let Some(directory) = &arguments.report {
         write(&report, directory)?;
     }
-    Ok(Exit::Success)
+    match failed {
+        Some(error) => Err(error),
+        None => Ok(Exit::Success),
+    }
 }
 
+/// What was measured, and what ended it early: minutes of figures are worth showing all the same.
 async fn measure(
     context: &Context,
     arguments: &Arguments,
     cluster: &mut Cluster,
     machine: Machine,
-) -> Result<Report, CliError> {
+) -> Result<(Report, Option<CliError>), CliError> {
     let raw = Raw::prepare(&cluster.config().broker).await?;
     let measured = async {
         let mut bench = Bench::start(context, arguments, cluster, &raw).await?;
-        for scenario in &arguments.scenario {
-            match scenario {
-                Scenario::Singles => bench.singles().await?,
-                Scenario::Bulk => bench.bulk().await?,
-                Scenario::Replies => bench.replies().await?,
-                Scenario::Submit => bench.submit().await?,
-                Scenario::Sleep => bench.sleep().await?,
-                Scenario::Spin => bench.spin().await?,
-                Scenario::Payload => bench.payload().await?,
-                Scenario::Backlog => bench.backlog().await?,
-                Scenario::Latency => bench.latency().await?,
-                Scenario::Start => bench.start_up().await?,
-                Scenario::Memory => bench.memory().await?,
-                Scenario::Workers => bench.more_workers().await?,
-                Scenario::Producers => bench.more_producers().await?,
-                Scenario::Queues => bench.more_queues().await?,
-            }
-        }
-        Ok(bench.finish(machine).await)
+        let failed = scenarios(&mut bench, &arguments.scenario).await.err();
+        Ok((bench.finish(machine).await, failed))
     };
     let measured = measured.await;
     raw.remove().await?;
     measured
+}
+
+async fn scenarios(bench: &mut Bench<'_>, wanted: &[Scenario]) -> Result<(), CliError> {
+    for scenario in wanted {
+        match scenario {
+            Scenario::Singles => bench.singles().await?,
+            Scenario::Bulk => bench.bulk().await?,
+            Scenario::Replies => bench.replies().await?,
+            Scenario::Submit => bench.submit().await?,
+            Scenario::Sleep => bench.sleep().await?,
+            Scenario::Spin => bench.spin().await?,
+            Scenario::Payload => bench.payload().await?,
+            Scenario::Backlog => bench.backlog().await?,
+            Scenario::Latency => bench.latency().await?,
+            Scenario::Start => bench.start_up().await?,
+            Scenario::Memory => bench.memory().await?,
+            Scenario::Workers => bench.more_workers().await?,
+            Scenario::Producers => bench.more_producers().await?,
+            Scenario::Queues => bench.more_queues().await?,
+        }
+    }
+    Ok(())
 }
 
 fn write(report: &Report, directory: &Path) -> Result<(), CliError> {

@@ -6,11 +6,13 @@ use garenne_common::QueueName;
 use indicatif::HumanCount;
 use tokio::time::{Instant, sleep};
 
+use super::scaling::odd;
 use crate::cli::bench::Scenario;
 use crate::cli::bench::figure::{Figure, Samples, Target, Unit};
-use crate::cli::bench::load::{Way, Work};
+use crate::cli::bench::load::{Load, Way, Work};
 use crate::cli::bench::stage::{Bench, Crew};
 use crate::cli::bench::usage::Memory;
+use crate::cli::cluster::WorkerSpec;
 use crate::cli::error::CliError;
 
 /// How long a process is left alone before its memory is read.
@@ -20,6 +22,9 @@ const FETCHED_WITHIN: Duration = Duration::from_mins(1);
 /// So long a task sleeps that none ends before the memory is read.
 const ASLEEP: u64 = 600_000;
 
+/// A quorum queue gives one consumer at most 2,000 messages that it has not acknowledged.
+const QUEUES: [&str; 5] = ["held-1", "held-2", "held-3", "held-4", "held-5"];
+
 impl Bench<'_> {
     /// A fresh worker, the same one with as many unacknowledged tasks as it may hold, and the
     /// collector after all that came before.
@@ -27,11 +32,16 @@ impl Bench<'_> {
         let held = self.extent.held;
         let slots = self.tuned(1).slots.min(held);
         let crew = Crew { count: 1, slots, lookahead: held - slots };
+        let topology = self.cluster.config().broker.topology();
+        for queue in names()? {
+            self.cluster.declare(&topology.task_queue_declarations(&queue)).await?;
+        }
+        let worker = [WorkerSpec { queues: names()?, ..crew.spec(1) }];
         let (mut idle, mut full, mut peak) = (vec![], vec![], vec![]);
         for run in 1..=self.extent.repeats {
             self.remark("memory", run);
-            self.no_workers().await?;
-            self.workers(crew).await?;
+            self.empty_queues().await?;
+            self.start_afresh(&worker).await?;
             sleep(SETTLING).await;
             idle.extend(self.memory_of("Worker 1").map(|memory| memory.resident));
             self.fill(held).await?;
@@ -40,7 +50,7 @@ impl Bench<'_> {
             full.extend(memory.map(|memory| memory.resident));
             peak.extend(memory.map(|memory| memory.peak));
         }
-        self.no_workers().await?;
+        self.empty_queues().await?;
         let in_flight = HumanCount(u64::try_from(held).unwrap_or(u64::MAX));
         let collector = self.memory_of("Collector");
         let one = |value: Option<f64>| value.into_iter().collect::<Vec<_>>();
@@ -58,28 +68,48 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Gives the worker exactly what it may hold, and a little to leave in the queue.
+    /// Gives the worker exactly what it may hold, and a little to leave in the queues.
     async fn fill(&self, held: usize) -> Result<(), CliError> {
-        let left = held / 20;
-        let count = u64::try_from(held + left).unwrap_or(u64::MAX);
-        let load = self.load(Work::Sleep { millis: ASLEEP }, Way::Singles);
-        load.submit(&self.producer, count).await?;
-        let queue = self.cluster.config().broker.topology().task_queue(&QueueName::default());
-        let (admin, deadline) = (self.cluster.admin(), Instant::now() + FETCHED_WITHIN);
-        loop {
-            let ready = admin.depth(&queue).await?.unwrap_or_default();
-            if usize::try_from(ready).is_ok_and(|ready| ready <= left) {
-                return Ok(());
-            }
-            if Instant::now() > deadline {
-                let what = format!("a worker left {ready} of {count} tasks in the queue");
-                return Err(CliError::unusable(what));
-            }
-            sleep(Duration::from_millis(20)).await;
+        let each = held.div_ceil(QUEUES.len());
+        let left = each / 20;
+        let count = u64::try_from(each + left).unwrap_or(u64::MAX);
+        for queue in QUEUES {
+            let load = self.load(Work::Sleep { millis: ASLEEP }, Way::Singles);
+            Load { queue, ..load }.submit(&self.producer, count).await?;
         }
+        let (topology, admin) = (self.cluster.config().broker.topology(), self.cluster.admin());
+        let deadline = Instant::now() + FETCHED_WITHIN;
+        for queue in names()? {
+            let name = topology.task_queue(&queue);
+            loop {
+                let ready = admin.depth(&name).await?.unwrap_or_default();
+                if usize::try_from(ready).is_ok_and(|ready| ready <= left) {
+                    break;
+                }
+                if Instant::now() > deadline {
+                    let what = format!("a worker left {ready} of {count} tasks in queue {queue}");
+                    return Err(CliError::unusable(what));
+                }
+                sleep(Duration::from_millis(20)).await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn empty_queues(&mut self) -> Result<(), CliError> {
+        self.no_workers().await?;
+        for queue in names()? {
+            self.cluster.purge(&queue).await?;
+        }
+        Ok(())
     }
 
     fn memory_of(&self, name: &str) -> Option<Memory> {
         Memory::of(self.cluster.process_id(name)?)
     }
+}
+
+fn names() -> Result<Vec<QueueName>, CliError> {
+    let names = QUEUES.map(|name| QueueName::new(name).map_err(|error| odd(&error)));
+    names.into_iter().collect()
 }

@@ -118,6 +118,6 @@ fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
-fn odd(error: &garenne_common::InvalidName) -> CliError {
+pub(super) fn odd(error: &garenne_common::InvalidName) -> CliError {
     CliError::unusable(format!("cannot name a queue: {error}"))
 }
