@@ -14,7 +14,6 @@ use garenne_common::wire::{BatchSummary, Notice, Report, report};
 use garenne_common::{BatchId, TaskId, Timestamp};
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::bulk::Submitted;
 use crate::{Handle, NoticeFilter, Notices, Producer, QueryError, Submission, SubmitError};
 
 /// How long a wait asks again after an answer, in case a notice was missed.
@@ -154,8 +153,8 @@ impl Batch {
         I::Item: Into<Submission<O>>,
     {
         let submissions = submissions.into_iter().map(Into::into).collect();
-        let outcomes = self.producer.submit_group(submissions, Some(&self.id), true).await;
-        outcomes.into_iter().map(|outcome| self.producer.handle(self.counted(outcome)?)).collect()
+        let outcomes = self.producer.submit_group(submissions, Some(self), true).await;
+        outcomes.into_iter().map(|outcome| self.producer.handle(outcome?)).collect()
     }
 
     /// [`submit_many`](Self::submit_many) without asking for results.
@@ -168,8 +167,8 @@ impl Batch {
         I::Item: Into<Submission<O>>,
     {
         let submissions = submissions.into_iter().map(Into::into).collect();
-        let outcomes = self.producer.submit_group::<O>(submissions, Some(&self.id), false).await;
-        outcomes.into_iter().map(|outcome| Ok(self.counted(outcome)?.id)).collect()
+        let outcomes = self.producer.submit_group::<O>(submissions, Some(self), false).await;
+        outcomes.into_iter().map(|outcome| Ok(outcome?.id)).collect()
     }
 
     /// Submits members in order and in bundles; see [`Producer::submit_all`].
@@ -181,8 +180,8 @@ impl Batch {
         S: Stream,
         S::Item: Into<Submission<O>>,
     {
-        let outcomes = self.producer.submit_groups(submissions, Some(&self.id), true);
-        outcomes.map(|outcome| self.producer.handle(self.counted(outcome)?))
+        let outcomes = self.producer.submit_groups(submissions, Some(self), true);
+        outcomes.map(|outcome| self.producer.handle(outcome?))
     }
 
     /// [`submit_all`](Self::submit_all) without asking for results.
@@ -194,8 +193,8 @@ impl Batch {
         S: Stream,
         S::Item: Into<Submission<O>>,
     {
-        let outcomes = self.producer.submit_groups::<O, S>(submissions, Some(&self.id), false);
-        outcomes.map(|outcome| Ok(self.counted(outcome)?.id))
+        let outcomes = self.producer.submit_groups::<O, S>(submissions, Some(self), false);
+        outcomes.map(|outcome| Ok(outcome?.id))
     }
 
     /// Says that there will be no more members; `Ok` means that the broker confirmed it.
@@ -210,13 +209,8 @@ impl Batch {
         Ok(SealedBatch { producer, id, count })
     }
 
-    fn counted(&self, outcome: Result<Submitted, SubmitError>) -> Result<Submitted, SubmitError> {
-        let submitted = outcome?;
-        self.count_in(&submitted.id, submitted.chosen);
-        Ok(submitted)
-    }
-
-    fn count_in(&self, id: &TaskId, chosen: bool) {
+    /// Counts a confirmed member.
+    pub(crate) fn count_in(&self, id: &TaskId, chosen: bool) {
         if chosen {
             self.chosen.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
         } else {

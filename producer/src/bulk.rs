@@ -8,13 +8,13 @@
 use futures_util::stream::FuturesUnordered;
 use futures_util::{Stream, StreamExt};
 use garenne_common::broker::BrokerError;
-use garenne_common::{BatchId, QueueName, TaskId, TaskMessage, TaskName, wire};
+use garenne_common::{QueueName, TaskId, TaskMessage, TaskName, wire};
 use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::replies::Waiting;
 use crate::submission::Prepared;
-use crate::{Handle, Producer, Submission, SubmitError};
+use crate::{Batch, Handle, Producer, Submission, SubmitError};
 
 /// Groups of submissions that are on their way at once in a stream.
 const GROUPS_UNDER_WAY: usize = 8;
@@ -25,8 +25,6 @@ const UNKNOWN: u32 = 200;
 /// A task that is with the broker.
 pub(crate) struct Submitted {
     pub(crate) id: TaskId,
-    /// Whether the caller chose the id, so that it may come twice.
-    pub(crate) chosen: bool,
     /// Where its result will arrive, if it was asked for.
     waiting: Option<Waiting>,
 }
@@ -36,6 +34,8 @@ struct Item {
     place: usize,
     task: TaskMessage,
     delay: Duration,
+    /// Whether the caller chose the id, so that it may come twice.
+    chosen: bool,
 }
 
 type Outcome = Result<Submitted, SubmitError>;
@@ -111,7 +111,7 @@ impl Producer {
     pub(crate) fn submit_groups<O, S>(
         &self,
         submissions: S,
-        batch: Option<&BatchId>,
+        batch: Option<&Batch>,
         waits: bool,
     ) -> impl Stream<Item = Outcome>
     where
@@ -130,7 +130,7 @@ impl Producer {
     pub(crate) async fn submit_group<O>(
         &self,
         submissions: Vec<Submission<O>>,
-        batch: Option<&BatchId>,
+        batch: Option<&Batch>,
         waits: bool,
     ) -> Vec<Outcome> {
         let by = self.deadline();
@@ -138,10 +138,10 @@ impl Producer {
         let mut items = Vec::with_capacity(submissions.len());
         for submission in submissions {
             let chosen = submission.has_own_id();
-            match submission.prepare(self.codec(), batch) {
+            match submission.prepare(self.codec(), batch.map(Batch::id)) {
                 Ok(Prepared { task, delay }) => {
-                    let place = outcomes.promise(task.id.clone(), chosen);
-                    items.push(Item { place, task, delay });
+                    let place = outcomes.promise(task.id.clone());
+                    items.push(Item { place, task, delay, chosen });
                 }
                 Err(error) => outcomes.refuse(error),
             }
@@ -154,6 +154,12 @@ impl Producer {
         for items in self.divide(items) {
             under_way.push(async {
                 let failed = self.publish_items(&items, by).await.err();
+                // At the confirm: whoever drops the rest may still seal the batch.
+                if let Some(batch) = batch.filter(|_| failed.is_none()) {
+                    for item in &items {
+                        batch.count_in(&item.task.id, item.chosen);
+                    }
+                }
                 (items, failed)
             });
         }
@@ -260,8 +266,8 @@ impl Outcomes {
     }
 
     /// The next submission is well so far; its place.
-    fn promise(&mut self, id: TaskId, chosen: bool) -> usize {
-        self.0.push(Ok(Submitted { id, chosen, waiting: None }));
+    fn promise(&mut self, id: TaskId) -> usize {
+        self.0.push(Ok(Submitted { id, waiting: None }));
         self.0.len() - 1
     }
 

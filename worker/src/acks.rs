@@ -61,11 +61,10 @@ impl Acks {
         }
     }
 
-    /// A delivery was handed back; the broker knows.
-    pub(crate) fn handed_back(&mut self, tag: DeliveryTag) {
-        if tag.epoch == self.epoch {
-            self.open.remove(&tag.number);
-        }
+    /// A delivery is to be handed back; `false` if it was settled or handed back before, which the broker
+    /// must not hear twice. A bundle goes back as a whole.
+    pub(crate) fn handed_back(&mut self, tag: DeliveryTag) -> bool {
+        tag.epoch == self.epoch && self.open.remove(&tag.number).is_some()
     }
 
     /// What to send now: one for all that lie below every open one, then one each.
@@ -122,7 +121,8 @@ mod tests {
     #[test]
     fn what_was_handed_back_is_not_in_the_way() {
         let mut acks = delivered(1..=3);
-        acks.handed_back(tag(1));
+        assert!(acks.handed_back(tag(1)));
+        assert!(!acks.handed_back(tag(1)), "once");
         for number in [2, 3] {
             acks.done(tag(number), 1);
         }
@@ -163,7 +163,7 @@ mod tests {
             let (mut done, mut acked) = (HashSet::new(), HashSet::new());
             for number in order {
                 if random.u8(..) < 30 {
-                    acks.handed_back(tag(number));
+                    assert!(acks.handed_back(tag(number)));
                 } else {
                     acks.done(tag(number), 1);
                     done.insert(number);

@@ -63,7 +63,8 @@ pub fn admit_member<H>(
 }
 
 /// Decides about the tasks of a bundle that was delivered before: what is known here is settled with
-/// its run, and everything else leaves the bundle, so that from now on each is counted by itself.
+/// its run, and everything else leaves the bundle, so that from now on each is counted by itself. One
+/// of them may have killed a worker, so each is marked as one that came before.
 pub fn split(
     tasks: &[TaskMessage],
     delivery: DeliveryRef,
@@ -77,7 +78,7 @@ pub fn split(
         Some(Begin::Settled | Begin::Run) => {
             Some(Settlement::bare(Subject::Delivery(delivery), Successor::Confirmed))
         }
-        None => Some(signature.send_back(delivery, &[task], app_id, &task.queue)),
+        None => Some(signature.single_out(delivery, task, app_id)),
     };
     tasks.iter().filter_map(settlement).collect()
 }

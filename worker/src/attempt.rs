@@ -7,7 +7,7 @@ use garenne_common::broker::Delivery;
 use garenne_common::bundling::Pace;
 use garenne_common::wire::Fence;
 use garenne_common::{DeadReason, Options, TaskMessage, Timestamp};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -40,6 +40,8 @@ pub(crate) struct Pipeline {
     pub(crate) settle: mpsc::Sender<Settlement>,
     /// How long tasks take, by name.
     pub(crate) pace: Pace,
+    /// The right to split a bundle.
+    pub(crate) splits: Semaphore,
     /// The limit for tasks that bring none.
     pub(crate) task_timeout: Duration,
     /// How long a process may take to end after it was told to.

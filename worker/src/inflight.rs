@@ -15,8 +15,9 @@ use garenne_common::wire::Message;
 use garenne_common::wire::lease::fence_of;
 use garenne_common::{TaskId, TaskMessage};
 
-/// How many settled attempts are remembered: more than prefetch ever allows to be under way.
-const REMEMBERED: usize = 16_384;
+/// How many settled attempts are remembered. A single one is acknowledged soon after; one of a bundle
+/// with its last task only, and many quick ones may end while a slow one of their bundle runs.
+const REMEMBERED: usize = 65_536;
 
 /// An attempt of a task, as one message asks for it.
 ///

@@ -19,7 +19,7 @@ use crate::admit;
 use crate::attempt::Pipeline;
 use crate::handler::Slot;
 use crate::inflight::DeliveryRef;
-use crate::line::{Surplus, Work};
+use crate::line::{Surplus, Waited, Work};
 use crate::settle::Subject;
 use crate::suspect;
 
@@ -49,12 +49,16 @@ pub(crate) async fn intake(pipeline: Arc<Pipeline>, queue: usize, mut consumer: 
                 Pipeline::begin(&pipeline, queue, slot);
             }
             _ = tick.tick() => {
-                if matches!(question, Either::Left(_)) && line.has_surplus(PATIENCE) {
+                pipeline.note_epoch(queue, &consumer);
+                Pipeline::give_up_waiting(&pipeline, queue);
+                let unanswered = matches!(question, Either::Right(_));
+                if !unanswered && line.has_surplus(Waited::LongerHere(PATIENCE)) {
                     question = Either::Right(Box::pin(consumer.status()));
                 }
             }
             answer = &mut question => {
                 question = Either::Left(future::pending());
+                pipeline.note_epoch(queue, &consumer);
                 Pipeline::hand_on(&pipeline, queue, answer);
             }
             delivery = consumer.next() => match delivery {
@@ -68,13 +72,18 @@ pub(crate) async fn intake(pipeline: Arc<Pipeline>, queue: usize, mut consumer: 
         }
     }
     consumer.stop();
+    pipeline.note_epoch(queue, &consumer);
     pipeline.hand_back_line(queue).await;
     // What was on its way still comes.
     while let Some(delivery) = consumer.next().await {
         pipeline.lanes[queue].delivered(delivery.tag);
         line.note_epoch(delivery.tag.epoch);
-        line.push(delivery);
-        pipeline.hand_back_line(queue).await;
+        if suspect::is_conspicuous(&delivery.message, delivery.redelivered) {
+            pipeline.hand_back(queue, &delivery).await;
+        } else {
+            line.push(delivery);
+            pipeline.hand_back_line(queue).await;
+        }
     }
 }
 
@@ -132,20 +141,43 @@ impl Pipeline {
 
     /// A bundle that was delivered before, perhaps to a worker that died of one of its tasks.
     fn split(this: &Arc<Self>, queue: usize, delivery: Delivery) {
-        let Ok(tasks) = wire::bundle::decode(&delivery.message, &this.lanes[queue].queue) else {
-            return Self::begin_alone(this, queue, Work::Alone(Box::new(delivery)));
-        };
-        tracing::info!(tasks = tasks.len(), "a bundle came again; its tasks go on one by one");
-        this.lanes[queue].divided(delivery.tag, tasks.len());
-        let at = DeliveryRef { queue, tag: delivery.tag };
-        let app_id = delivery.message.properties.app_id.unwrap_or_default();
-        let settlements = admit::split(&tasks, at, &app_id, &this.inflight, &this.signature);
         let pipeline = Arc::clone(this);
         this.attempts.spawn(async move {
-            for settlement in settlements {
+            // One at a time: all that is on its way out of bundles is in memory message by message.
+            let Ok(_turn) = pipeline.splits.acquire().await else { return };
+            let lane = &pipeline.lanes[queue];
+            let Ok(tasks) = wire::bundle::decode(&delivery.message, &lane.queue) else {
+                let work = Work::Alone(Box::new(delivery));
+                return drop(pipeline.attempt(queue, work, None).await);
+            };
+            tracing::info!(tasks = tasks.len(), "a bundle came again; its tasks go on one by one");
+            lane.divided(delivery.tag, tasks.len());
+            let at = DeliveryRef { queue, tag: delivery.tag };
+            let app_id = delivery.message.properties.app_id.unwrap_or_default();
+            let (inflight, signature) = (&pipeline.inflight, &pipeline.signature);
+            for settlement in admit::split(&tasks, at, &app_id, inflight, signature) {
                 pipeline.settle(settlement).await;
             }
         });
+    }
+
+    /// What was delivered over a channel that is gone comes again, and must not be sent on from here.
+    fn note_epoch(&self, queue: usize, consumer: &Consumer) {
+        match consumer.epoch() {
+            Some(epoch) => self.lines[queue].note_epoch(epoch),
+            None => self.lines[queue].void(),
+        }
+    }
+
+    /// Sends back what waits so long in bundles that the broker might lose its patience: it would close
+    /// the channel, and all that was delivered over it would come again.
+    fn give_up_waiting(this: &Arc<Self>, queue: usize) {
+        let long = Waited::Longer(this.lease.patience() / 4);
+        if this.lines[queue].has_surplus(long) {
+            let surplus = this.lines[queue].surplus(&this.lanes[queue], long);
+            let pipeline = Arc::clone(this);
+            this.attempts.spawn(async move { pipeline.send_back(queue, surplus).await });
+        }
     }
 
     /// Gives others what waits too long here, if the broker's word on the queue allows that somebody is
@@ -154,7 +186,8 @@ impl Pipeline {
         if !answer.is_ok_and(|status| status.ready == 0 && status.consumers > 1) {
             return;
         }
-        let surplus = this.lines[queue].surplus(&this.lanes[queue], Some(PATIENCE));
+        let waited = Waited::LongerHere(PATIENCE);
+        let surplus = this.lines[queue].surplus(&this.lanes[queue], waited);
         let pipeline = Arc::clone(this);
         this.attempts.spawn(async move { pipeline.send_back(queue, surplus).await });
     }
@@ -173,17 +206,24 @@ impl Pipeline {
     }
 
     /// Hands back everything that waits. A bundle goes back as a new one, or it would have to be split.
-    async fn hand_back_line(&self, queue: usize) {
+    pub(crate) async fn hand_back_line(&self, queue: usize) {
         if !Guard::DrainHandBack.holds() {
             return;
         }
-        let (line, name) = (&self.lines[queue], &self.lanes[queue].queue);
-        let bundles = line.surplus(&self.lanes[queue], None);
+        let line = &self.lines[queue];
+        let bundles = line.surplus(&self.lanes[queue], Waited::Any);
         self.send_back(queue, bundles).await;
         for delivery in line.drain() {
-            let subject = Subject::Delivery(DeliveryRef { queue, tag: delivery.tag });
-            let message = &delivery.message;
-            self.settle(self.signature.hand_back_message(subject, message, name)).await;
+            self.hand_back(queue, &delivery).await;
         }
+    }
+
+    async fn hand_back(&self, queue: usize, delivery: &Delivery) {
+        if !Guard::DrainHandBack.holds() {
+            return;
+        }
+        let subject = Subject::Delivery(DeliveryRef { queue, tag: delivery.tag });
+        let (message, queue) = (&delivery.message, &self.lanes[queue].queue);
+        self.settle(self.signature.hand_back_message(subject, message, queue)).await;
     }
 }

@@ -34,7 +34,7 @@ impl LeaseTerms {
         needed.then(|| Fence::begin(carrier.next_fence()))
     }
 
-    fn patience(&self) -> Duration {
+    pub(crate) fn patience(&self) -> Duration {
         let learnt = self.link.as_ref().and_then(Link::learnt_consumer_timeout);
         learnt.map_or(self.patience, |learnt| learnt.min(self.patience))
     }

@@ -40,6 +40,27 @@ struct Arrived {
     handed_on: bool,
 }
 
+/// How long tasks of a bundle have waited.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Waited {
+    /// Any time at all.
+    Any,
+    /// Longer than this.
+    Longer(Duration),
+    /// Longer than this, and nobody has passed them on before.
+    LongerHere(Duration),
+}
+
+impl Waited {
+    fn holds(self, arrived: &Arrived) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Longer(than) => arrived.at.elapsed() > than,
+            Self::LongerHere(than) => !arrived.handed_on && arrived.at.elapsed() > than,
+        }
+    }
+}
+
 /// Tasks of one bundle that waited too long here.
 pub(crate) struct Surplus {
     pub(crate) bundle: DeliveryRef,
@@ -75,6 +96,11 @@ impl Line {
         if state.epoch != epoch {
             *state = State { epoch, ..State::default() };
         }
+    }
+
+    /// Forgets all that waits: it was delivered over a channel that is gone.
+    pub(crate) fn void(&self) {
+        *self.lock() = State::default();
     }
 
     /// Takes a delivery in.
@@ -150,23 +176,18 @@ impl Line {
         }
     }
 
-    /// Whether tasks of bundles have waited longer than `patience` that nobody has passed on yet.
-    pub(crate) fn has_surplus(&self, patience: Duration) -> bool {
+    /// Whether there is any [`surplus`](Self::surplus) of this kind.
+    pub(crate) fn has_surplus(&self, of: Waited) -> bool {
         let state = self.lock();
-        let long = |arrived: &Arrived| !arrived.handed_on && arrived.at.elapsed() > patience;
-        state.open.iter().any(|member| long(&member.arrived))
-            || state
-                .closed
-                .iter()
-                .any(|(delivery, arrived)| long(arrived) && wire::bundle::is_one(&delivery.message))
+        state.open.iter().any(|member| of.holds(&member.arrived))
+            || state.closed.iter().any(|(delivery, arrived)| {
+                of.holds(arrived) && wire::bundle::is_one(&delivery.message)
+            })
     }
 
-    /// Takes out what [`has_surplus`](Self::has_surplus) speaks of; or all that waits of bundles, with
-    /// a patience of nothing.
-    pub(crate) fn surplus(&self, lane: &Lane, patience: Option<Duration>) -> Vec<Surplus> {
-        let long = |arrived: &Arrived| {
-            patience.is_none_or(|most| !arrived.handed_on && arrived.at.elapsed() > most)
-        };
+    /// Takes out the tasks of bundles that have waited so long.
+    pub(crate) fn surplus(&self, lane: &Lane, of: Waited) -> Vec<Surplus> {
+        let long = |arrived: &Arrived| of.holds(arrived);
         let mut surplus: Vec<Surplus> = vec![];
         let mut state = self.lock();
         let (mut members, mut kept) = (VecDeque::new(), VecDeque::new());

@@ -59,7 +59,8 @@ impl Standing {
         let crashes = CrashRecord::read(message).unwrap_or_default();
         let lapses = wire::lease::lapses(message);
         let deliveries = wire::crash::deliveries(message).saturating_add(lapses);
-        Self { returned: redelivered, deliveries, crashes }
+        let returned = redelivered || wire::crash::is_returned(message);
+        Self { returned, deliveries, crashes }
     }
 
     /// How it may run, where a task may crash `budget` times, `isolating` or not.

@@ -10,7 +10,7 @@ use garenne_common::bundling::Pace;
 use garenne_common::config::Config;
 use garenne_common::guards::Guard;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -166,6 +166,7 @@ impl Worker {
             doors,
             settle,
             pace: Pace::default(),
+            splits: Semaphore::new(1),
             task_timeout: worker.task_timeout,
             kill_grace: worker.kill_grace,
             lease: LeaseTerms {
@@ -355,7 +356,12 @@ impl Running {
             grace,
         } = self;
         stop.cancel();
-        intakes.wait().await;
+        // Handing back waits for room to publish; what finds none comes again by itself.
+        tokio::select! {
+            () = intakes.wait() => {}
+            () = tokio::time::sleep(grace) => tracing::warn!("not all could be handed back in time"),
+            () = abort.cancelled() => {}
+        }
         pipeline.attempts.close();
         let running = pipeline.inflight.len();
         tracing::info!(running, ?grace, "draining");
@@ -369,7 +375,18 @@ impl Running {
             () = say_what_runs(&pipeline.register, grace) => {}
         }
         abort.cancel();
-        pipeline.attempts.wait().await;
+        if tokio::time::timeout(FLUSH_GRACE, pipeline.attempts.wait()).await.is_err() {
+            tracing::warn!("some tasks found no room to be settled; they will be delivered again");
+        }
+        // What a slot was just opening when intake ended.
+        let leftovers = async {
+            for queue in 0..pipeline.lanes.len() {
+                pipeline.hand_back_line(queue).await;
+            }
+        };
+        if tokio::time::timeout(FLUSH_GRACE, leftovers).await.is_err() {
+            tracing::warn!("not all could be handed back in time");
+        }
         pipeline.watchers.close();
         pipeline.watchers.wait().await;
         aides.end().await;

@@ -156,6 +156,12 @@ impl Consumer {
         self.shared.health()
     }
 
+    /// The present epoch; `None` while there is no channel, when all that was delivered is void.
+    pub fn epoch(&self) -> Option<u64> {
+        let current = self.shared.lock();
+        current.channel.as_ref().map(|_| current.number)
+    }
+
     /// The broker's word on the queue, over a channel of its own.
     pub fn status(
         &self,

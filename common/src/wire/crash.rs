@@ -56,8 +56,20 @@ impl CrashRecord {
 /// Whether a message bears a mark of earlier deliveries, crashes or a lapsed lease; a cheap look, without decoding.
 pub fn is_marked(message: &Message) -> bool {
     message.header(headers::CRASHES).is_some()
+        || is_returned(message)
         || lease::lapses(message) > 0
         || deliveries(message) > 0
+}
+
+/// Marks a task that leaves a bundle which was delivered before, as the broker marks what it delivers
+/// again.
+pub fn mark_returned(message: &mut Message) {
+    message.set_header(headers::RETURNED, HeaderValue::Bool(true));
+}
+
+/// Whether a task left a bundle that was delivered before.
+pub fn is_returned(message: &Message) -> bool {
+    message.header(headers::RETURNED) == Some(&HeaderValue::Bool(true))
 }
 
 /// How often the broker has delivered this very message before.

@@ -21,6 +21,8 @@ pub(super) const TRACEPARENT: &str = "traceparent";
 pub(super) const TASKS: &str = "x-garenne-tasks";
 /// A bundle that a worker passed on because it could not run it soon.
 pub(super) const HANDED_ON: &str = "x-garenne-handed-on";
+/// A task that left a bundle which had come before: one of its tasks may have killed a worker.
+pub(super) const RETURNED: &str = "x-garenne-returned";
 pub(super) const DEAD_REASON: &str = "x-garenne-dead-reason";
 pub(super) const DEAD_ERROR: &str = "x-garenne-dead-error";
 pub(super) const DEAD_AT: &str = "x-garenne-dead-at-ms";
@@ -53,11 +55,12 @@ pub(super) const LAST_DEATH_REASON: &str = "x-last-death-reason";
 pub(super) const LAST_DEATH_QUEUE: &str = "x-last-death-queue";
 
 /// Headers that a republished message must not carry: RabbitMQ's own account of dead-lettering, by
-/// which it drops what seems to go in a circle, and the marks of a delay that is over.
+/// which it drops what seems to go in a circle, and the marks of a delay or a return that is over.
 pub(super) fn is_spent(name: &str) -> bool {
     name == "x-death"
         || name == DELIVERY_COUNT
         || name == ACQUIRED_COUNT
+        || name == RETURNED
         || name.starts_with("x-first-death-")
         || name.starts_with("x-last-death-")
         || crate::topology::is_delay_mark(name)

@@ -126,10 +126,7 @@ impl SettleCore {
 
     /// Takes a settlement in. [`flush`](Self::flush) must follow, after this one or after several.
     pub fn settle(&mut self, settlement: Settlement, actions: &mut Vec<Action>) {
-        // Several come at once, and a bundle must fit into a message.
-        if self.bundle.is_full() {
-            self.full.push_back(std::mem::take(&mut self.bundle));
-        }
+        self.close_full();
         let Settlement { subject, successor, then, notes, reply } = settlement;
         let claim = Claim { subject, then };
         match successor {
@@ -270,7 +267,15 @@ impl SettleCore {
 
     fn add(&mut self, notes: Vec<Report>) {
         for note in notes {
+            self.close_full();
             self.bundle.add(note);
+        }
+    }
+
+    /// Several settlements or notes come at once, and a bundle must fit into a message.
+    fn close_full(&mut self) {
+        if self.bundle.is_full() {
+            self.full.push_back(std::mem::take(&mut self.bundle));
         }
     }
 
@@ -316,8 +321,9 @@ impl SettleCore {
             Subject::Nothing => Deliveries::default(),
         };
         for delivery in deliveries {
-            self.lanes[delivery.queue].handed_back(delivery.tag);
-            actions.push(Action::HandBack(delivery));
+            if self.lanes[delivery.queue].handed_back(delivery.tag) {
+                actions.push(Action::HandBack(delivery));
+            }
         }
     }
 }

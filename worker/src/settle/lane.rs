@@ -37,9 +37,9 @@ impl Lane {
         self.acks().done(tag, tasks);
     }
 
-    /// A delivery goes back.
-    pub(super) fn handed_back(&self, tag: DeliveryTag) {
-        self.acks().handed_back(tag);
+    /// A delivery goes back; `false` if it is no longer here to go.
+    pub(super) fn handed_back(&self, tag: DeliveryTag) -> bool {
+        self.acks().handed_back(tag)
     }
 
     /// The acknowledgements of what is done, as few as are right.

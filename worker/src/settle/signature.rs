@@ -22,6 +22,9 @@ use crate::inflight::{DeliveryRef, Key};
 use crate::outcome::Disposition;
 use crate::suspect;
 
+/// An error in a note is cut to so many characters, as in a dead letter; many notes share a message.
+const MAX_NOTE_CHARS: usize = 4_000;
+
 /// An attempt that ended, as settling needs to know it.
 pub struct Ended {
     /// What was run.
@@ -81,7 +84,7 @@ impl Signature {
             Disposition::Cancel { reason } => {
                 self.finished(ended, subject, self.cancelled(ended, &reason, task.attempt))
             }
-            Disposition::Retry { after, error } => self.retry(ended, subject, after, error),
+            Disposition::Retry { after, error } => self.retry(ended, subject, after, &error),
             Disposition::DeadLetter { reason, error } => {
                 let (message, at) = (ended.message(), ended.finished_at);
                 let mut letter = self.letter(&message, &task.queue, reason, &error, at);
@@ -191,6 +194,19 @@ impl Signature {
         Settlement { then: Then::MayReturn, ..Settlement::bare(subject, successor) }
     }
 
+    /// The order that lets a task leave a bundle that was delivered before.
+    pub(crate) fn single_out(
+        &self,
+        bundle: DeliveryRef,
+        task: &TaskMessage,
+        app_id: &str,
+    ) -> Settlement {
+        let mut message = wire::task::encode(task, app_id);
+        wire::crash::mark_returned(&mut message);
+        let successor = Successor::message(self.to_tasks(&task.queue, message));
+        Settlement::bare(Subject::Delivery(bundle), successor)
+    }
+
     /// The order that sends tasks of a bundle back to their queue, which none of them has left for an
     /// attempt: one as a message of its own, several as a bundle that is new to the broker.
     pub(crate) fn send_back(
@@ -294,7 +310,7 @@ impl Signature {
         }
     }
 
-    fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: String) -> Settlement {
+    fn retry(&self, ended: &Ended, subject: Subject, after: Duration, error: &str) -> Settlement {
         let (task, at) = (&ended.task, ended.finished_at);
         let mut message =
             wire::task::next_attempt(&ended.message(), task.attempt.saturating_add(1));
@@ -309,7 +325,7 @@ impl Signature {
             name: task.name.clone(),
             batch: task.batch.clone(),
             attempt: task.attempt,
-            error,
+            error: error.chars().take(MAX_NOTE_CHARS).collect(),
             next_at: at.plus(after),
             worker: self.worker.to_string(),
             at,
