@@ -1,6 +1,5 @@
 //! Declaring, looking at and deleting broker objects.
 
-use futures_util::stream::{FuturesOrdered, StreamExt};
 use lapin::options::{
     ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions, QueuePurgeOptions,
@@ -145,14 +144,11 @@ pub(super) async fn declare(
     declarations: &[Declaration],
 ) -> Result<(), BrokerError> {
     let is_exchange = |d: &&Declaration| matches!(d, Declaration::Exchange { .. });
-    let exchanges = declarations.iter().filter(is_exchange);
-    let rest = declarations.iter().filter(|d| !is_exchange(d));
-    // All are sent before the first is answered: some hundred round trips are most of a worker's
-    // start. The broker answers in order, so the first error is that of the object that is wrong.
-    let mut answers: FuturesOrdered<_> =
-        exchanges.chain(rest).map(|declaration| declare_one(channel, declaration)).collect();
-    while let Some(answer) = answers.next().await {
-        answer?;
+    for declaration in declarations.iter().filter(is_exchange) {
+        declare_one(channel, declaration).await?;
+    }
+    for declaration in declarations.iter().filter(|d| !is_exchange(d)) {
+        declare_one(channel, declaration).await?;
     }
     Ok(())
 }
