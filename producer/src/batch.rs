@@ -106,7 +106,7 @@ impl Producer {
     async fn report(&self, report: &Report) -> Result<(), SubmitError> {
         let message = report::encode(std::slice::from_ref(report), self.app())?;
         let results = self.topology().results();
-        Ok(self.publish(results.clone(), results, message, self.deadline()).await?)
+        Ok(self.dispatch().publish(results.clone(), results, message, self.deadline()).await?)
     }
 }
 

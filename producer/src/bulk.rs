@@ -8,10 +8,10 @@
 use futures_util::stream::FuturesUnordered;
 use futures_util::{Stream, StreamExt};
 use garenne_common::broker::BrokerError;
-use garenne_common::{QueueName, TaskId, TaskMessage, TaskName, wire};
-use std::time::Duration;
+use garenne_common::{QueueName, TaskId};
 use tokio::time::Instant;
 
+use crate::dispatch::Parcel;
 use crate::replies::Waiting;
 use crate::submission::Prepared;
 use crate::{Batch, Handle, Producer, Submission, SubmitError};
@@ -29,11 +29,12 @@ pub(crate) struct Submitted {
     waiting: Option<Waiting>,
 }
 
-/// A task on its way, and its place among those it was submitted with.
-struct Item {
+/// A task on its way, and what is to be known of it here.
+type Item = Parcel<Tag>;
+
+struct Tag {
+    /// Its place among those it was submitted with.
     place: usize,
-    task: TaskMessage,
-    delay: Duration,
     /// Whether the caller chose the id, so that it may come twice.
     chosen: bool,
 }
@@ -120,7 +121,7 @@ impl Producer {
     {
         submissions
             .map(Into::into)
-            .ready_chunks(self.bundles().tasks)
+            .ready_chunks(self.dispatch().limits.tasks)
             .map(move |group| self.submit_group::<O>(group, batch, waits))
             .buffered(GROUPS_UNDER_WAY)
             .flat_map(futures_util::stream::iter)
@@ -141,7 +142,7 @@ impl Producer {
             match submission.prepare(self.codec(), batch.map(Batch::id)) {
                 Ok(Prepared { task, delay }) => {
                     let place = outcomes.promise(task.id.clone());
-                    items.push(Item { place, task, delay, chosen });
+                    items.push(Item { task, delay, tag: Tag { place, chosen } });
                 }
                 Err(error) => outcomes.refuse(error),
             }
@@ -151,13 +152,13 @@ impl Producer {
             return outcomes.0;
         }
         let mut under_way = FuturesUnordered::new();
-        for items in self.divide(items) {
+        for items in self.dispatch().divide(items, UNKNOWN) {
             under_way.push(async {
-                let failed = self.publish_items(&items, by).await.err();
+                let failed = self.dispatch().send(&items, by).await.err();
                 // At the confirm: whoever drops the rest may still seal the batch.
                 if let Some(batch) = batch.filter(|_| failed.is_none()) {
                     for item in &items {
-                        batch.count_in(&item.task.id, item.chosen);
+                        batch.count_in(&item.task.id, item.tag.chosen);
                     }
                 }
                 (items, failed)
@@ -205,47 +206,12 @@ impl Producer {
         let reply = queue.reply_to();
         for (item, waiting) in items.iter_mut().zip(waiting) {
             item.task.reply = Some(reply.clone());
-            if let Some(Ok(submitted)) = outcomes.0.get_mut(item.place) {
+            if let Some(Ok(submitted)) = outcomes.0.get_mut(item.tag.place) {
                 submitted.waiting = Some(waiting);
             }
         }
         Ok(())
     }
-
-    /// Divides tasks into those that share a message.
-    fn divide(&self, items: Vec<Item>) -> Vec<Vec<Item>> {
-        let mut alike: Vec<Vec<Item>> = vec![];
-        for item in items {
-            match alike.iter_mut().rev().find(|others| go_together(&others[0], &item)) {
-                Some(others) => others.push(item),
-                None => alike.push(vec![item]),
-            }
-        }
-        let limits = self.bundles();
-        let unknown = limits.work / UNKNOWN;
-        let estimate = |name: &TaskName| self.pace().estimate(name).unwrap_or(unknown);
-        let bundles = alike.into_iter();
-        bundles.flat_map(|items| limits.divide(items, |item| &item.task, estimate)).collect()
-    }
-
-    async fn publish_items(&self, items: &[Item], by: Instant) -> Result<(), BrokerError> {
-        let Some(first) = items.first() else { return Ok(()) };
-        let message = if items.len() == 1 {
-            wire::task::encode(&first.task, self.app())
-        } else {
-            let tasks = items.iter().map(|item| &item.task);
-            // Names, ids and arguments that were checked always encode.
-            wire::bundle::encode(tasks, self.app())
-                .map_err(|error| BrokerError::TooLong(error.to_string()))?
-        };
-        self.publish_tasks(&first.task.queue, message, first.delay, by).await
-    }
-}
-
-fn go_together(one: &Item, other: &Item) -> bool {
-    one.task.queue == other.task.queue
-        && one.delay == other.delay
-        && one.task.options.priority == other.task.options.priority
 }
 
 /// What a failed publish means for one of its tasks.
@@ -277,7 +243,7 @@ impl Outcomes {
 
     fn fail(&mut self, items: &[Item], error: impl Fn(&TaskId) -> SubmitError) {
         for item in items {
-            if let Some(outcome) = self.0.get_mut(item.place) {
+            if let Some(outcome) = self.0.get_mut(item.tag.place) {
                 *outcome = Err(error(&item.task.id));
             }
         }

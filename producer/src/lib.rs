@@ -42,6 +42,8 @@ mod ask;
 mod batch;
 mod bulk;
 mod cancel;
+mod coalesce;
+mod dispatch;
 mod error;
 mod handle;
 mod letters;

@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
-use garenne_common::bundling::{Limits, Pace};
+use garenne_common::broker::{Admin, BrokerError, Link, Publisher};
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
-use garenne_common::wire::{self, Message, RetryNote};
+use garenne_common::wire::RetryNote;
 use garenne_common::{BatchId, Codec, QueueName, TaskId, TaskMessage};
 use tokio::sync::{OnceCell, broadcast};
 use tokio::time::{Instant, timeout_at};
@@ -20,6 +19,8 @@ use tokio_util::task::TaskTracker;
 
 use crate::ask::Asker;
 use crate::bulk;
+use crate::coalesce::Coalescer;
+use crate::dispatch::Dispatch;
 use crate::queues::KnownQueues;
 use crate::recovery;
 use crate::replies::Replies;
@@ -39,13 +40,12 @@ const RETRY_NOTES: usize = 1_024;
 pub struct Producer(Arc<Inner>);
 
 struct Inner {
-    topology: Topology,
+    dispatch: Arc<Dispatch>,
+    coalescer: Coalescer,
     codec: Codec,
     batch_deadline: Duration,
-    bundles: Limits,
-    pace: Arc<Pace>,
-    names: Names,
-    publisher: Publisher,
+    /// `host:4711`, a part of queue names.
+    owner: String,
     consume_link: Link,
     queues: KnownQueues,
     /// Started by the first who wants an answer.
@@ -89,14 +89,22 @@ impl Producer {
         let (admin, core) = (Admin::new(publish_link.clone()), topology.core());
         let by = Instant::now() + config.broker.publish_timeout;
         until(by, "answer to the declarations", admin.declare(&core)).await?;
+        let queues = KnownQueues::new(consume_link.clone(), topology.clone());
+        let dispatch = Arc::new(Dispatch {
+            publisher: Publisher::start(publish_link, core, &config.broker),
+            topology,
+            app: names.app,
+            limits: config.producer.bundles,
+            pace: Arc::default(),
+        });
         let stop = CancellationToken::new();
         Ok(Self(Arc::new(Inner {
+            coalescer: Coalescer::start(Arc::clone(&dispatch), config.broker.publish_window),
+            dispatch,
             codec: config.producer.codec,
             batch_deadline: config.producer.batch_deadline,
-            bundles: config.producer.bundles,
-            pace: Arc::default(),
-            publisher: Publisher::start(publish_link, core, &config.broker),
-            queues: KnownQueues::new(consume_link.clone(), topology.clone()),
+            owner: names.owner,
+            queues,
             consume_link,
             replies: OnceCell::new(),
             retries: broadcast::Sender::new(RETRY_NOTES),
@@ -104,8 +112,6 @@ impl Producer {
             tasks: TaskTracker::new(),
             _stop_on_drop: stop.clone().drop_guard(),
             stop,
-            names,
-            topology,
         })))
     }
 
@@ -140,7 +146,8 @@ impl Producer {
         let inner = &self.0;
         inner.closed.store(true, Ordering::Release);
         // 1. What was handed over gets its confirm, or its caller an error.
-        inner.publisher.clone().close(GRACE).await;
+        inner.coalescer.close(GRACE).await;
+        inner.dispatch.publisher.clone().close(GRACE).await;
         // 2. Only then stop reading, so that results which came meanwhile reached their handles.
         inner.stop.cancel();
         inner.tasks.close();
@@ -164,7 +171,7 @@ impl Producer {
         task.reply = Some(queue.reply_to());
         let id = task.id.clone();
         let waiting = replies.expect(id.clone(), &queue);
-        self.publish_task(&task, delay, by).await?;
+        self.publish_task(task, delay, by).await?;
         Ok(Handle::new(id, waiting, self.clone()))
     }
 
@@ -176,8 +183,9 @@ impl Producer {
         let by = self.deadline();
         let Prepared { task, delay } = submission.prepare(self.0.codec, batch)?;
         self.require_queue(&task, by).await?;
-        self.publish_task(&task, delay, by).await?;
-        Ok(task.id)
+        let id = task.id.clone();
+        self.publish_task(task, delay, by).await?;
+        Ok(id)
     }
 
     pub(crate) async fn require_queue(
@@ -205,39 +213,13 @@ impl Producer {
 
     async fn publish_task(
         &self,
-        task: &TaskMessage,
+        task: TaskMessage,
         delay: Duration,
         by: Instant,
     ) -> Result<(), SubmitError> {
-        let message = wire::task::encode(task, &self.0.names.app);
-        let published = self.publish_tasks(&task.queue, message, delay, by).await;
-        published.map_err(|error| bulk::submit_error(&task.id, error))
-    }
-
-    /// Publishes a task, or a bundle of them.
-    pub(crate) async fn publish_tasks(
-        &self,
-        queue: &QueueName,
-        message: Message,
-        delay: Duration,
-        by: Instant,
-    ) -> Result<(), BrokerError> {
-        let (exchange, message) = match self.0.topology.delay_route(delay) {
-            Some(route) => (route.exchange, wire::task::with_delay_marks(&message, &route.marks)),
-            None => (self.0.topology.tasks_exchange(), message),
-        };
-        self.publish(exchange, queue.to_string(), message, by).await
-    }
-
-    pub(crate) async fn publish(
-        &self,
-        exchange: String,
-        routing_key: String,
-        message: Message,
-        by: Instant,
-    ) -> Result<(), BrokerError> {
-        let outgoing = Outgoing { exchange, routing_key, message };
-        self.0.publisher.publish_within(outgoing, left(by)).await
+        let id = task.id.clone();
+        let published = self.0.coalescer.submit(task, delay, by).await;
+        published.map_err(|error| bulk::submit_error(&id, error))
     }
 
     /// The replies, with everything behind them started on the first call.
@@ -249,9 +231,9 @@ impl Producer {
     async fn start_replies(&self) -> Result<Arc<Replies>, BrokerError> {
         let inner = &self.0;
         let link = inner.consume_link.clone();
-        let (topology, owner) = (inner.topology.clone(), inner.names.owner.clone());
+        let (topology, owner) = (self.topology().clone(), inner.owner.clone());
         let scope = (&inner.tasks, inner.stop.clone());
-        let listeners = (inner.retries.clone(), Arc::clone(&inner.pace));
+        let listeners = (inner.retries.clone(), Arc::clone(&inner.dispatch.pace));
         let replies = Replies::start(link, topology, owner, listeners, scope).await?;
         let asker = self.asker_for(Arc::clone(&replies));
         inner.tasks.spawn(recovery::run(asker, inner.stop.clone()));
@@ -259,7 +241,7 @@ impl Producer {
     }
 
     pub(crate) fn asker_for(&self, replies: Arc<Replies>) -> Asker {
-        Asker::new(self.0.publisher.clone(), replies, self.0.topology.queries())
+        Asker::new(self.0.dispatch.publisher.clone(), replies, self.topology().queries())
     }
 
     pub(crate) fn subscribe_retries(&self) -> broadcast::Receiver<RetryNote> {
@@ -268,25 +250,19 @@ impl Producer {
 
     /// When whoever began now hears an error at the latest.
     pub(crate) fn deadline(&self) -> Instant {
-        Instant::now() + self.0.publisher.deadline()
+        Instant::now() + self.0.dispatch.publisher.deadline()
     }
 
     pub(crate) fn topology(&self) -> &Topology {
-        &self.0.topology
+        &self.0.dispatch.topology
     }
 
     pub(crate) fn codec(&self) -> Codec {
         self.0.codec
     }
 
-    /// What bounds the bundles of tasks.
-    pub(crate) fn bundles(&self) -> Limits {
-        self.0.bundles
-    }
-
-    /// How long tasks took whose results came back.
-    pub(crate) fn pace(&self) -> &Pace {
-        &self.0.pace
+    pub(crate) fn dispatch(&self) -> &Dispatch {
+        &self.0.dispatch
     }
 
     pub(crate) fn batch_deadline(&self) -> Duration {
@@ -294,11 +270,11 @@ impl Producer {
     }
 
     pub(crate) fn app(&self) -> &str {
-        &self.0.names.app
+        &self.0.dispatch.app
     }
 
     pub(crate) fn owner(&self) -> &str {
-        &self.0.names.owner
+        &self.0.owner
     }
 
     pub(crate) fn consume_link(&self) -> Link {
