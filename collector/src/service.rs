@@ -8,7 +8,7 @@ use garenne_common::broker::{
     Admin, BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource,
 };
 use garenne_common::config::Config;
-use garenne_common::topology::{Declaration, Topology};
+use garenne_common::topology::Topology;
 use garenne_common::wire::Notice;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
@@ -267,7 +267,7 @@ async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer)
     let results = start(topology.results(), "results", RESULTS_PREFETCH, topology.core());
     results.ready().await?;
     let other = |queue: String, what, prefetch| {
-        let declarations = declarations_of(topology, &queue);
+        let declarations = topology.named(&queue);
         start(queue, what, prefetch, declarations)
     };
     let dead = other(topology.dead(), "dead letters", DEAD_PREFETCH);
@@ -282,17 +282,13 @@ async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer)
 /// Heartbeats tell what there is now; old ones would tell nothing, so the queue is nobody else's.
 fn hear_workers(link: &Link, topology: &Topology, name: &str) -> Consumer {
     let bindings = vec![(topology.heartbeats(), String::new())];
-    let declarations = declarations_of(topology, &topology.heartbeats());
+    let declarations = topology.named(&topology.heartbeats());
     // A queue's name holds at most 255 bytes.
     let (owner, names): (String, _) = (name.chars().take(40).collect(), topology.clone());
     let name = Box::new(move || names.reply_queue(&owner));
     let queue = QueueSource::Exclusive { name, bindings };
     let (tag, prefetch) = ("collector heartbeats".to_owned(), HEARTBEATS_BUFFER);
     Consumer::start(link.clone(), ConsumerSpec { declarations, queue, prefetch, tag, no_ack: true })
-}
-
-fn declarations_of(topology: &Topology, name: &str) -> Vec<Declaration> {
-    topology.core().into_iter().filter(|declaration| declaration.name() == name).collect()
 }
 
 fn log_start(config: &Config, name: &str) {

@@ -193,13 +193,10 @@ impl Topology {
         })
     }
 
-    /// What every process declares: all but the queues that particular workers serve.
+    /// What every process that publishes declares: all but the queues that particular workers serve.
     pub fn core(&self) -> Vec<Declaration> {
-        let mut all = Self::last_resort(self.unrouted(), dead_lettering(self.dead())).to_vec();
-        all.extend(Self::last_resort(self.unreadable(), vec![]));
-        all.push(exchange(self.tasks_exchange(), ExchangeKind::Direct, self.last_stop()));
+        let mut all = self.task_intake(&QueueName::default());
         all.extend(self.inbox_of_collector(self.results(), ExchangeKind::Direct));
-        all.extend(self.inbox_of_collector(self.dead(), ExchangeKind::Fanout));
         all.push(exchange(self.notices_exchange(), ExchangeKind::Topic, None));
         all.push(exchange(self.heartbeats(), ExchangeKind::Fanout, None));
         all.push(exchange(self.control(), ExchangeKind::Topic, None));
@@ -209,9 +206,27 @@ impl Topology {
             // Questions carry their asker's deadline as expiration; the bound holds if they do not.
             arguments: quorum(vec![("x-max-length", HeaderValue::Int(10_000))]),
         });
-        all.extend(self.task_queue_declarations(&QueueName::default()));
         all.extend((0..DELAY_LEVELS).flat_map(|level| self.delay_level(level)));
         all
+    }
+
+    /// What a consumer of a queue of tasks declares: the queue, the way to it, and where tasks go that
+    /// miss it or that the broker takes out of it.
+    ///
+    /// Much less than [`core`](Self::core), because each object costs a round trip, whenever a worker
+    /// starts or comes back; the worker's publisher declares the rest.
+    pub fn task_intake(&self, queue: &QueueName) -> Vec<Declaration> {
+        let mut all = Self::last_resort(self.unrouted(), dead_lettering(self.dead())).to_vec();
+        all.extend(Self::last_resort(self.unreadable(), vec![]));
+        all.push(exchange(self.tasks_exchange(), ExchangeKind::Direct, self.last_stop()));
+        all.extend(self.inbox_of_collector(self.dead(), ExchangeKind::Fanout));
+        all.extend(self.task_queue_declarations(queue));
+        all
+    }
+
+    /// What of [`core`](Self::core) has this name: an exchange, a queue, its bindings.
+    pub fn named(&self, name: &str) -> Vec<Declaration> {
+        self.core().into_iter().filter(|declaration| declaration.name() == name).collect()
     }
 
     /// The queue of tasks behind a short name, with its binding.
@@ -358,14 +373,18 @@ mod tests {
     }
 
     #[test]
-    fn every_target_of_the_topology_is_declared_by_it() {
-        let all = topology().core();
+    fn every_target_is_declared_with_what_names_it() {
+        targets_are_declared(&topology().core());
+        targets_are_declared(&topology().task_intake(&QueueName::new("cpu").unwrap()));
+    }
+
+    fn targets_are_declared(all: &[Declaration]) {
         let exchanges: HashSet<&str> = all
             .iter()
             .filter(|d| matches!(d, Declaration::Exchange { .. }))
             .map(Declaration::name)
             .collect();
-        for declaration in &all {
+        for declaration in all {
             match declaration {
                 Declaration::Exchange { alternate, .. } => {
                     assert!(alternate.as_deref().is_none_or(|name| exchanges.contains(name)));

@@ -22,6 +22,7 @@ mod cancel;
 mod cli;
 #[cfg(feature = "cluster")]
 mod cluster;
+mod coalesce;
 mod collector_store;
 mod command_tasks;
 mod dead_letter;

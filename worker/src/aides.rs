@@ -37,8 +37,7 @@ impl Aides {
     /// Nothing happens yet but on the link.
     pub(crate) fn new(config: &Config, identity: &str, publish: Link) -> Self {
         let topology = config.broker.topology();
-        let (mut wanted, heartbeats) = (topology.core(), topology.heartbeats());
-        wanted.retain(|declaration| declaration.name() == heartbeats);
+        let wanted = topology.named(&topology.heartbeats());
         let mut broker = config.broker.clone();
         broker.publish_window = WINDOW;
         Self {
@@ -110,7 +109,7 @@ impl Aides {
     fn control_spec(&self) -> ConsumerSpec {
         let (identity, topology) = (&self.identity, self.topology.clone());
         let bindings = vec![(topology.control(), CANCEL_KEY.to_owned())];
-        let declarations = topology.core();
+        let declarations = topology.named(&topology.control());
         // A queue's name holds at most 255 bytes.
         let owner: String = identity.chars().take(40).collect();
         ConsumerSpec {

@@ -286,12 +286,10 @@ impl Builder {
 
 fn spec(config: &Config, queue: &QueueName, identity: &str) -> ConsumerSpec {
     let (topology, worker) = (config.broker.topology(), &config.worker);
-    let mut declarations = topology.core();
-    declarations.extend(topology.task_queue_declarations(queue));
     // The slots are split over the queues, since prefetch counts per consumer.
     let share = (worker.slots + worker.lookahead).div_ceil(worker.queues.len());
     ConsumerSpec {
-        declarations,
+        declarations: topology.task_intake(queue),
         queue: QueueSource::Named(topology.task_queue(queue)),
         prefetch: u16::try_from(share.clamp(1, MAX_PREFETCH)).unwrap_or(u16::MAX),
         tag: format!("garenne-worker {identity} {queue}"),
