@@ -72,8 +72,7 @@ async fn the_bench_measures_and_reports() {
     {
         assert!(of(id).is_some(), "{id}: {report:#}");
     }
-    for id in ["payload.bulk.10240", "backlog.singles.2000", "workers.2", "producers.2", "queues.2"]
-    {
+    for id in ["payload.bulk.10240", "backlog.apart.2000", "workers.2", "producers.2", "queues.2"] {
         assert!(of(id).is_some_and(|figure| figure["point"].is_object()), "{id}: {report:#}");
     }
     assert!(of("singles").unwrap()["ratio"].is_number());

@@ -131,8 +131,12 @@ impl Raw {
     }
 
     /// One task at a time through the queue and back to an exclusive reply queue; how long each took
-    /// until both its confirm and its reply were there.
-    pub async fn round_trips(&self, count: u64) -> Result<Vec<Duration>, BrokerError> {
+    /// until both its confirm and its reply were there. After each there is a pause.
+    pub async fn round_trips(
+        &self,
+        count: u64,
+        pause: Duration,
+    ) -> Result<Vec<Duration>, BrokerError> {
         let (producer, out) = self.connect("producer").await?;
         let (worker, work) = self.connect("worker").await?;
         let answers = self.confirming(&worker).await?;
@@ -149,6 +153,9 @@ impl Raw {
                 let tag = next(&mut results).await?;
                 times.push(begin.elapsed());
                 ack(&back, tag).await?;
+                if !pause.is_zero() {
+                    tokio::time::sleep(pause).await;
+                }
             }
             Ok(times)
         };

@@ -60,19 +60,29 @@ impl Work {
 /// How tasks are handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
-    /// One call for each, with a window of calls under way.
+    /// One call and one message for each, with a window of calls under way.
+    Apart,
+    /// One call for each, likewise; those under way together share messages.
     Singles,
     /// One call for all of them.
     Bulk,
 }
 
 impl Way {
-    pub(super) const ALL: [Self; 2] = [Self::Singles, Self::Bulk];
+    pub(super) const ALL: [Self; 3] = [Self::Apart, Self::Singles, Self::Bulk];
 
     pub(super) fn name(self) -> &'static str {
         match self {
+            Self::Apart => "apart",
             Self::Singles => "singles",
             Self::Bulk => "bulk",
+        }
+    }
+
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Apart => "singles apart",
+            Self::Singles | Self::Bulk => self.name(),
         }
     }
 }
@@ -108,7 +118,7 @@ impl Load {
     ) -> Result<SealedBatch, CliError> {
         let batch = producer.batch().await?;
         match self.way {
-            Way::Singles => confirmed(self.singly_in(&batch, count)?).await?,
+            Way::Apart | Way::Singles => confirmed(self.singly_in(&batch, count)?).await?,
             Way::Bulk => confirmed(batch.submit_all_detached(self.all(count)?)).await?,
         }
         Ok(batch.seal().await?)
@@ -117,7 +127,7 @@ impl Load {
     /// Submits without a batch and waits until the broker has confirmed all.
     pub(super) async fn submit(&self, producer: &Producer, count: u64) -> Result<(), CliError> {
         match self.way {
-            Way::Singles => {
+            Way::Apart | Way::Singles => {
                 let calls = self.all(count)?.map(|task| producer.submit_detached(task));
                 confirmed(calls.buffer_unordered(self.window)).await?;
             }

@@ -255,8 +255,8 @@ pub(super) mod tests {
         );
         figures.push(memory.wanting(Some(Target::at_most(20.0))));
         for (number, at) in [0_u64, 100_000, 1_000_000].into_iter().enumerate() {
-            let title = format!("singles before {at}");
-            for line in ["singles", "bulk"] {
+            let title = format!("singles apart before {at}");
+            for line in ["apart", "singles", "bulk"] {
                 figures.push(rates(Scenario::Backlog, &title).at(line, at));
             }
             let workers = 1 << number;

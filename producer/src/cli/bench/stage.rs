@@ -67,6 +67,8 @@ pub(super) struct Bench<'a> {
     pub(super) cluster: &'a mut Cluster,
     pub(super) raw: &'a Raw,
     pub(super) producer: Producer,
+    /// Gives each task a message of its own.
+    apart: Producer,
     pub(super) figures: Vec<Figure>,
     efforts: Vec<Effort>,
 }
@@ -80,14 +82,18 @@ impl<'a> Bench<'a> {
         raw: &'a Raw,
     ) -> Result<Self, CliError> {
         let producer = Producer::connect_as(cluster.config(), "garenne bench").await?;
+        let mut config = cluster.config().clone();
+        config.producer.bundles.tasks = 1;
+        let apart = Producer::connect_as(&config, "garenne bench, apart").await?;
         cluster.start_collector(&producer).await?;
         let (extent, figures, efforts) = (Extent::of(arguments), vec![], vec![]);
-        Ok(Self { context, arguments, extent, cluster, raw, producer, figures, efforts })
+        Ok(Self { context, arguments, extent, cluster, raw, producer, apart, figures, efforts })
     }
 
     /// Closes and reports.
     pub(super) async fn finish(self, machine: Machine) -> Report {
         self.producer.close().await;
+        self.apart.close().await;
         let settings = Settings {
             quick: self.arguments.quick,
             seconds: self.extent.seconds,
@@ -202,6 +208,14 @@ impl<'a> Bench<'a> {
     pub(super) fn shipped(&self) -> Crew {
         let WorkerConfig { slots, lookahead, .. } = self.cluster.config().worker;
         Crew { count: 1, slots, lookahead }
+    }
+
+    /// Who submits in this way.
+    pub(super) fn by(&self, load: &Load) -> &Producer {
+        match load.way {
+            Way::Apart => &self.apart,
+            Way::Singles | Way::Bulk => &self.producer,
+        }
     }
 
     /// Tasks for the queue `default`.

@@ -16,18 +16,19 @@ use crate::cli::error::CliError;
 const SHARE: f64 = 0.6;
 
 impl Bench<'_> {
-    /// With one message a task at every depth, and in bulk, which means fewer messages, at the deepest.
+    /// With one message a task at every depth; in the other ways, which means fewer messages, at the
+    /// deepest.
     pub(in super::super) async fn backlog(&mut self) -> Result<(), CliError> {
         for way in Way::ALL {
             let load = self.load(Work::Nothing, way);
             self.no_workers().await?;
             self.workers(self.tuned(1)).await?;
-            self.remark(&format!("{}, empty queue", way.name()), 0);
-            let run = async |bench: &Self, count| load.run_batch(&bench.producer, count).await;
+            self.remark(&format!("{}, empty queue", way.title()), 0);
+            let run = async |bench: &Self, count| load.run_batch(bench.by(&load), count).await;
             let fitting = self.warm_up(SHARE, &run).await?;
             let depths = match way {
-                Way::Singles => self.extent.backlogs.clone(),
-                Way::Bulk => vec![self.extent.deepest()],
+                Way::Apart => self.extent.backlogs.clone(),
+                Way::Singles | Way::Bulk => vec![self.extent.deepest()],
             };
             // The runs come out of the backlog, which shall hardly shrink by them.
             let runs = u64::from(self.extent.repeats) + 1;
@@ -37,8 +38,8 @@ impl Bench<'_> {
             self.figures.push(figure(way, 0, Samples::of(empty.clone())));
             for depth in depths {
                 let full = self.before(&load, tasks, depth).await?;
-                let target = (way == Way::Singles && depth == self.extent.deepest())
-                    .then_some(Target::times(0.8));
+                let deepest = depth == self.extent.deepest();
+                let target = deepest.then_some(Target::times(0.8));
                 let figure = figure(way, depth, Samples::of(full)).wanting(target);
                 self.figures.push(figure.beside("empty queue", Samples::of(empty.clone())));
             }
@@ -49,8 +50,8 @@ impl Bench<'_> {
     async fn on_empty(&self, load: &Load, tasks: u64) -> Result<Vec<f64>, CliError> {
         let mut rates = vec![];
         for run in 1..=self.extent.repeats {
-            self.remark(&format!("{}, empty queue", load.way.name()), run);
-            rates.push(rate(tasks, load.run_batch(&self.producer, tasks).await?));
+            self.remark(&format!("{}, empty queue", load.way.title()), run);
+            rates.push(rate(tasks, load.run_batch(self.by(load), tasks).await?));
         }
         Ok(rates)
     }
@@ -58,15 +59,15 @@ impl Bench<'_> {
     /// Fills the queue without a worker, with a batch for each run at its head. In each run so many
     /// tasks are submitted, behind the backlog, and so many are done: the work of a run on an empty queue.
     async fn before(&mut self, load: &Load, tasks: u64, depth: u64) -> Result<Vec<f64>, CliError> {
-        let what = format!("{} before {}", load.way.name(), HumanCount(depth));
+        let what = format!("{} before {}", load.way.title(), HumanCount(depth));
         self.no_workers().await?;
         self.note(&what, "filling the queue");
         let mut heads = vec![];
         for _ in 0..=self.extent.repeats {
-            heads.push(load.open_batch(&self.producer, tasks).await?);
+            heads.push(load.open_batch(self.by(load), tasks).await?);
         }
         let runs = u64::from(self.extent.repeats) + 1;
-        load.submit(&self.producer, depth.saturating_sub(runs * tasks)).await?;
+        load.submit(self.by(load), depth.saturating_sub(runs * tasks)).await?;
         self.workers(self.tuned(1)).await?;
         let mut rates = vec![];
         for (run, head) in (0..).zip(&heads) {
@@ -85,7 +86,7 @@ impl Bench<'_> {
         head: &SealedBatch,
     ) -> Result<f64, CliError> {
         let begin = Instant::now();
-        tokio::try_join!(load.submit(&self.producer, tasks), done(head))?;
+        tokio::try_join!(load.submit(self.by(load), tasks), done(head))?;
         Ok(rate(tasks, begin.elapsed()))
     }
 }
@@ -93,8 +94,8 @@ impl Bench<'_> {
 fn figure(way: Way, depth: u64, samples: Option<Samples>) -> Figure {
     let id = format!("backlog.{}.{depth}", way.name());
     let title = match depth {
-        0 => format!("{}, empty queue", way.name()),
-        _ => format!("{} before {}", way.name(), HumanCount(depth)),
+        0 => format!("{}, empty queue", way.title()),
+        _ => format!("{} before {}", way.title(), HumanCount(depth)),
     };
     let figure = Figure::new(Scenario::Backlog, id, title, Unit::PerSecond, samples);
     figure.at(way.name(), depth)

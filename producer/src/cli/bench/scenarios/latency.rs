@@ -3,12 +3,17 @@
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use tokio::time::sleep;
 
 use crate::cli::bench::Scenario;
 use crate::cli::bench::figure::{Figure, RAW, Samples, Target, Unit};
 use crate::cli::bench::load::{echo, round_trip};
 use crate::cli::bench::stage::Bench;
 use crate::cli::error::CliError;
+
+/// Between two round trips on an idle system: what the one before leaves to do is done by then (its
+/// acknowledgements, the collector's commits), and does not share disk and cores with the next one.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// How a run of the bare client or of ours went.
 #[derive(Default)]
@@ -18,24 +23,42 @@ struct Quantiles {
 }
 
 impl Bench<'_> {
-    /// One task at a time; the quantiles of each run, and their medians over the runs.
+    /// One task at a time; the quantiles of each run, and their medians over the runs. First with
+    /// pauses, then one right after the other.
     pub(in super::super) async fn latency(&mut self) -> Result<(), CliError> {
         self.workers(self.tuned(1)).await?;
+        let (ours, raw) = self.round_trips("idle round trips", PAUSE).await?;
+        self.report_latency(ours, raw);
+        let (ours, raw) = self.round_trips("round trips in a row", Duration::ZERO).await?;
+        let [ours, raw] = [ours.p50, raw.p50].map(Samples::of);
+        let title = "round trips in a row, p50";
+        let figure = Figure::new(Scenario::Latency, "latency.row", title, Unit::Milliseconds, ours);
+        self.figures.push(figure.beside(RAW, raw));
+        Ok(())
+    }
+
+    async fn round_trips(
+        &self,
+        what: &str,
+        pause: Duration,
+    ) -> Result<(Quantiles, Quantiles), CliError> {
         let (mut ours, mut raw) = (Quantiles::default(), Quantiles::default());
         let (before, counted) = (self.extent.round_trips_before, self.extent.round_trips);
         let warm_up = usize::try_from(before).unwrap_or(usize::MAX);
         for run in 1..=self.extent.repeats {
-            self.remark("round trips", run);
-            let times = self.raw.round_trips(before + counted).await?;
+            self.remark(what, run);
+            let times = self.raw.round_trips(before + counted, pause).await?;
             raw.add(times.iter().skip(warm_up))?;
             let mut times = vec![];
             for number in 0..before + counted {
                 times.push(round_trip(&self.producer, number).await?);
+                if !pause.is_zero() {
+                    sleep(pause).await;
+                }
             }
             ours.add(times.iter().skip(warm_up))?;
         }
-        self.report_latency(ours, raw);
-        Ok(())
+        Ok((ours, raw))
     }
 
     fn report_latency(&mut self, ours: Quantiles, raw: Quantiles) {

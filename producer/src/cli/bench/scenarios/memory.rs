@@ -74,8 +74,8 @@ impl Bench<'_> {
         let left = each / 20;
         let count = u64::try_from(each + left).unwrap_or(u64::MAX);
         for queue in QUEUES {
-            let load = self.load(Work::Sleep { millis: ASLEEP }, Way::Singles);
-            Load { queue, ..load }.submit(&self.producer, count).await?;
+            let load = self.load(Work::Sleep { millis: ASLEEP }, Way::Apart);
+            Load { queue, ..load.clone() }.submit(self.by(&load), count).await?;
         }
         let (topology, admin) = (self.cluster.config().broker.topology(), self.cluster.admin());
         let deadline = Instant::now() + FETCHED_WITHIN;

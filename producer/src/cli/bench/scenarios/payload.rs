@@ -9,7 +9,7 @@ impl Bench<'_> {
     /// An echo, so the size counts twice: there and back.
     pub(in super::super) async fn payload(&mut self) -> Result<(), CliError> {
         self.workers(self.tuned(1)).await?;
-        for way in Way::ALL {
+        for way in [Way::Singles, Way::Bulk] {
             for &bytes in self.extent.payloads {
                 let load = self.load(Work::text(bytes), way);
                 let id = format!("payload.{}.{bytes}", way.name());

@@ -17,8 +17,9 @@ use crate::cli::error::CliError;
 const MILLIS: u64 = 1;
 
 impl Bench<'_> {
-    /// One message and one call a task, from the first submit to the batch's done notice; with a
-    /// worker tuned for many small tasks, and with one as it is configured by default.
+    /// A call for each task, from the first submit to the batch's done notice; with a worker tuned
+    /// for many small tasks, and with one as it is configured by default. Then with a message for
+    /// each task as well.
     pub(in super::super) async fn singles(&mut self) -> Result<(), CliError> {
         let load = self.load(Work::Nothing, Way::Singles);
         self.workers(self.tuned(1)).await?;
@@ -27,7 +28,10 @@ impl Bench<'_> {
         self.workers(self.shipped()).await?;
         let title = "singles, worker as shipped";
         let contest = Contest::new(Scenario::Singles, "singles.shipped", title);
-        self.batches(contest.lasting(0.5), load).await
+        self.batches(contest.lasting(0.5), load).await?;
+        self.workers(self.tuned(1)).await?;
+        let contest = Contest::new(Scenario::Singles, "apart", "singles apart, stored");
+        self.batches(contest, self.load(Work::Nothing, Way::Apart)).await
     }
 
     /// All tasks in one call, from the first submit to the batch's done notice.
@@ -73,7 +77,7 @@ impl Bench<'_> {
         for way in Way::ALL {
             let load = self.load(Work::Nothing, way);
             let (id, title) =
-                (format!("submit.{}", way.name()), format!("submit {}, confirmed", way.name()));
+                (format!("submit.{}", way.name()), format!("submit {}, confirmed", way.title()));
             let mut contest = Contest::new(Scenario::Submit, id, title);
             if way == Way::Bulk {
                 contest = contest.wanting(Target::at_least(300_000.0));
@@ -120,7 +124,7 @@ impl Bench<'_> {
         let figure = self
             .compare(
                 contest,
-                async |bench, count| load.run_batch(&bench.producer, count).await,
+                async |bench, count| load.run_batch(bench.by(&load), count).await,
                 async |raw, count| raw.tasks_with_results(count).await,
             )
             .await?;
@@ -130,7 +134,7 @@ impl Bench<'_> {
 
     async fn submit_only(&self, load: &Load, count: u64) -> Result<Duration, CliError> {
         let begin = Instant::now();
-        load.submit(&self.producer, count).await?;
+        load.submit(self.by(load), count).await?;
         let took = begin.elapsed();
         self.cluster.purge(&QueueName::default()).await?;
         Ok(took)

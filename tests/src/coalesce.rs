@@ -1,0 +1,169 @@
+//! Tasks that are submitted one by one: they share messages while others are under way, each as if it
+//! were alone (promises 1 and 4).
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
+use garenne_common::config::Config;
+use garenne_common::wire::bundle;
+use garenne_common::{QueueName, TaskId};
+use garenne_producer::{Producer, Submission, SubmitError};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::harness::{Amqp, Proxy, Sends, Soon, Warren, soon};
+
+fn echo(value: u32) -> Submission<Value> {
+    Submission::dynamic("garenne.echo", json!(value)).unwrap()
+}
+
+fn sleep(millis: u64) -> Submission<Value> {
+    Submission::dynamic("garenne.sleep", json!({ "millis": millis })).unwrap()
+}
+
+/// A producer behind a line that can be troubled.
+async fn behind(line: &Proxy, warren: &Warren, publish_timeout: Duration) -> Producer {
+    let namespace = warren.config().broker.namespace;
+    let url = line.url(warren.url());
+    let mut config = Config::with_broker(&url, namespace.as_str()).unwrap();
+    config.broker.publish_timeout = publish_timeout;
+    Producer::connect(&config).soon("it connects").await.unwrap()
+}
+
+/// The ids of so many tasks that wait in the queue `default`, sorted.
+async fn waiting(warren: &Warren, amqp: &Amqp, tasks: usize) -> Vec<String> {
+    let queue = QueueName::default();
+    let mut tap = amqp.tap(&warren.config().broker.topology().task_queue(&queue)).await;
+    let mut ids = vec![];
+    while ids.len() < tasks {
+        let message = tap.next().await;
+        let singles = if bundle::is_one(&message) {
+            bundle::singles(&message, &queue).unwrap()
+        } else {
+            vec![message]
+        };
+        ids.extend(singles.into_iter().map(|single| single.properties.message_id.unwrap()));
+    }
+    ids.sort();
+    ids
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_under_way_together_share_messages_and_each_has_its_own_end() {
+    let warren = Warren::new().await;
+    let (producer, amqp) = (warren.producer().await, warren.amqp().await);
+    let submitted = join_all((0..400).map(|number| producer.submit(echo(number)))).await;
+    let messages = amqp.waiting().await;
+    assert!((20..=60).contains(&messages), "{messages} messages: 4 alone, the others by the score");
+    let _worker = warren.worker().start().await;
+    for (number, handle) in submitted.into_iter().enumerate() {
+        let output = handle.unwrap().output().soon("it ends").await;
+        assert_eq!(output, Ok(json!(number)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_members_of_a_batch_are_counted_one_by_one() {
+    let warren = Warren::new().await;
+    let (_worker, _collector) = warren.crew().await;
+    let producer = warren.producer().await;
+    let batch = producer.batch().await.unwrap();
+    let members = stream::iter(0..500).map(|number| batch.submit_detached(echo(number)));
+    let members: Vec<Result<TaskId, _>> = members.buffer_unordered(100).collect().await;
+    assert!(members.iter().all(Result::is_ok));
+    let summary = batch.seal().await.unwrap().wait().soon("it is done").await.unwrap();
+    assert_eq!((summary.total, summary.succeeded), (Some(500), 500));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_comes_alone_and_one_that_may_take_long_are_messages_of_their_own() {
+    let warren = Warren::new().await;
+    let (producer, amqp) = (warren.producer().await, warren.amqp().await);
+    for number in 0..5 {
+        producer.submit_detached(echo(number)).await.unwrap();
+    }
+    assert_eq!(amqp.waiting().await, 5);
+    let patient = || producer.submit_detached(echo(1).timeout(Duration::from_mins(10)));
+    join_all((0..50).map(|_| patient())).await;
+    assert_eq!(amqp.waiting().await, 55);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_seen_to_be_slow_travels_alone() {
+    let warren = Warren::new().await;
+    let mut worker = warren.worker().start().await;
+    let (producer, amqp) = (warren.producer().await, warren.amqp().await);
+    producer.submit(sleep(100)).await.unwrap().output().soon("it ends").await.unwrap();
+    worker.signal(Signal::SIGTERM);
+    assert!(worker.ended(Duration::from_secs(20)).await.success());
+    join_all((0..50).map(|_| producer.submit_detached(sleep(100)))).await;
+    assert_eq!(amqp.waiting().await, 50);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_gives_up_before_it_was_sent_has_withdrawn_it() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let amqp = warren.amqp().await;
+    let producer = behind(&line, &warren, Duration::from_secs(10)).await;
+    line.hold(Sends::To("tasks"));
+    let submit = |number| {
+        let (producer, id) = (producer.clone(), TaskId::new(&format!("t-{number}")).unwrap());
+        tokio::spawn(async move { producer.submit_detached(echo(number).id(id)).await })
+    };
+    let mut kept: Vec<_> = (0..4).map(submit).collect();
+    line.caught().await;
+    let withdrawn: Vec<_> = (10..20).map(submit).collect();
+    kept.push(submit(4));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    withdrawn.iter().for_each(tokio::task::JoinHandle::abort);
+    join_all(withdrawn).await;
+    line.cut();
+    for submitted in kept {
+        submitted.soon("it is confirmed").await.unwrap().unwrap();
+    }
+    let ids = waiting(&warren, &amqp, 5).await;
+    assert_eq!(ids, ["t-0", "t-1", "t-2", "t-3", "t-4"]);
+    assert_eq!(amqp.waiting().await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_hears_in_time_that_nothing_was_confirmed() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let producer = behind(&line, &warren, Duration::from_secs(3)).await;
+    producer.submit_detached(echo(0)).await.unwrap();
+    line.hold(Sends::To("tasks"));
+    let begun = std::time::Instant::now();
+    let submitted = join_all((0..40).map(|number| producer.submit_detached(echo(number)))).await;
+    assert!(begun.elapsed() < Duration::from_secs(6), "{:?}", begun.elapsed());
+    for outcome in submitted {
+        assert!(matches!(outcome, Err(SubmitError::Unconfirmed { .. })), "{outcome:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_waits_for_those_that_still_gather() {
+    let warren = Warren::new().await;
+    let (producer, amqp) = (warren.producer().await, warren.amqp().await);
+    let first = producer.submit_detached(echo(0)).await.unwrap();
+    let submit = |number| {
+        let producer = producer.clone();
+        tokio::spawn(async move { producer.submit_detached(echo(number)).await })
+    };
+    let submitted: Vec<_> = (1..=300).map(submit).collect();
+    soon("some are there", async || (amqp.waiting().await > 1).then_some(())).await;
+    producer.clone().close().soon("it closes").await;
+    let mut confirmed = vec![first.to_string()];
+    for submitted in submitted {
+        match submitted.soon("it hears").await.unwrap() {
+            Ok(id) => confirmed.push(id.to_string()),
+            Err(SubmitError::Broker(_)) => {}
+            Err(error) => panic!("{error}: closing left it in doubt"),
+        }
+    }
+    confirmed.sort();
+    assert_eq!(waiting(&warren, &amqp, confirmed.len()).await, confirmed);
+    assert_eq!(amqp.waiting().await, 0);
+}
