@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use garenne_common::wire::{Codec, Payload, Report};
 use garenne_common::{BatchId, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::{figure, size};
-use crate::harness::{Amqp, Warren};
+use crate::harness::{Amqp, Process, Service, Warren};
 
 const RESULTS: usize = 1_000_000;
 /// As many as a worker puts into one bundle.
@@ -20,16 +21,41 @@ const GROWTH: u64 = 16;
 /// Ticks a second of the times in `/proc/PID/stat`.
 const TICKS: f64 = 100.0;
 
+/// Older records than this are forgotten in the second run.
+const RETENTION: &str = "3s";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_of_results_is_stored_in_flat_memory() {
     let warren = Warren::new().await;
     let (amqp, results) = (warren.amqp().await, size(RESULTS));
     fill(&amqp, results).await;
+    let mut collector = drain("collector", &warren, warren.collector(), results, results).await;
+    // Once more into a store that holds as many, all of which are old enough to be forgotten now.
+    collector.signal(Signal::SIGTERM);
+    assert!(collector.ended(Duration::from_mins(1)).await.success());
+    fill(&amqp, results).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let service = warren.collector().set("collector.retention", RETENTION);
+    drain("collector, retention at work", &warren, service, results, 2 * results).await;
+    let left = warren.rows::<u32>("SELECT count(*) FROM results")[0] as usize;
+    figure("collector, retention at work", &[("forgotten", (2 * results - left).to_string())]);
+    assert!(left < 2 * results, "retention was at work");
+}
+
+/// Starts a collector with so many results in front of it, and waits until it has stored them, which
+/// makes `rows` in all.
+async fn drain(
+    what: &str,
+    warren: &Warren,
+    service: Service<'_>,
+    results: usize,
+    rows: usize,
+) -> Process {
     let start = Instant::now();
-    let collector = warren.collector().start().await;
+    let collector = service.start().await;
     let mut resident = vec![];
-    while stored(&warren) < results {
-        assert!(start.elapsed() < Duration::from_mins(10), "it stores them: {}", stored(&warren));
+    while stored(warren) < rows {
+        assert!(start.elapsed() < Duration::from_mins(10), "it stores them: {}", stored(warren));
         resident.push(resident_mib(collector.id()));
         tokio::time::sleep(LOOK).await;
     }
@@ -39,7 +65,7 @@ async fn a_backlog_of_results_is_stored_in_flat_memory() {
     #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
     let count = results as f64;
     figure(
-        "collector",
+        what,
         &[
             ("results", results.to_string()),
             ("per_second", format!("{:.0}", count / took.as_secs_f64())),
@@ -49,6 +75,7 @@ async fn a_backlog_of_results_is_stored_in_flat_memory() {
         ],
     );
     assert!(most <= early + GROWTH, "memory grew from {early} to {most} MiB: {resident:?}");
+    collector
 }
 
 /// Results of one batch, in bundles as a worker sends them.

@@ -15,45 +15,59 @@ use crate::cli::error::CliError;
 /// How long a run lasts, as a share of the usual time.
 const SHARE: f64 = 0.6;
 
+/// What was measured on an empty queue, to be compared with the same before a backlog.
+struct Empty {
+    load: Load,
+    /// Tasks of a run.
+    tasks: u64,
+    depths: Vec<u64>,
+    rates: Vec<f64>,
+}
+
 impl Bench<'_> {
     /// With one message a task at every depth; in the other ways, which means fewer messages, at the
     /// deepest.
     pub(in super::super) async fn backlog(&mut self) -> Result<(), CliError> {
+        // All of them first: a broker that was just relieved of a million messages has to clean up.
+        let mut empty = vec![];
         for way in Way::ALL {
             let load = self.load(Work::Nothing, way);
             self.no_workers().await?;
             self.workers(self.tuned(1)).await?;
-            self.remark(&format!("{}, empty queue", way.title()), 0);
-            let run = async |bench: &Self, count| load.run_batch(bench.by(&load), count).await;
-            let fitting = self.warm_up(SHARE, &run).await?;
             let depths = match way {
                 Way::Apart => self.extent.backlogs.clone(),
                 Way::Singles | Way::Bulk => vec![self.extent.deepest()],
             };
-            // The runs come out of the backlog, which shall hardly shrink by them.
-            let runs = u64::from(self.extent.repeats) + 1;
-            let shallowest = depths.iter().copied().min().unwrap_or_default();
-            let tasks = fitting.min(shallowest / (2 * runs)).max(1);
-            let empty = self.on_empty(&load, tasks).await?;
-            self.figures.push(figure(way, 0, Samples::of(empty.clone())));
+            empty.push(self.on_empty(load, depths).await?);
+        }
+        for Empty { load, tasks, depths, rates } in empty {
             for depth in depths {
                 let full = self.before(&load, tasks, depth).await?;
                 let deepest = depth == self.extent.deepest();
                 let target = deepest.then_some(Target::times(0.8));
-                let figure = figure(way, depth, Samples::of(full)).wanting(target);
-                self.figures.push(figure.beside("empty queue", Samples::of(empty.clone())));
+                let figure = figure(load.way, depth, Samples::of(full)).wanting(target);
+                self.figures.push(figure.beside("empty queue", Samples::of(rates.clone())));
             }
         }
         Ok(())
     }
 
-    async fn on_empty(&self, load: &Load, tasks: u64) -> Result<Vec<f64>, CliError> {
+    async fn on_empty(&mut self, load: Load, depths: Vec<u64>) -> Result<Empty, CliError> {
+        let what = format!("{}, empty queue", load.way.title());
+        self.remark(&what, 0);
+        let run = async |bench: &Self, count| load.run_batch(bench.by(&load), count).await;
+        let fitting = self.warm_up(SHARE, &run).await?;
+        // The runs come out of the backlog, which shall hardly shrink by them.
+        let runs = u64::from(self.extent.repeats) + 1;
+        let shallowest = depths.iter().copied().min().unwrap_or_default();
+        let tasks = fitting.min(shallowest / (2 * runs)).max(1);
         let mut rates = vec![];
         for run in 1..=self.extent.repeats {
-            self.remark(&format!("{}, empty queue", load.way.title()), run);
-            rates.push(rate(tasks, load.run_batch(self.by(load), tasks).await?));
+            self.remark(&what, run);
+            rates.push(rate(tasks, load.run_batch(self.by(&load), tasks).await?));
         }
-        Ok(rates)
+        self.figures.push(figure(load.way, 0, Samples::of(rates.clone())));
+        Ok(Empty { load, tasks, depths, rates })
     }
 
     /// Fills the queue without a worker, with a batch for each run at its head. In each run so many
