@@ -13,15 +13,20 @@ use futures_util::stream::FuturesUnordered;
 use garenne_common::TaskMessage;
 use garenne_common::broker::BrokerError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::SubmitError;
+use crate::bulk::submit_error;
 use crate::dispatch::{Dispatch, Parcel};
 use crate::producer::left;
 
-/// Messages that are under way before submissions begin to share.
-const ALONE: usize = 4;
+/// So much is under way before submissions begin to gather.
+const PLACES: usize = 4;
+/// After so long a place is free again, confirmed or not: a queue that confirms nothing must not keep
+/// others from theirs.
+const HELD: Duration = Duration::from_millis(100);
 /// Of tasks whose time nobody knows yet so many go together: fewer than in bulk, because who submits
 /// one by one may well have slow ones.
 const UNKNOWN: u32 = 20;
@@ -47,7 +52,7 @@ impl Coalescer {
     /// Starts the task; at most `most` submissions wait there.
     pub(crate) fn start(dispatch: Arc<Dispatch>, most: usize) -> Self {
         let (waiting, inbox) = mpsc::channel(most);
-        let (room, finish) = (Arc::new(Semaphore::new(ALONE)), CancellationToken::new());
+        let (room, finish) = (Arc::new(Semaphore::new(PLACES)), CancellationToken::new());
         let task = TaskTracker::new();
         let gatherer = Gatherer {
             dispatch: Arc::clone(&dispatch),
@@ -66,23 +71,28 @@ impl Coalescer {
         task: TaskMessage,
         delay: Duration,
         by: Instant,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<(), SubmitError> {
+        let id = task.id.clone();
+        let failed = |error| submit_error(&id, error);
         if self.goes_alone(&task) {
-            return self.dispatch.send(&[Parcel { task, delay, tag: () }], by).await;
+            let sent = self.dispatch.send(&[Parcel { task, delay, tag: () }], by);
+            return sent.await.map_err(failed);
         }
-        if let Ok(_permit) = self.room.try_acquire() {
-            return self.dispatch.send(&[Parcel { task, delay, tag: () }], by).await;
+        if let Ok(place) = self.room.try_acquire() {
+            let sent = self.dispatch.send(&[Parcel { task, delay, tag: () }], by);
+            return holding(place, sent).await.map_err(failed);
         }
         let patience = left(by);
         let (answer, confirmed) = oneshot::channel();
         let parcel = Parcel { task, delay, tag: Caller { by, answer } };
         let whole = async {
+            // Refused, it has not left this process: an error without a doubt.
             self.waiting.send(parcel).await.map_err(|_| BrokerError::Closed)?;
-            confirmed.await.unwrap_or(Err(BrokerError::Closed))
+            confirmed.await.unwrap_or(Err(BrokerError::Closed)).map_err(failed)
         };
         match timeout_at(by, whole).await {
             Ok(result) => result,
-            Err(_) => Err(self.dispatch.publisher.why_late(patience)),
+            Err(_) => Err(failed(self.dispatch.publisher.why_late(patience))),
         }
     }
 
@@ -121,10 +131,10 @@ impl Gatherer {
                     Some(parcel) => first = Some(parcel),
                     None => open = false,
                 },
-                permit = Arc::clone(&self.room).acquire_owned(), if first.is_some() => {
+                place = Arc::clone(&self.room).acquire_owned(), if first.is_some() => {
                     // It is never closed.
-                    let Ok(permit) = permit else { return };
-                    under_way.extend(self.bundles(first.take(), permit));
+                    let Ok(place) = place else { return };
+                    under_way.extend(self.bundles(first.take(), place));
                 }
                 Some(()) = under_way.next() => {}
                 () = self.finish.cancelled(), if !self.inbox.is_closed() => self.inbox.close(),
@@ -136,7 +146,7 @@ impl Gatherer {
     fn bundles(
         &mut self,
         first: Option<Parcel<Caller>>,
-        permit: OwnedSemaphorePermit,
+        place: OwnedSemaphorePermit,
     ) -> Vec<impl Future<Output = ()> + use<>> {
         let mut parcels: Vec<_> = first.into_iter().collect();
         while let Ok(parcel) = self.inbox.try_recv() {
@@ -144,21 +154,61 @@ impl Gatherer {
         }
         // Whoever has given up by now has withdrawn the submission.
         parcels.retain(|parcel| !parcel.tag.answer.is_closed());
-        let permit = Arc::new(permit);
-        let publish = |bundle| publish(Arc::clone(&self.dispatch), bundle, Arc::clone(&permit));
+        let place = Arc::new(place);
+        let publish = |bundle| publish(Arc::clone(&self.dispatch), bundle, Arc::clone(&place));
         self.dispatch.divide(parcels, UNKNOWN).into_iter().map(publish).collect()
     }
 }
 
 async fn publish(
     dispatch: Arc<Dispatch>,
-    bundle: Vec<Parcel<Caller>>,
-    _permit: Arc<OwnedSemaphorePermit>,
+    mut bundle: Vec<Parcel<Caller>>,
+    place: Arc<OwnedSemaphorePermit>,
 ) {
     let Some(by) = bundle.iter().map(|parcel| parcel.tag.by).max() else { return };
-    let result = dispatch.send(&bundle, by).await;
+    let sent = dispatch.send(&bundle, by);
+    let result = tokio::select! {
+        result = holding(place, sent) => result,
+        // It is withdrawn if it was not sent yet.
+        () = all_gone(&mut bundle) => return,
+    };
     for parcel in bundle {
         // One that has given up meanwhile hears nothing, as the documentation of `submit` says.
         drop(parcel.tag.answer.send(result.clone()));
+    }
+}
+
+/// Keeps a place while something is under way, but not for long.
+async fn holding<T>(place: impl Sized, sent: impl Future<Output = T>) -> T {
+    let mut sent = std::pin::pin!(sent);
+    tokio::select! {
+        biased;
+        result = &mut sent => return result,
+        () = sleep(HELD) => drop(place),
+    }
+    sent.await
+}
+
+/// Waits until nobody waits for any of them any more.
+async fn all_gone(bundle: &mut [Parcel<Caller>]) {
+    for parcel in bundle {
+        parcel.tag.answer.closed().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::pending;
+
+    #[tokio::test]
+    async fn a_place_is_free_again_though_nothing_is_confirmed() {
+        let room = Arc::new(Semaphore::new(1));
+        let place = Arc::clone(&room).acquire_owned().await.unwrap();
+        let stuck = tokio::spawn(holding(place, pending::<()>()));
+        assert!(room.try_acquire().is_err());
+        let freed = timeout(HELD * 20, room.acquire()).await;
+        assert!(freed.is_ok(), "the place was kept");
+        stuck.abort();
     }
 }

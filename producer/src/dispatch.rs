@@ -49,12 +49,22 @@ impl Dispatch {
     }
 
     /// Publishes tasks of one queue, priority and due time in one message, and waits for its confirm.
-    pub(crate) async fn send<T>(
-        &self,
+    /// Whoever drops this before it was sent has withdrawn it.
+    pub(crate) fn send<'d, T>(
+        &'d self,
         parcels: &[Parcel<T>],
         by: Instant,
-    ) -> Result<(), BrokerError> {
-        let Some(first) = parcels.first() else { return Ok(()) };
+    ) -> impl Future<Output = Result<(), BrokerError>> + use<'d, T> {
+        // Encoded at once, so that what is sent is free to be looked after meanwhile.
+        let outgoing = self.outgoing(parcels);
+        async move {
+            let Some(outgoing) = outgoing? else { return Ok(()) };
+            self.publisher.publish_within(outgoing, left(by)).await
+        }
+    }
+
+    fn outgoing<T>(&self, parcels: &[Parcel<T>]) -> Result<Option<Outgoing>, BrokerError> {
+        let Some(first) = parcels.first() else { return Ok(None) };
         let message = if parcels.len() == 1 {
             wire::task::encode(&first.task, &self.app)
         } else {
@@ -67,7 +77,7 @@ impl Dispatch {
             Some(route) => (route.exchange, wire::task::with_delay_marks(&message, &route.marks)),
             None => (self.topology.tasks_exchange(), message),
         };
-        self.publish(exchange, first.task.queue.to_string(), message, by).await
+        Ok(Some(Outgoing { exchange, routing_key: first.task.queue.to_string(), message }))
     }
 
     /// Publishes a message, and waits for its confirm.

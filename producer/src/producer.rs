@@ -18,7 +18,6 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::ask::Asker;
-use crate::bulk;
 use crate::coalesce::Coalescer;
 use crate::dispatch::Dispatch;
 use crate::queues::KnownQueues;
@@ -120,6 +119,9 @@ impl Producer {
     /// `Ok` means that the broker has confirmed the task. Any error comes within
     /// `broker.publish_timeout`.
     ///
+    /// Calls that are under way at the same time may share a message; one that comes alone is sent
+    /// alone and at once (docs/decisions/0020).
+    ///
     /// Cancel-safe in this sense: a submission dropped before it was sent is withdrawn; one dropped
     /// between sending and confirm may run without anybody waiting for it. Whoever needs to know
     /// gives the submission an id and submits it again.
@@ -132,7 +134,9 @@ impl Producer {
 
     /// Submits a task without asking for its result, which goes to the collector alone.
     ///
-    /// Cheaper than dropping the handle: no reply is sent at all.
+    /// Cheaper than dropping the handle: no reply is sent at all. A program that submits nothing else
+    /// never sees how long its tasks take; slow ones should have a time limit of more than a minute, so
+    /// that they share no messages.
     pub async fn submit_detached<O>(
         &self,
         submission: impl Into<Submission<O>>,
@@ -146,8 +150,9 @@ impl Producer {
         let inner = &self.0;
         inner.closed.store(true, Ordering::Release);
         // 1. What was handed over gets its confirm, or its caller an error.
-        inner.coalescer.close(GRACE).await;
-        inner.dispatch.publisher.clone().close(GRACE).await;
+        let by = Instant::now() + GRACE;
+        inner.coalescer.close(left(by)).await;
+        inner.dispatch.publisher.clone().close(left(by)).await;
         // 2. Only then stop reading, so that results which came meanwhile reached their handles.
         inner.stop.cancel();
         inner.tasks.close();
@@ -217,9 +222,7 @@ impl Producer {
         delay: Duration,
         by: Instant,
     ) -> Result<(), SubmitError> {
-        let id = task.id.clone();
-        let published = self.0.coalescer.submit(task, delay, by).await;
-        published.map_err(|error| bulk::submit_error(&id, error))
+        self.0.coalescer.submit(task, delay, by).await
     }
 
     /// The replies, with everything behind them started on the first call.

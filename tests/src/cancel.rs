@@ -373,3 +373,15 @@ async fn what_nobody_has_submitted_yet_is_cancelled_when_it_comes() {
     });
     assert_cancelled(&results.await[0], 0);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_comes_before_everything_else_hears_a_collector_that_comes_later() {
+    let warren = Warren::new().await;
+    let worker = warren.worker().set("worker.cancel_sync_timeout", "20s");
+    let later = async {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        warren.collector().start().await
+    };
+    let (worker, _collector) = tokio::join!(worker.start(), later);
+    assert!(!worker.stderr().contains("no collector has said"), "{}", worker.stderr());
+}

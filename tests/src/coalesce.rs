@@ -12,7 +12,7 @@ use garenne_producer::{Producer, Submission, SubmitError};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Amqp, Proxy, Sends, Soon, Warren, soon};
+use crate::harness::{Amqp, Proxy, Sends, Soon, Warren};
 
 fn echo(value: u32) -> Submission<Value> {
     Submission::dynamic("garenne.echo", json!(value)).unwrap()
@@ -115,11 +115,12 @@ async fn whoever_gives_up_before_it_was_sent_has_withdrawn_it() {
     let mut kept: Vec<_> = (0..4).map(submit).collect();
     line.caught().await;
     let withdrawn: Vec<_> = (10..20).map(submit).collect();
-    kept.push(submit(4));
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // By then they have left for the publisher, together.
+    tokio::time::sleep(Duration::from_millis(300)).await;
     withdrawn.iter().for_each(tokio::task::JoinHandle::abort);
     join_all(withdrawn).await;
     line.cut();
+    kept.push(submit(4));
     for submitted in kept {
         submitted.soon("it is confirmed").await.unwrap().unwrap();
     }
@@ -144,18 +145,25 @@ async fn each_hears_in_time_that_nothing_was_confirmed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn closing_waits_for_those_that_still_gather() {
+async fn closing_waits_for_those_that_still_gather_and_leaves_none_in_doubt() {
     let warren = Warren::new().await;
-    let (producer, amqp) = (warren.producer().await, warren.amqp().await);
-    let first = producer.submit_detached(echo(0)).await.unwrap();
+    let line = Proxy::to(warren.url()).await;
+    let amqp = warren.amqp().await;
+    let producer = behind(&line, &warren, Duration::from_secs(10)).await;
+    line.hold(Sends::To("tasks"));
     let submit = |number| {
         let producer = producer.clone();
         tokio::spawn(async move { producer.submit_detached(echo(number)).await })
     };
-    let submitted: Vec<_> = (1..=300).map(submit).collect();
-    soon("some are there", async || (amqp.waiting().await > 1).then_some(())).await;
-    producer.clone().close().soon("it closes").await;
-    let mut confirmed = vec![first.to_string()];
+    // More than there is room for.
+    let submitted: Vec<_> = (0..700).map(submit).collect();
+    line.caught().await;
+    let closing = tokio::spawn(producer.clone().close());
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert!(!closing.is_finished(), "it waits");
+    line.cut();
+    closing.soon("it closes").await.unwrap();
+    let mut confirmed = vec![];
     for submitted in submitted {
         match submitted.soon("it hears").await.unwrap() {
             Ok(id) => confirmed.push(id.to_string()),
@@ -164,6 +172,7 @@ async fn closing_waits_for_those_that_still_gather() {
         }
     }
     confirmed.sort();
+    assert!(confirmed.len() > 100, "{} were confirmed", confirmed.len());
     assert_eq!(waiting(&warren, &amqp, confirmed.len()).await, confirmed);
     assert_eq!(amqp.waiting().await, 0);
 }

@@ -109,7 +109,9 @@ impl Aides {
     fn control_spec(&self) -> ConsumerSpec {
         let (identity, topology) = (&self.identity, self.topology.clone());
         let bindings = vec![(topology.control(), CANCEL_KEY.to_owned())];
-        let declarations = topology.named(&topology.control());
+        // The queue of questions too: the first one is asked at once, and must not find none.
+        let names = [topology.control(), topology.queries()];
+        let declarations = names.iter().flat_map(|name| topology.named(name)).collect();
         // A queue's name holds at most 255 bytes.
         let owner: String = identity.chars().take(40).collect();
         ConsumerSpec {

@@ -320,6 +320,8 @@ impl RawProducer {
     fn check(self, problems: &mut Problems) -> ProducerConfig {
         let fine = (1..=MAX_TASKS).contains(&self.bundle_tasks);
         problems.ensure(fine, "producer.bundle_tasks: must be between 1 and 1000");
+        let fine = self.bundle_work >= Duration::from_millis(1);
+        problems.ensure(fine, "producer.bundle_work: must be at least 1ms");
         ProducerConfig {
             codec: self.codec,
             batch_deadline: self.batch_deadline,

@@ -26,6 +26,8 @@ pub const BUNDLE_KIND: &str = "garenne.tasks";
 pub const MAX_TASKS: usize = 1_000;
 /// What tasks have in common may be so long, as AMQP's short strings are.
 pub const MAX_TEXT_BYTES: usize = 255;
+/// How many heads are compared with a task before it gets one of its own.
+const HEADS_LOOKED_AT: usize = 8;
 const CONTENT_TYPE: &str = "application/x-garenne-tasks";
 const VERSION_1: u8 = 1;
 
@@ -41,12 +43,13 @@ pub fn encode<'a>(
     let mut members = Vec::with_capacity(tasks.len() * 64);
     let mut args_bytes = 0;
     for task in &tasks {
-        // Mostly the last one; a bundle of many kinds of tasks has few heads all the same.
-        let head = heads.iter().rposition(|head| have_one_head(head, task));
-        let head = head.unwrap_or_else(|| {
+        // Mostly the last one. Looked for among few, because tasks with a trace each have a head each.
+        let far = heads.len().saturating_sub(HEADS_LOOKED_AT);
+        let near = heads[far..].iter().rposition(|head| have_one_head(head, task));
+        let head = near.map_or(heads.len(), |near| far + near);
+        if head == heads.len() {
             heads.push(task);
-            heads.len() - 1
-        });
+        }
         args_bytes += task.args.bytes.len();
         append_bincode(&MemberV1::of(task, head), &mut members)?;
     }
@@ -130,10 +133,15 @@ pub fn is_handed_on(message: &Message) -> bool {
     message.header(headers::HANDED_ON) == Some(&HeaderValue::Bool(true))
 }
 
-/// How many bytes a task adds to a bundle, roughly.
+/// How many bytes a task adds to a bundle, roughly; what it may have in common with others is counted
+/// only if it has a trace of its own, with which it has nothing in common.
 pub fn weight(task: &TaskMessage) -> usize {
-    let traceparent = task.traceparent.as_ref().map_or(0, |parent| parent.len());
-    task.args.bytes.len() + task.id.as_str().len() + traceparent + 32
+    let head = task.traceparent.as_ref().map_or(0, |parent| {
+        let batch = task.batch.as_ref().map_or(0, |batch| batch.as_str().len());
+        let reply = task.reply.as_ref().map_or(0, |reply| reply.queue.len());
+        parent.len() + task.name.as_str().len() + batch + reply + 32
+    });
+    task.args.bytes.len() + task.id.as_str().len() + head + 32
 }
 
 /// What tasks have in common that were submitted alike. The queue is the bundle's routing key and the
