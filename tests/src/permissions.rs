@@ -97,10 +97,13 @@ async fn a_revoked_permission_makes_no_hot_loop_and_may_come_back() {
         [("write", [".*", "", ".*"]), ("read", [".*", ".*", ""]), ("configure", ["", ".*", ".*"])]
     {
         permissions.set(configure, write, read);
-        let (refused, submitted) = tokio::join!(
-            refusals_while_revoked(&permissions, &line),
-            producer.submit(echo(1)).within(Duration::from_secs(7), "an answer in time"),
-        );
+        // Not at once, or it may hear no more than that the line was cut.
+        let submit = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            producer.submit(echo(1)).within(Duration::from_secs(7), "an answer in time").await
+        };
+        let (refused, submitted) =
+            tokio::join!(refusals_while_revoked(&permissions, &line), submit);
         let error = submitted.err().unwrap_or_else(|| panic!("{what} is forbidden"));
         let source = match &error {
             SubmitError::Unconfirmed { source, .. } | SubmitError::Broker(source) => source,

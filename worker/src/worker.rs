@@ -130,6 +130,8 @@ impl Worker {
         for consumer in &consumers {
             consumer.ready().await?;
         }
+        // It declares what the consumers do not; a conflict there is a person's to mend as well.
+        publisher.ready().await?;
         let lanes = worker.queues.iter().cloned().map(Lane::new);
         let lanes = Arc::new(lanes.collect::<Vec<_>>());
         let (settle, inbox) = mpsc::channel(1024);

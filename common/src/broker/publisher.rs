@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures_util::stream::StreamExt;
 use lapin::Channel;
 use lapin::options::ConfirmSelectOptions;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -61,11 +61,19 @@ pub struct Publisher {
 struct Shared {
     link: Link,
     deadline: Duration,
-    /// Why there is no channel at the moment; what a caller hears whose deadline passes meanwhile.
-    trouble: Mutex<Option<BrokerError>>,
+    standing: watch::Sender<Standing>,
     alarm: Mutex<Alarm>,
     stop: CancellationToken,
     task: TaskTracker,
+}
+
+/// How it stands with the channel.
+#[derive(Default)]
+struct Standing {
+    /// Whether there has been one, with everything declared.
+    opened: bool,
+    /// Why there is none at the moment; what a caller hears whose deadline passes meanwhile.
+    trouble: Option<BrokerError>,
 }
 
 /// What is known of times in which the broker takes nothing.
@@ -95,7 +103,7 @@ impl Publisher {
         let shared = Arc::new(Shared {
             link,
             deadline: config.publish_timeout,
-            trouble: Mutex::new(None),
+            standing: watch::Sender::default(),
             alarm: Mutex::new(Alarm { blocked: false, last: Instant::now() }),
             stop: CancellationToken::new(),
             task: TaskTracker::new(),
@@ -111,6 +119,21 @@ impl Publisher {
         shared.task.spawn(task.run());
         shared.task.close();
         Self { jobs, shared }
+    }
+
+    /// Waits until everything was declared, or until a reason is known why that cannot be without a
+    /// change by a person.
+    pub async fn ready(&self) -> Result<(), BrokerError> {
+        let hopeless = |error: &BrokerError| !error.is_transient();
+        let known = |standing: &Standing| {
+            standing.opened || standing.trouble.as_ref().is_some_and(hopeless)
+        };
+        let mut standing = self.shared.standing.subscribe();
+        match standing.wait_for(known).await {
+            Ok(standing) if standing.opened => Ok(()),
+            Ok(standing) => Err(standing.trouble.clone().unwrap_or(BrokerError::Closed)),
+            Err(_) => Err(BrokerError::Closed),
+        }
     }
 
     /// Publishes and waits for the broker's confirm, at most the configured `publish_timeout`.
@@ -169,7 +192,8 @@ impl Publisher {
 
     /// What a caller should hear who waited `deadline` in vain: the trouble known, else silence.
     pub fn why_late(&self, deadline: Duration) -> BrokerError {
-        match self.shared.lock_trouble().clone() {
+        let trouble = self.shared.standing.borrow().trouble.clone();
+        match trouble {
             Some(error) => error,
             None if self.shared.link.is_blocked() => BrokerError::Blocked(deadline),
             None => BrokerError::Unconfirmed(deadline),
@@ -194,25 +218,20 @@ impl Publisher {
 }
 
 impl Shared {
-    fn lock_trouble(&self) -> std::sync::MutexGuard<'_, Option<BrokerError>> {
-        // A panic while holding it left a whole value behind: it is only ever replaced.
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// There is a channel again.
     fn mended(&self) {
-        if self.lock_trouble().take().is_some() {
+        if self.standing.send_if_modified(|standing| standing.trouble.take().is_some()) {
             tracing::info!("publishing again");
         }
     }
 
     /// Said once for each kind of trouble, not at each attempt.
     fn troubled(&self, lost: BrokerError) {
-        let mut trouble = self.lock_trouble();
-        if trouble.as_ref() != Some(&lost) && !self.link.is_closed() {
+        let known = self.standing.borrow().trouble.as_ref() == Some(&lost);
+        if !known && !self.link.is_closed() {
             tracing::warn!("not publishing, will try again: {lost}");
         }
-        *trouble = Some(lost);
+        self.standing.send_modify(|standing| standing.trouble = Some(lost));
     }
 
     /// Says once when the broker stops taking messages, and once when it takes them again; since when
@@ -267,6 +286,7 @@ impl PublishTask {
             let lost = match self.open().await {
                 Ok(channel) => {
                     let begun = Instant::now();
+                    self.shared.standing.send_modify(|standing| standing.opened = true);
                     match self.pump(&channel).await {
                         End::Finished => return close(&channel).await,
                         End::Lost { error, barren } => {

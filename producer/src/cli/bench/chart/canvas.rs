@@ -11,6 +11,7 @@ text { font: 12px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-seri
 .mark { stroke: #1c1b19; stroke-width: 2; }
 .f0 { fill: #2a6fd0; } .f1 { fill: #0f8f66; } .f2 { fill: #a9a69c; } .f3 { fill: #c9692a; } .f4 { fill: #7a5fc0; }
 .l0 { stroke: #2a6fd0; } .l1 { stroke: #0f8f66; } .l2 { stroke: #a9a69c; stroke-dasharray: 5 4; }
+.l3 { stroke: #c9692a; }
 .line { fill: none; stroke-width: 2.5; stroke-linejoin: round; }
 .met { fill: #0f7a4d; font-weight: 600; } .missed { fill: #b3261e; font-weight: 600; }
 @media (prefers-color-scheme: dark) {
@@ -18,7 +19,7 @@ text { fill: #eceae4; } .page { fill: #161614; } .card { fill: #201f1d; stroke: 
 .soft { fill: #a8a69e; } .warn, .missed { fill: #ff8a80; } .met { fill: #57d39a; }
 .grid { stroke: #3a3935; } .track { fill: #2f2e2a; } .mark { stroke: #eceae4; }
 .f0 { fill: #5b9bf0; } .f1 { fill: #35bd8d; } .f2 { fill: #77756d; } .f3 { fill: #e5935a; } .f4 { fill: #a58be6; }
-.l0 { stroke: #5b9bf0; } .l1 { stroke: #35bd8d; } .l2 { stroke: #8b8981; }
+.l0 { stroke: #5b9bf0; } .l1 { stroke: #35bd8d; } .l2 { stroke: #8b8981; } .l3 { stroke: #e5935a; }
 }
 ";
 

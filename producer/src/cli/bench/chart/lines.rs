@@ -34,6 +34,7 @@ pub(super) fn figures(
     let classes = |line: &Line| match line.name {
         RAW => ("f2", "l2"),
         "bulk" => ("f1", "l1"),
+        "apart" => ("f3", "l3"),
         _ => ("f0", "l0"),
     };
     let legend: Vec<_> = lines.iter().map(|line| (classes(line).0, line.name)).collect();
