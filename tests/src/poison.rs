@@ -1,10 +1,14 @@
 //! A task that kills the process that runs it ends as a dead letter after its crash budget, and costs
 //! nobody else anything (promise 3).
 
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::process::Stdio;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use garenne_common::broker::{Consumer, ConsumerSpec, Link, QueueSource};
+use garenne_common::lifeline::inode;
 use garenne_common::wire::{HeaderValue, TaskState};
 use garenne_common::{DeadReason, QueueName, RetryPolicy, Status};
 use garenne_producer::Submission;
@@ -239,6 +243,22 @@ async fn no_child_outlives_its_worker() {
     let (second, child) = isolated(&warren, hang).await;
     second.kill().await;
     gone(child).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_whose_worker_died_before_it_looked_is_no_worker() {
+    let warren = Warren::new().await;
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut command = warren.command("garenne-worker");
+    command.env("GARENNE_ISOLATED_ON", inode(&theirs).unwrap().to_string());
+    drop(ours);
+    let mut child = command.stdin(OwnedFd::from(theirs)).stderr(Stdio::piped()).spawn().unwrap();
+    drop(command);
+    let ended = soon("it ends", async || child.try_wait().unwrap()).await;
+    assert!(!ended.success());
+    let mut said = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert!(!said.contains("starting"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

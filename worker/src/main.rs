@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use garenne_common::config::{Config, Sources, isolated_by};
+use garenne_common::config::{Config, Sources};
+use garenne_common::lifeline;
 use garenne_common::telemetry;
 use garenne_worker::Worker;
 use tokio::signal::unix::{SignalKind, signal};
@@ -79,9 +80,8 @@ fn main() -> ExitCode {
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
     // A child for isolated attempts has its worker's arguments, but the worker as its parent, and ends
     // with that by itself.
-    let isolated = isolated_by() == Some(std::os::unix::process::parent_id());
-    if let Some(parent) = arguments.die_with.filter(|_| !isolated) {
-        garenne_common::lifeline::die_with(parent)?;
+    if let Some(parent) = arguments.die_with.filter(|_| !lifeline::is_isolated()) {
+        lifeline::die_with(parent)?;
     }
     let sources = Sources { file: arguments.config, ..Sources::default() }
         .set("broker.url", arguments.url)

@@ -9,6 +9,7 @@ use garenne_common::broker::{
 use garenne_common::bundling::Pace;
 use garenne_common::config::Config;
 use garenne_common::guards::Guard;
+use garenne_common::lifeline::is_isolated;
 use garenne_common::{InvalidName, QueueName, Task, TaskName};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -93,7 +94,7 @@ impl Worker {
     /// Without this call no program is ever started again. Suspects then run in this process, and those
     /// that have been delivered often, alone.
     pub async fn isolate(mut self) -> Option<Self> {
-        if isolate::is_child() {
+        if is_isolated() {
             isolate::serve(self.registry).await;
             return None;
         }

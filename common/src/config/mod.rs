@@ -233,11 +233,12 @@ impl Config {
 }
 
 /// Set by a worker for its children that run isolated attempts.
-pub const ISOLATED_BY: &str = "GARENNE_ISOLATED_BY";
+pub const ISOLATED_ON: &str = "GARENNE_ISOLATED_ON";
 
-/// The worker, by its process id, that started this process to run isolated attempts.
-pub fn isolated_by() -> Option<u32> {
-    std::env::var(ISOLATED_BY).ok()?.parse().ok()
+/// The inode of the socket over which a worker gives orders to this process, or to one that this
+/// process descends from; [`is_isolated`](crate::lifeline::is_isolated) tells which.
+pub fn isolated_on() -> Option<u64> {
+    std::env::var(ISOLATED_ON).ok()?.parse().ok()
 }
 
 /// Whether the user asked for no colours (<https://no-color.org>).

@@ -32,14 +32,6 @@ const SWEEP: Duration = Duration::from_secs(1);
 const STARTS: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Whether this process was started by a worker to run isolated attempts.
-///
-/// Children of such a process inherit its environment, hence the look at the parent.
-pub(crate) fn is_child() -> bool {
-    let parent = u32::try_from(nix::unistd::getppid().as_raw()).ok();
-    parent.is_some() && garenne_common::config::isolated_by() == parent
-}
-
 /// Serves the worker that started this process, until that is gone.
 pub(crate) async fn serve(registry: Registry) {
     if let Err(error) = child::serve(registry).await {

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use garenne_common::config::ISOLATED_BY;
+use garenne_common::config::ISOLATED_ON;
+use garenne_common::lifeline::inode;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::Serialize;
@@ -57,7 +58,7 @@ impl Process {
         // Standard output and error are shared, so what handlers print and log goes the usual way.
         command
             .args(arguments)
-            .env(ISOLATED_BY, std::process::id().to_string())
+            .env(ISOLATED_ON, inode(&theirs)?.to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .process_group(0)
             .kill_on_drop(true);

@@ -18,7 +18,7 @@ use garenne_producer::Producer;
 use tempfile::TempDir;
 use tokio::process::{ChildStdin, ChildStdout};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::context::Context;
@@ -271,7 +271,10 @@ impl Cluster {
         self.stop(|_| true).await;
         self.readers.close();
         drop(self.voices);
-        self.readers.wait().await;
+        // Whatever a process has left behind may keep its output open for ever.
+        if timeout(STOP_WITHIN, self.readers.wait()).await.is_err() {
+            context.output.remark("a process that was started here has left another one behind");
+        }
         let admin = Admin::new(self.link.clone());
         let mut failed = None;
         for declaration in &self.declared {
