@@ -31,6 +31,15 @@ async fn behind(line: &Proxy, warren: &Warren, publish_timeout: Duration) -> Pro
     Producer::connect(&config).soon("it connects").await.unwrap()
 }
 
+/// Submits beside everything else.
+fn submit(
+    producer: &Producer,
+    task: Submission<Value>,
+) -> tokio::task::JoinHandle<Result<TaskId, SubmitError>> {
+    let producer = producer.clone();
+    tokio::spawn(async move { producer.submit_detached(task).await })
+}
+
 /// The ids of so many tasks that wait in the queue `default`, sorted.
 async fn waiting(warren: &Warren, amqp: &Amqp, tasks: usize) -> Vec<String> {
     let queue = QueueName::default();
@@ -108,10 +117,8 @@ async fn whoever_gives_up_before_it_was_sent_has_withdrawn_it() {
     let amqp = warren.amqp().await;
     let producer = behind(&line, &warren, Duration::from_secs(10)).await;
     line.hold(Sends::To("tasks"));
-    let submit = |number| {
-        let (producer, id) = (producer.clone(), TaskId::new(&format!("t-{number}")).unwrap());
-        tokio::spawn(async move { producer.submit_detached(echo(number).id(id)).await })
-    };
+    let task = |number| echo(number).id(TaskId::new(&format!("t-{number}")).unwrap());
+    let submit = |number| submit(&producer, task(number));
     let mut kept: Vec<_> = (0..4).map(submit).collect();
     line.caught().await;
     let withdrawn: Vec<_> = (10..20).map(submit).collect();
@@ -151,12 +158,8 @@ async fn closing_waits_for_those_that_still_gather_and_leaves_none_in_doubt() {
     let amqp = warren.amqp().await;
     let producer = behind(&line, &warren, Duration::from_secs(10)).await;
     line.hold(Sends::To("tasks"));
-    let submit = |number| {
-        let producer = producer.clone();
-        tokio::spawn(async move { producer.submit_detached(echo(number)).await })
-    };
     // More than there is room for.
-    let submitted: Vec<_> = (0..700).map(submit).collect();
+    let submitted: Vec<_> = (0..700).map(|number| submit(&producer, echo(number))).collect();
     line.caught().await;
     let closing = tokio::spawn(producer.clone().close());
     tokio::time::sleep(Duration::from_millis(200)).await;

@@ -11,6 +11,7 @@
 mod admin;
 mod consumer;
 mod convert;
+mod epochs;
 mod error;
 mod link;
 mod publisher;

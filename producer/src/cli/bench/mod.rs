@@ -76,7 +76,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Scenario {
-    /// No-op tasks, one call and one message each, results stored
+    /// No-op tasks, one call each, with shared messages and without, results stored
     Singles,
     /// No-op tasks, all in one call, results stored
     Bulk,

@@ -2,8 +2,9 @@
 //!
 //! It reads what to submit from standard input, `task INDEX` or `batch FIRST COUNT`, many at once, and
 //! reports on standard output what the broker has confirmed: `confirmed INDEX`, `opened FIRST ID`,
-//! `sealed FIRST`. A report is written before anything that follows from it. Tasks travel alone, members
-//! of a batch in bundles; `bundled COUNT` says how many did, for the record only.
+//! `sealed FIRST`. A report is written before anything that follows from it. Tasks are submitted
+//! by calls of their own, many at the same time, members of a batch in groups; `bundled COUNT` says how
+//! many of a group shared a message, for the record only.
 
 use std::ops::Range;
 
