@@ -254,8 +254,8 @@ async fn a_child_whose_worker_died_before_it_looked_is_no_worker() {
     drop(ours);
     let mut child = command.stdin(OwnedFd::from(theirs)).stderr(Stdio::piped()).spawn().unwrap();
     drop(command);
-    let ended = soon("it ends", async || child.try_wait().unwrap()).await;
-    assert!(!ended.success());
+    // With which code depends on whether it reads or writes first.
+    soon("it ends", async || child.try_wait().unwrap()).await;
     let mut said = String::new();
     child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
     assert!(!said.contains("starting"), "{said}");
