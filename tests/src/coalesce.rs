@@ -152,6 +152,22 @@ async fn each_hears_in_time_that_nothing_was_confirmed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_submitted_before_closing_is_confirmed() {
+    let warren = Warren::new().await;
+    let (producer, amqp) = (warren.producer().await, warren.amqp().await);
+    // From now on it knows the queue, and a call is under way from its first moment.
+    let first = producer.submit_detached(echo(0)).await;
+    // Four go at once, the others gather. Unconstrained, for all to begin before closing does.
+    let submitted = join_all((1..400).map(|number| producer.submit_detached(echo(number))));
+    let submitted = tokio::task::unconstrained(submitted);
+    let (submitted, ()) = tokio::join!(submitted, producer.clone().close());
+    let submitted: Result<Vec<_>, _> = submitted.into_iter().chain([first]).collect();
+    let mut ids: Vec<_> = submitted.unwrap().iter().map(ToString::to_string).collect();
+    ids.sort();
+    assert_eq!(waiting(&warren, &amqp, 400).await, ids);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn closing_waits_for_those_that_still_gather_and_leaves_none_in_doubt() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;

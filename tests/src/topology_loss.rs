@@ -117,9 +117,14 @@ async fn a_deleted_binding_is_put_back_and_what_missed_it_is_a_dead_letter() {
     let (_worker, _collector) = tokio::join!(worker, warren.collector().start());
     let (producer, amqp, config) = (warren.producer().await, warren.amqp().await, warren.config());
     let queue = topology(&config).task_queue(&QueueName::default());
-    amqp.admin.unbind(&object(&config, &queue, is_binding)).await.unwrap();
-    let ids = stream(&producer, 20).await;
-    assert!(ended(&producer, &ids).await > 0, "they found no queue, and nobody lost them");
+    let binding = object(&config, &queue, is_binding);
+    // More than once, should the worker look in this very moment.
+    eventually(COMES_BACK, "they found no queue, and nobody lost them", async || {
+        amqp.admin.unbind(&binding).await.unwrap();
+        let ids = stream(&producer, 20).await;
+        (ended(&producer, &ids).await > 0).then_some(())
+    })
+    .await;
     eventually(COMES_BACK, "the worker binds its queue again", async || {
         let ids = stream(&producer, 10).await;
         (ended(&producer, &ids).await == 0).then_some(())
