@@ -6,6 +6,10 @@ use std::process::ExitCode;
 
 use cli::error::{CliError, Exit};
 
+/// See docs/decisions/0021-mimalloc.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
     let cli = match cli::parse(&arguments) {

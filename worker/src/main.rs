@@ -9,6 +9,10 @@ use garenne_common::telemetry;
 use garenne_worker::Worker;
 use tokio::signal::unix::{SignalKind, signal};
 
+/// See docs/decisions/0021-mimalloc.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Takes tasks from RabbitMQ and runs them.
 ///
 /// Serves the built-in tasks (`garenne.echo`, `garenne.sleep`, `garenne.spin`, `garenne.fail`,
