@@ -268,7 +268,12 @@ impl<S: Store> Committer<S> {
         let mut pause = FIRST_PAUSE;
         loop {
             match self.store.commit(Arc::clone(group)).await {
-                Ok(committed) => return Some(committed),
+                Ok(committed) => {
+                    if pause > FIRST_PAUSE {
+                        tracing::info!("storing again");
+                    }
+                    return Some(committed);
+                }
                 Err(StoreError::Closed) => return None,
                 Err(error) => tracing::error!(records = group.len(), "not stored: {error}"),
             }
