@@ -61,6 +61,10 @@ async fn the_bench_measures_and_reports() {
     let directory = tempfile::tempdir().unwrap();
     let out = directory.path().join("out");
     let small = ["--quick", "--seconds", "0.1", "--output", "json", "--report"];
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let refused =
+        garenne(&[&["bench"], &small[..], &[file.path().to_str().unwrap()]].concat()).await;
+    assert_eq!((refused.code, &*refused.stdout), (Some(2), ""), "before anything is measured");
     let bench = [&["bench"], &small[..], &[out.to_str().unwrap()]].concat();
     let bench = garenne(&bench).await;
     assert_eq!(bench.code, Some(0), "{bench:#?}");

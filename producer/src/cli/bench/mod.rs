@@ -15,6 +15,7 @@ mod scenarios;
 mod stage;
 mod usage;
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -130,6 +131,10 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
     if machine.is_debug_build() {
         context.output.remark(report::DEBUG_WARNING);
     }
+    if let Some(directory) = &arguments.report {
+        // Not after the minutes that measuring takes.
+        make_writable(directory).map_err(|error| unwritable(directory, &error))?;
+    }
     let mut cluster = Cluster::start(context, "bench", &[]).await?;
     let measured = tokio::select! {
         measured = measure(context, &arguments, &mut cluster, machine) => measured.map(Some),
@@ -187,19 +192,26 @@ async fn scenarios(bench: &mut Bench<'_>, wanted: &[Scenario]) -> Result<(), Cli
     Ok(())
 }
 
+/// Makes sure that there is such a directory and that files can be made in it.
+fn make_writable(directory: &Path) -> io::Result<()> {
+    std::fs::create_dir_all(directory)?;
+    tempfile::tempfile_in(directory).map(drop)
+}
+
+fn unwritable(directory: &Path, error: &io::Error) -> CliError {
+    CliError::unusable(format!("cannot write the report into {}: {error}", directory.display()))
+}
+
 fn write(report: &Report, directory: &Path) -> Result<(), CliError> {
-    let failed = |error: std::io::Error| {
-        CliError::unusable(format!("cannot write the report into {}: {error}", directory.display()))
-    };
     let json = serde_json::to_string_pretty(report)
         .map_err(|error| CliError::unusable(format!("the report cannot be written: {error}")))?;
-    std::fs::create_dir_all(directory).map_err(failed)?;
     for (name, text) in [
         ("report.json", json + "\n"),
         ("report.md", report.as_markdown()),
         ("report.svg", chart::page(report)),
     ] {
-        std::fs::write(directory.join(name), text).map_err(failed)?;
+        let written = std::fs::write(directory.join(name), text);
+        written.map_err(|error| unwritable(directory, &error))?;
     }
     Ok(())
 }
