@@ -89,7 +89,8 @@ impl Worker {
     /// A suspect is a task that was delivered before and never settled: its worker may have died of it.
     /// A child process is this very program, started again with the same arguments and environment. It
     /// does what the program does until it gets here, too; then it serves the worker that started it,
-    /// until that is gone, and the answer is `None`: the program should end.
+    /// until that is gone, and the answer is `None`: the program should end. Its standard input is its
+    /// line to the worker, by which it knows what it is: leave it alone until here.
     ///
     /// Without this call no program is ever started again. Suspects then run in this process, and those
     /// that have been delivered often, alone.
