@@ -80,7 +80,10 @@ async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
     // It says so, goes on trying, and can still be stopped.
     collector.logged("not stored").await;
     assert!(collector.terminate(Duration::from_secs(30)).await.success());
-    let _roomy = warren.collector().start().await;
+    let mut next = warren.collector().files_up_to(1_024).start().await;
+    next.logged("not stored").await;
+    next.room();
+    next.logged("storing again").await;
     stored(&producer, TASKS).await;
     assert_eq!(producer.totals().await.unwrap().results, ids.len() as u64);
 }

@@ -123,6 +123,13 @@ impl Process {
         fs::read_to_string(self.log.with_extension("err")).unwrap_or_default()
     }
 
+    /// Its files may grow again.
+    pub(crate) fn room(&self) {
+        let mut command = std::process::Command::new("prlimit");
+        command.arg("--pid").arg(self.id().to_string()).arg("--fsize=unlimited");
+        assert!(command.status().unwrap().success());
+    }
+
     /// Waits until it has logged a line that contains `text`.
     pub(crate) async fn logged(&mut self, text: &str) -> String {
         let what = format!("{} logs {text:?}", self.name);

@@ -243,8 +243,9 @@ impl Service<'_> {
     }
 
     /// No file of it may grow beyond this: for its store as good as a full disk. Flags come before.
+    /// Until [`Process::room`].
     pub(crate) fn files_up_to(self, kibibytes: u32) -> Self {
-        let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", kibibytes * 2);
+        let script = format!("trap '' XFSZ; ulimit -S -f {}; exec \"$0\" \"$@\"", kibibytes * 2);
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(script).arg(self.command.get_program());
         command.args(self.command.get_args()).env_clear();
