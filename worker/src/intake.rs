@@ -72,18 +72,22 @@ pub(crate) async fn intake(pipeline: Arc<Pipeline>, queue: usize, mut consumer: 
         }
     }
     consumer.stop();
-    pipeline.note_epoch(queue, &consumer);
-    pipeline.hand_back_line(queue).await;
-    // What was on its way still comes.
+    // First all that is on its way: while the broker still sends, what is handed back would come here
+    // again, and then bear the mark of a redelivery.
+    let mut suspects = vec![];
     while let Some(delivery) = consumer.next().await {
         pipeline.lanes[queue].delivered(delivery.tag);
         line.note_epoch(delivery.tag.epoch);
         if suspect::is_conspicuous(&delivery.message, delivery.redelivered) {
-            pipeline.hand_back(queue, &delivery).await;
+            suspects.push(delivery);
         } else {
             line.push(delivery);
-            pipeline.hand_back_line(queue).await;
         }
+    }
+    pipeline.note_epoch(queue, &consumer);
+    pipeline.hand_back_line(queue).await;
+    for suspect in &suspects {
+        pipeline.hand_back(queue, suspect).await;
     }
 }
 

@@ -56,7 +56,10 @@ impl ConsumeTask {
                         pause.reset();
                     }
                     if self.shared.stop.is_cancelled() {
-                        // The channel stays: what was delivered may still be settled.
+                        // The channel stays, if it lives: what was delivered may still be settled.
+                        if !channel.status().connected() {
+                            self.shared.lock().channel = None;
+                        }
                         return;
                     }
                     lost
