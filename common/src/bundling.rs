@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use foldhash::fast::RandomState;
+
 use crate::names::TaskName;
 use crate::task::TaskMessage;
 use crate::wire::bundle;
@@ -31,7 +33,7 @@ pub struct Limits {
 
 /// How long tasks of each name take, on average; recent ones count more.
 #[derive(Debug, Default)]
-pub struct Pace(Mutex<HashMap<TaskName, f64>>);
+pub struct Pace(Mutex<HashMap<TaskName, f64, RandomState>>);
 
 impl Pace {
     /// A task took so long.
@@ -52,7 +54,7 @@ impl Pace {
         self.lock().get(name).copied().map(Duration::from_secs_f64)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TaskName, f64>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TaskName, f64, RandomState>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

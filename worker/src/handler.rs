@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::context::Context;
 use crate::outcome::{Crash, TaskError};
 pub(crate) use crate::slots::Slot;
+use foldhash::fast::RandomState;
 use garenne_common::wire::MAX_BODY_BYTES;
 use garenne_common::{Payload, Task, TaskName};
 
@@ -46,7 +47,7 @@ pub(crate) trait Handler: Send + Sync {
 
 /// All handlers of a worker.
 #[derive(Default)]
-pub(crate) struct Registry(HashMap<TaskName, Arc<dyn Handler>>);
+pub(crate) struct Registry(HashMap<TaskName, Arc<dyn Handler>, RandomState>);
 
 impl Registry {
     /// Adds a handler; `false` if the name is taken.

@@ -5,7 +5,7 @@
 //! successor was confirmed but whose acknowledgement got lost is acknowledged without a second run.
 //! All this holds within one worker; a redelivery to another one does run again.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, PoisonError};
 
 use foldhash::fast::RandomState;
@@ -15,9 +15,10 @@ use garenne_common::wire::Message;
 use garenne_common::wire::lease::fence_of;
 use garenne_common::{TaskId, TaskMessage};
 
-/// How many settled attempts are remembered. A single one is acknowledged soon after; one of a bundle
-/// with its last task only, and many quick ones may end while a slow one of their bundle runs.
-const REMEMBERED: usize = 65_536;
+/// At least so many settled attempts are remembered, and at most twice as many. A single one is
+/// acknowledged soon after; one of a bundle with its last task only, and many quick ones may end while a
+/// slow one of their bundle runs.
+const REMEMBERED: usize = 32_768;
 
 /// An attempt of a task, as one message asks for it.
 ///
@@ -97,8 +98,15 @@ pub struct Inflight(Mutex<State>);
 #[derive(Debug, Default)]
 struct State {
     running: HashMap<Key, Run, RandomState>,
-    settled: HashSet<Key, RandomState>,
-    settled_order: VecDeque<Key>,
+    settled: Memory,
+}
+
+/// Keys in two generations: when the younger is full, the older is forgotten as a whole. To forget them
+/// one by one would be to look each time at what nobody has looked at for long.
+#[derive(Debug, Default)]
+struct Memory {
+    young: HashSet<Key, RandomState>,
+    old: HashSet<Key, RandomState>,
 }
 
 /// A running attempt.
@@ -130,15 +138,12 @@ impl Inflight {
     /// The attempt is over and its message has a confirmed successor: all deliveries to acknowledge.
     pub fn settled(&self, key: &Key) -> Deliveries {
         let mut state = self.lock();
-        if state.settled.insert(key.clone()) {
-            state.settled_order.push_back(key.clone());
-        }
-        if state.settled_order.len() > REMEMBERED
-            && let Some(oldest) = state.settled_order.pop_front()
-        {
-            state.settled.remove(&oldest);
-        }
-        state.running.remove(key).unwrap_or_default().deliveries
+        let forgotten = state.settled.insert(key.clone());
+        let run = state.running.remove(key).unwrap_or_default();
+        drop(state);
+        // Takes a while, in which others need not wait.
+        drop(forgotten);
+        run.deliveries
     }
 
     /// The attempt goes on and its message has a confirmed successor: its deliveries to acknowledge.
@@ -175,6 +180,23 @@ impl State {
         }
         let settled = self.settled.contains(key) && Guard::SettledMemory.holds();
         settled.then_some(Begin::Settled)
+    }
+}
+
+impl Memory {
+    /// Takes a key in; what is forgotten for it.
+    fn insert(&mut self, key: Key) -> Option<HashSet<Key, RandomState>> {
+        self.young.insert(key);
+        if self.young.len() < REMEMBERED {
+            return None;
+        }
+        let next = HashSet::with_capacity_and_hasher(REMEMBERED, RandomState::default());
+        let full = std::mem::replace(&mut self.young, next);
+        Some(std::mem::replace(&mut self.old, full))
+    }
+
+    fn contains(&self, key: &Key) -> bool {
+        self.young.contains(key) || self.old.contains(key)
     }
 }
 
@@ -235,11 +257,19 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_is_bounded() {
+    fn the_memory_is_long_enough_and_bounded() {
         let inflight = Inflight::default();
-        for _ in 0..REMEMBERED + 10 {
+        let first = key();
+        inflight.settled(&first);
+        for _ in 0..REMEMBERED {
             inflight.settled(&key());
         }
-        assert_eq!(inflight.lock().settled.len(), REMEMBERED);
+        assert_eq!(inflight.begin(&first, delivery(1)), Begin::Settled);
+        for _ in 0..REMEMBERED {
+            inflight.settled(&key());
+        }
+        assert_eq!(inflight.begin(&first, delivery(2)), Begin::Run);
+        let state = inflight.lock();
+        assert!(state.settled.young.len() + state.settled.old.len() <= 2 * REMEMBERED);
     }
 }

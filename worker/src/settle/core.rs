@@ -20,6 +20,9 @@ use crate::inflight::{Deliveries, DeliveryRef, Inflight};
 
 /// Bundles of results that wait for their confirm at once. Two keep the broker busy while one fills.
 const BUNDLES_UNDER_WAY: usize = 2;
+/// The same for full bundles, which gain nothing by waiting: a confirm takes the time of a disk sync,
+/// in which a worker may finish more tasks than two bundles hold.
+const FULL_UNDER_WAY: usize = 8;
 /// Settlements taken in and not yet acknowledged. Beyond it finished attempts keep their slots, so a
 /// broker that takes no results stops the worker instead of filling its memory.
 const MAX_UNDER_WAY: usize = 8_192;
@@ -172,7 +175,12 @@ impl SettleCore {
 
     /// Sends bundles on their way, and the replies that belong to them, unless enough are under way.
     pub fn flush(&mut self, actions: &mut Vec<Action>) {
-        while self.bundles_under_way < BUNDLES_UNDER_WAY {
+        self.close_full();
+        loop {
+            let most = if self.full.is_empty() { BUNDLES_UNDER_WAY } else { FULL_UNDER_WAY };
+            if self.bundles_under_way >= most {
+                return;
+            }
             let full = self.full.pop_front();
             let bundle = full.unwrap_or_else(|| std::mem::take(&mut self.bundle));
             if bundle.is_empty() {
