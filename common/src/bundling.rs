@@ -64,39 +64,46 @@ impl Limits {
     /// alone is too much for a bundle is alone in one.
     pub fn divide<T>(
         self,
-        tasks: impl IntoIterator<Item = T>,
+        tasks: Vec<T>,
         task: impl Fn(&T) -> &TaskMessage,
         estimate: impl Fn(&TaskName) -> Duration,
     ) -> Vec<Vec<T>> {
-        let mut bundles: Vec<Vec<T>> = vec![];
+        let sizes = self.sizes(tasks.iter().map(task), estimate);
+        if sizes.len() == 1 {
+            return vec![tasks];
+        }
+        let mut tasks = tasks.into_iter();
+        sizes.into_iter().map(|size| tasks.by_ref().take(size).collect()).collect()
+    }
+
+    fn sizes<'t>(
+        self,
+        tasks: impl Iterator<Item = &'t TaskMessage>,
+        estimate: impl Fn(&TaskName) -> Duration,
+    ) -> Vec<usize> {
+        let mut sizes: Vec<usize> = vec![];
         let (mut work, mut bytes) = (Duration::ZERO, 0);
         // Bundles mostly hold one kind of tasks, so one name is looked up once.
-        let mut known: Option<(TaskName, Duration)> = None;
-        for item in tasks {
-            let message = task(&item);
-            let takes = match &known {
-                Some((name, takes)) if *name == message.name => *takes,
-                Some(_) | None => {
-                    let takes = estimate(&message.name);
-                    known = Some((message.name.clone(), takes));
-                    takes
-                }
+        let mut known: Option<(&TaskName, Duration)> = None;
+        for task in tasks {
+            let takes = match known {
+                Some((name, takes)) if *name == task.name => takes,
+                Some(_) | None => estimate(&task.name),
             };
-            let weight = bundle::weight(message);
+            known = Some((&task.name, takes));
+            let weight = bundle::weight(task);
             (work, bytes) = (work.saturating_add(takes), bytes + weight);
-            match bundles.last_mut() {
-                Some(last)
-                    if last.len() < self.tasks && work <= self.work && bytes <= MAX_BYTES =>
-                {
-                    last.push(item);
+            match sizes.last_mut() {
+                Some(size) if *size < self.tasks && work <= self.work && bytes <= MAX_BYTES => {
+                    *size += 1;
                 }
                 Some(_) | None => {
                     (work, bytes) = (takes, weight);
-                    bundles.push(vec![item]);
+                    sizes.push(1);
                 }
             }
         }
-        bundles
+        sizes
     }
 }
 

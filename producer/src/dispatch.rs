@@ -35,17 +35,10 @@ impl Dispatch {
     /// Divides tasks into those that share a message. Of tasks whose time nobody knows yet, at most
     /// `unknown` go together.
     pub(crate) fn divide<T>(&self, parcels: Vec<Parcel<T>>, unknown: u32) -> Vec<Vec<Parcel<T>>> {
-        let mut alike: Vec<Vec<Parcel<T>>> = vec![];
-        for parcel in parcels {
-            match alike.iter_mut().rev().find(|others| go_together(&others[0], &parcel)) {
-                Some(others) => others.push(parcel),
-                None => alike.push(vec![parcel]),
-            }
-        }
         let unknown = self.limits.work / unknown;
         let estimate = |name: &TaskName| self.pace.estimate(name).unwrap_or(unknown);
         let divide = |alike| self.limits.divide(alike, |parcel: &Parcel<T>| &parcel.task, estimate);
-        alike.into_iter().flat_map(divide).collect()
+        alike(parcels).into_iter().flat_map(divide).collect()
     }
 
     /// Publishes tasks of one queue, priority and due time in one message, and waits for its confirm.
@@ -91,6 +84,21 @@ impl Dispatch {
         let outgoing = Outgoing { exchange, routing_key, message };
         self.publisher.publish_within(outgoing, left(by)).await
     }
+}
+
+/// Parcels that may share a message with each other, in their order. Mostly that is all of them.
+fn alike<T>(parcels: Vec<Parcel<T>>) -> Vec<Vec<Parcel<T>>> {
+    if parcels.windows(2).all(|pair| go_together(&pair[0], &pair[1])) {
+        return vec![parcels];
+    }
+    let mut alike: Vec<Vec<Parcel<T>>> = vec![];
+    for parcel in parcels {
+        match alike.iter_mut().rev().find(|others| go_together(&others[0], &parcel)) {
+            Some(others) => others.push(parcel),
+            None => alike.push(vec![parcel]),
+        }
+    }
+    alike
 }
 
 fn go_together<T>(one: &Parcel<T>, other: &Parcel<T>) -> bool {

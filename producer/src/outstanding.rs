@@ -4,6 +4,7 @@
 //! vanished are asked for soon and often, all others seldom. Who asks is `recovery`'s business.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
@@ -15,28 +16,44 @@ const LOST: Pauses = Pauses { first: Duration::from_secs(2), longest: Duration::
 /// The same for a task whose reply may still come: a queue may be long, and the collector is busy.
 const USUAL: Pauses = Pauses { first: Duration::from_secs(15), longest: Duration::from_mins(5) };
 
-#[derive(Clone, Copy)]
 struct Pauses {
     first: Duration,
     longest: Duration,
+}
+
+impl Pauses {
+    /// The pause after so many askings: each twice the one before.
+    fn after(&self, asked: u8) -> Duration {
+        // A shift by more than this would be far beyond the longest.
+        (self.first * (1 << asked.min(16))).min(self.longest)
+    }
 }
 
 /// The tasks that handles wait for. As large as the number of living handles, never larger.
 #[derive(Default)]
 pub(crate) struct Outstanding {
     entries: HashMap<TaskId, Entry, RandomState>,
+    /// Further ones who wait for an id that has an entry: somebody chose it and submitted it again.
+    others: HashMap<TaskId, Vec<Waiter>>,
     /// The reply queue at present, counted; entries of older ones get no reply any more.
     epoch: u64,
     tickets: u64,
     closed: bool,
 }
 
+/// A million of them may wait, and a producer that submits in bulk spends much of its time in reaching
+/// them: kept small.
 struct Entry {
     ask_at: Instant,
-    pause: Duration,
-    longest: Duration,
-    /// More than one only if an id of the caller's own choice was submitted again.
-    waiters: Vec<(u64, oneshot::Sender<TaskResult>)>,
+    /// Whether its reply can no longer come.
+    lost: bool,
+    asked: u8,
+    waiter: Waiter,
+}
+
+struct Waiter {
+    ticket: u64,
+    result: oneshot::Sender<TaskResult>,
 }
 
 impl Outstanding {
@@ -53,31 +70,48 @@ impl Outstanding {
         let (waiter, result) = oneshot::channel();
         // A closed producer waits for nothing: the dropped sender says so.
         if !self.closed {
-            let stale = epoch < self.epoch;
-            let entry = self.entries.entry(id).or_insert_with(|| Entry::new(stale, now));
-            entry.waiters.push((self.tickets, waiter));
+            let waiter = Waiter { ticket: self.tickets, result: waiter };
+            match self.entries.entry(id) {
+                MapEntry::Vacant(place) => {
+                    place.insert(Entry::new(waiter, epoch < self.epoch, now));
+                }
+                MapEntry::Occupied(known) => {
+                    self.others.entry(known.key().clone()).or_default().push(waiter);
+                }
+            }
         }
         (self.tickets, result)
     }
 
     /// Hands a result to whoever waits for it; a result that nobody waits for is dropped.
     pub(crate) fn resolve(&mut self, result: TaskResult) {
-        let Some(mut entry) = self.entries.remove(&result.id) else { return };
-        let last = entry.waiters.pop();
-        for (_, waiter) in entry.waiters {
-            give(waiter, result.clone());
+        let Some(entry) = self.entries.remove(&result.id) else { return };
+        if !self.others.is_empty() {
+            for other in self.others.remove(&result.id).unwrap_or_default() {
+                give(other, result.clone());
+            }
         }
-        if let Some((_, waiter)) = last {
-            give(waiter, result);
-        }
+        give(entry.waiter, result);
     }
 
     /// One who waited is gone.
     pub(crate) fn forget(&mut self, id: &TaskId, ticket: u64) {
         let Some(entry) = self.entries.get_mut(id) else { return };
-        entry.waiters.retain(|(number, _)| *number != ticket);
-        if entry.waiters.is_empty() {
-            self.entries.remove(id);
+        let Some(others) = self.others.get_mut(id) else {
+            if entry.waiter.ticket == ticket {
+                self.entries.remove(id);
+            }
+            return;
+        };
+        if entry.waiter.ticket == ticket
+            && let Some(other) = others.pop()
+        {
+            entry.waiter = other;
+        } else {
+            others.retain(|other| other.ticket != ticket);
+        }
+        if others.is_empty() {
+            self.others.remove(id);
         }
     }
 
@@ -87,7 +121,7 @@ impl Outstanding {
     pub(crate) fn next_epoch(&mut self, now: Instant) -> u64 {
         self.epoch += 1;
         for entry in self.entries.values_mut() {
-            entry.schedule(LOST, now);
+            entry.lose(now);
         }
         self.epoch
     }
@@ -96,8 +130,7 @@ impl Outstanding {
     pub(crate) fn due(&mut self, limit: usize, now: Instant) -> Vec<TaskId> {
         let due = self.entries.iter_mut().filter(|(_, entry)| entry.ask_at <= now).take(limit);
         due.map(|(id, entry)| {
-            entry.ask_at = now + entry.pause;
-            entry.pause = (entry.pause * 2).min(entry.longest);
+            entry.ask_again(now);
             id.clone()
         })
         .collect()
@@ -107,28 +140,31 @@ impl Outstanding {
     pub(crate) fn close(&mut self) {
         self.closed = true;
         self.entries.clear();
+        self.others.clear();
     }
 }
 
 impl Entry {
-    fn new(stale: bool, now: Instant) -> Self {
-        let mut entry =
-            Self { ask_at: now, pause: Duration::ZERO, longest: Duration::ZERO, waiters: vec![] };
-        if stale {
-            entry.schedule(LOST, now);
-        } else {
-            entry.schedule(USUAL, now + USUAL.first);
-        }
-        entry
+    fn new(waiter: Waiter, lost: bool, now: Instant) -> Self {
+        let ask_at = if lost { now } else { now + USUAL.first };
+        Self { ask_at, lost, asked: 0, waiter }
     }
 
-    fn schedule(&mut self, pauses: Pauses, first: Instant) {
-        (self.ask_at, self.pause, self.longest) = (first, pauses.first, pauses.longest);
+    /// Its reply can no longer come.
+    fn lose(&mut self, now: Instant) {
+        (self.ask_at, self.lost, self.asked) = (now, true, 0);
+    }
+
+    /// It is asked for now.
+    fn ask_again(&mut self, now: Instant) {
+        let pauses = if self.lost { LOST } else { USUAL };
+        self.ask_at = now + pauses.after(self.asked);
+        self.asked = self.asked.saturating_add(1);
     }
 }
 
-fn give(waiter: oneshot::Sender<TaskResult>, result: TaskResult) {
-    if waiter.send(result).is_err() {
+fn give(waiter: Waiter, result: TaskResult) {
+    if waiter.result.send(result).is_err() {
         tracing::trace!("the handle was dropped while its result came");
     }
 }
@@ -183,7 +219,21 @@ mod tests {
         outstanding.resolve(result("a"));
         assert!(two.try_recv().is_ok());
         outstanding.forget(&id("a"), other);
-        assert!(outstanding.entries.is_empty());
+        assert!(outstanding.entries.is_empty() && outstanding.others.is_empty());
+    }
+
+    #[test]
+    fn of_three_who_wait_for_an_id_any_may_go() {
+        for gone in 0..3 {
+            let mut outstanding = Outstanding::default();
+            let expect = |_| outstanding.expect(id("a"), 0, Instant::now());
+            let mut waiting: Vec<_> = (0..3).map(expect).collect();
+            let (ticket, _) = waiting.remove(gone);
+            outstanding.forget(&id("a"), ticket);
+            outstanding.resolve(result("a"));
+            assert!(waiting.iter_mut().all(|(_, waiter)| waiter.try_recv().is_ok()), "{gone}");
+            assert!(outstanding.entries.is_empty() && outstanding.others.is_empty());
+        }
     }
 
     #[test]

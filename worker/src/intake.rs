@@ -202,8 +202,8 @@ impl Pipeline {
         let estimate = |name: &_| self.pace.estimate(name).unwrap_or(SLICE.work);
         for Surplus { bundle, app_id, tasks } in surplus {
             tracing::debug!(tasks = tasks.len(), %queue, "handed on");
-            for part in SLICE.divide(&tasks, |task| task, estimate) {
-                let part: Vec<&TaskMessage> = part.into_iter().map(|task| &**task).collect();
+            for part in SLICE.divide(tasks, |task| task, estimate) {
+                let part: Vec<&TaskMessage> = part.iter().map(|task| &**task).collect();
                 self.settle(self.signature.send_back(bundle, &part, &app_id, queue)).await;
             }
         }
