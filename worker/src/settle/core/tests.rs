@@ -5,6 +5,7 @@ use garenne_common::{
     BatchId, Codec, Namespace, Payload, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp,
 };
 
+use super::super::bundle::MAX_REPORTS;
 use super::*;
 use crate::inflight::{Begin, Key};
 
@@ -126,6 +127,27 @@ fn a_third_bundle_fills_until_one_of_two_is_confirmed() {
     assert_eq!(acked(&actions), [(1, false)]);
     let both = published(&actions[1..], "g.results");
     assert_eq!(acked(&desk.answer(both, Answer::Confirmed)), [(3, false), (4, false)]);
+}
+
+#[test]
+fn full_bundles_do_not_wait_for_two_but_for_eight() {
+    let mut desk = Desk::new();
+    let fill = |desk: &mut Desk, number: usize| {
+        let ids: Vec<String> = (0..MAX_REPORTS).map(|of| format!("{number}.{of}")).collect();
+        ids.iter().for_each(|id| drop(desk.begin(id)));
+        let bare = |id: &String| Settlement::bare(Subject::Attempt(key(id)), result(id));
+        desk.settle_all(ids.iter().map(bare))
+    };
+    let tickets: Vec<_> = (0..FULL_UNDER_WAY)
+        .map(|number| published(&fill(&mut desk, number), "g.results"))
+        .collect();
+    desk.begin("one");
+    assert!(desk.settle("one", result("one")).is_empty(), "one that is not full waits for less");
+    assert!(fill(&mut desk, FULL_UNDER_WAY).is_empty());
+    assert!(!desk.core.has_room());
+    let actions = desk.answer(tickets[0], Answer::Confirmed);
+    published(&actions[1..], "g.results");
+    assert!(desk.core.has_room());
 }
 
 #[test]
