@@ -134,7 +134,9 @@ fn full_bundles_do_not_wait_for_two_but_for_eight() {
     let mut desk = Desk::new();
     let fill = |desk: &mut Desk, number: usize| {
         let ids: Vec<String> = (0..MAX_REPORTS).map(|of| format!("{number}.{of}")).collect();
-        ids.iter().for_each(|id| drop(desk.begin(id)));
+        for id in &ids {
+            assert_eq!(desk.begin(id), Begin::Run);
+        }
         let bare = |id: &String| Settlement::bare(Subject::Attempt(key(id)), result(id));
         desk.settle_all(ids.iter().map(bare))
     };
