@@ -34,7 +34,7 @@ impl Pauses {
 pub(crate) struct Outstanding {
     entries: HashMap<TaskId, Entry, RandomState>,
     /// Further ones who wait for an id that has an entry: somebody chose it and submitted it again.
-    others: HashMap<TaskId, Vec<Waiter>>,
+    others: HashMap<TaskId, Vec<Waiter>, RandomState>,
     /// The reply queue at present, counted; entries of older ones get no reply any more.
     epoch: u64,
     tickets: u64,
@@ -86,10 +86,8 @@ impl Outstanding {
     /// Hands a result to whoever waits for it; a result that nobody waits for is dropped.
     pub(crate) fn resolve(&mut self, result: TaskResult) {
         let Some(entry) = self.entries.remove(&result.id) else { return };
-        if !self.others.is_empty() {
-            for other in self.others.remove(&result.id).unwrap_or_default() {
-                give(other, result.clone());
-            }
+        for other in self.others.remove(&result.id).unwrap_or_default() {
+            give(other, result.clone());
         }
         give(entry.waiter, result);
     }
@@ -220,6 +218,11 @@ mod tests {
         assert!(two.try_recv().is_ok());
         outstanding.forget(&id("a"), other);
         assert!(outstanding.entries.is_empty() && outstanding.others.is_empty());
+    }
+
+    #[test]
+    fn an_entry_and_its_id_fit_a_cache_line() {
+        assert_eq!(size_of::<(TaskId, Entry)>(), 56);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use garenne_producer::{Handle, Submission, SubmitError};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Proxy, Soon, Warren, effects, message, soon, supervise};
+use crate::harness::{Proxy, Sends, Soon, Warren, effects, message, soon, supervise};
 
 /// Processes die and are started again, on a machine that does other things besides.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -184,6 +184,34 @@ async fn a_stopping_worker_gives_back_what_it_has_not_begun_of_a_bundle() {
     assert!(!ends.iter().any(|end| end.redelivered), "{ends:#?}");
     assert!(ends.iter().filter(|end| &*end.worker == "second").count() >= 40);
     assert!(!second.stderr().contains("a bundle came again"), "nothing is under suspicion");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopping_worker_hands_nothing_back_while_the_broker_still_sends() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let first = warren.worker().url(&line.url(warren.url())).set("worker.slots", 2);
+    let toml = effects::command(&warren);
+    let mut first = first.toml(&toml).arg("--name=first").start().await;
+    let producer = warren.producer().await;
+    let slow = (0..2).map(|_| effect(5_000));
+    let mut slow = handles(producer.submit_many(slow.chain((0..48).map(echo))).await);
+    let mut quick = slow.split_off(2);
+    soon("it is at work", async || (effects::done(&warren).len() == 2).then_some(())).await;
+    line.hold(Sends::Cancels);
+    first.signal(Signal::SIGTERM);
+    line.caught().await;
+    let second = warren.worker().set("worker.slots", 50).toml(&toml);
+    let _second = second.arg("--name=second").start().await;
+    // What was handed back before would have run by now: these ended long after it.
+    assert!(ended(slow).await.iter().all(|end| &*end.worker == "first"));
+    let early = quick[0].ended_within(Duration::from_millis(100)).await;
+    assert!(early.is_err(), "{early:?}");
+    let last = quick[47].ended_within(Duration::from_millis(100)).await;
+    assert!(last.is_err(), "{last:?}");
+    line.cut();
+    assert!(ended(quick).await.iter().all(|end| &*end.worker == "second"));
+    assert!(first.ended(PATIENCE).await.success());
 }
 
 /// Two workers with one slot each and one bundle for both: what is slow in it must not make one of

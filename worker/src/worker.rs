@@ -339,8 +339,8 @@ impl Running {
 
     /// Stops without losing anything. The order matters:
     ///
-    /// 1. Intake ends: the broker is told to send no more, and what waits here goes back to it, as far
-    ///    as there is room to publish within the grace period.
+    /// 1. Intake ends: the broker is told to send no more, and once it has stopped, what waits here goes
+    ///    back to it, as far as there is room to publish within the grace period.
     /// 2. Running tasks may finish within the grace period; every few seconds the log names them.
     /// 3. Those that did not are interrupted and go back to their queue without costing an attempt,
     ///    and so does the rest of a bundle that a slot was opening while intake ended.

@@ -19,6 +19,8 @@ pub(crate) enum Sends {
     /// Messages to the exchange whose name ends in this word.
     To(&'static str),
     Acknowledgements,
+    /// The wish to get no more deliveries.
+    Cancels,
 }
 
 impl Sends {
@@ -28,6 +30,7 @@ impl Sends {
         match self {
             Self::To(exchange) => has(&[0, 60, 0, 40]) && has(format!(".{exchange}").as_bytes()),
             Self::Acknowledgements => has(&[0, 60, 0, 80]),
+            Self::Cancels => has(&[0, 60, 0, 30]),
         }
     }
 }
