@@ -48,6 +48,7 @@ guards! {
     SpentHeaders: "a message is published again with the broker's old notes on it",
     EpochCheck: "an acknowledgement of an old channel goes out over the new one",
     DeliveryWatch: "a consumer that the broker has forgotten is not noticed",
+    IdleRenewal: "what went astray on its way to an idle consumer stays there",
     KeptTopology: "a binding that somebody deleted stays away",
     Screening: "a message that cannot be parsed ends the connection of whoever gets it",
     IdBeforeRun: "a task without an id runs under an id that nobody has confirmed",

@@ -43,6 +43,7 @@ fn noticed_by(guard: Guard) -> &'static str {
         Guard::DeliveryWatch => {
             "several_urls::a_broker_that_answers_and_delivers_nothing_is_noticed"
         }
+        Guard::IdleRenewal => "several_urls::what_went_astray_on_its_way_to_an_idle_worker_runs",
         Guard::KeptTopology => {
             "topology_loss::a_deleted_binding_is_put_back_and_what_missed_it_is_a_dead_letter"
         }

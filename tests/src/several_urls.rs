@@ -118,6 +118,26 @@ async fn a_broker_that_answers_and_delivers_nothing_is_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_went_astray_on_its_way_to_an_idle_worker_runs() {
+    let warren = Warren::new().await;
+    let line = Proxy::to(warren.url()).await;
+    let mut config = impatient(warren.config());
+    config.broker.heartbeat = Duration::from_secs(1);
+    config.broker.consumer_timeout = Duration::from_secs(12);
+    config.broker.urls = urls(&[line.url(warren.url())]);
+    let worker = warren.work(Worker::builder(config)).await;
+    let producer = warren.producer().await;
+    line.mute_deliveries(true);
+    let handle = producer.submit(echo(1)).await.unwrap();
+    line.caught().await;
+    line.mute_deliveries(false);
+    // Nothing waits in the queue, so nothing looks wrong to anybody.
+    let result = handle.result().within(COMES_BACK, "it runs").await.unwrap();
+    assert!(result.redelivered, "it had been delivered before");
+    worker.drain().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_idle_or_a_busy_worker_is_not_suspected() {
     let warren = Warren::new().await;
     let mut config = impatient(warren.config());

@@ -29,6 +29,13 @@ const STABLE: Duration = Duration::from_secs(2);
 /// So many deliveries that are here are passed on before anything else is looked at.
 const AT_ONCE: usize = 64;
 
+/// Why an epoch ended.
+enum End {
+    Lost(BrokerError),
+    /// Nothing has come for so long that something may have gone astray.
+    Idle,
+}
+
 /// What a look at the queue has found.
 struct Look {
     asked: Instant,
@@ -50,7 +57,7 @@ impl ConsumeTask {
             let lost = match self.establish().await {
                 Ok((epoch, channel, queue, stream)) => {
                     let begun = Instant::now();
-                    let lost = self.forward(epoch, &channel, &queue, stream).await;
+                    let end = self.forward(epoch, &channel, &queue, stream).await;
                     // What ends every epoch at once would make a hot loop if the pause did not grow.
                     if begun.elapsed() >= STABLE {
                         pause.reset();
@@ -62,7 +69,15 @@ impl ConsumeTask {
                         }
                         return;
                     }
-                    lost
+                    match end {
+                        End::Lost(error) => error,
+                        End::Idle => {
+                            tracing::debug!(queue, consumer = self.spec.tag, "idle; begins anew");
+                            // Closed with its last clone; what is astray then goes back to the queue.
+                            self.shared.lock().channel = None;
+                            continue;
+                        }
+                    }
                 }
                 Err(error) => error,
             };
@@ -124,11 +139,24 @@ impl ConsumeTask {
         let mut arguments = FieldTable::default();
         let limit = self.shared.link.config().consumer_timeout.as_millis();
         // 4.3 refuses the argument for exclusive queues, which are classic and have no such limit.
-        let limited = matches!(self.spec.queue, QueueSource::Named(_)) && !self.spec.no_ack;
-        if let (true, Ok(millis)) = (limited, i64::try_from(limit)) {
+        if let (true, Ok(millis)) = (self.acknowledges(), i64::try_from(limit)) {
             arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(millis));
         }
         arguments
+    }
+
+    /// Whether the broker waits for acknowledgements from a durable queue's consumer.
+    fn acknowledges(&self) -> bool {
+        matches!(self.spec.queue, QueueSource::Named(_)) && !self.spec.no_ack
+    }
+
+    /// Whether nothing is here and nothing has come for long. The broker may have sent something that
+    /// never arrived: it counts that as ours, and no answer of it would tell.
+    fn is_stale(&self) -> bool {
+        let limit = self.shared.link.config().consumer_timeout / 4;
+        self.acknowledges()
+            && Guard::IdleRenewal.holds()
+            && self.shared.lock().flow.idle().is_some_and(|idle| idle >= limit)
     }
 
     async fn declare_queue(&self, channel: &Channel) -> Result<String, BrokerError> {
@@ -149,7 +177,7 @@ impl ConsumeTask {
         channel: &Channel,
         queue: &str,
         stream: lapin::Consumer,
-    ) -> BrokerError {
+    ) -> End {
         let mut arrivals = stream.ready_chunks(AT_ONCE);
         let mut health = tokio::time::interval(HEALTH_CHECK);
         let every = self.shared.link.config().heartbeat;
@@ -162,22 +190,25 @@ impl ConsumeTask {
             tokio::select! {
                 arrived = arrivals.next() => match arrived {
                     Some(arrived) => if let Err(lost) = self.pass_on(epoch, arrived).await {
-                        return lost;
+                        return End::Lost(lost);
                     },
                     // When its queue is deleted, and from RabbitMQ 4.3 on for an acknowledgement
                     // that did not come in time.
-                    None => return BrokerError::Lost("the broker ended the consumer".to_owned()),
+                    None => return lost("the broker ended the consumer"),
                 },
                 () = self.shared.stop.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel(channel).await;
                 }
                 _ = health.tick() => if !channel.status().connected() {
-                    return BrokerError::Lost("the channel was closed".to_owned());
+                    return lost("the channel was closed");
                 },
                 _ = look.tick(),
                     if !cancelled && looks.is_empty() && Guard::DeliveryWatch.holds() =>
                 {
+                    if self.is_stale() {
+                        return End::Idle;
+                    }
                     looks.push(self.look(channel, queue, Instant::now()));
                 }
                 Some(Look { asked, answer, kept }) = looks.next() => {
@@ -185,7 +216,7 @@ impl ConsumeTask {
                     let flow = &mut self.shared.lock().flow;
                     let judged = answer.and_then(|answer| watch.judge(flow, asked, answer));
                     if let Err(lost) = judged && !cancelled {
-                        return lost;
+                        return End::Lost(lost);
                     }
                 },
             }
@@ -239,6 +270,10 @@ impl ConsumeTask {
         }
         Ok(())
     }
+}
+
+fn lost(why: &str) -> End {
+    End::Lost(BrokerError::Lost(why.to_owned()))
 }
 
 fn bind<'a>(

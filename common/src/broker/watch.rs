@@ -4,6 +4,10 @@
 //! A consumer that hears nothing asks, every heartbeat, over its own channel: is the queue there, has
 //! it consumers, does anything wait? If something waits, we could take it, and twice in a row nothing
 //! comes, the broker has forgotten us, and the consumer is built anew.
+//!
+//! Up to a prefetch of messages may be lost between the broker and us without such a sign: the broker
+//! counts them as delivered. So a consumer that has nothing and gets nothing for a quarter of the
+//! broker's consumer timeout is built anew as well, which gives them back.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -42,16 +46,18 @@ pub(super) struct Flow {
     unsettled: BTreeSet<u64>,
     prefetch: usize,
     proven: Instant,
+    last_delivery: Instant,
 }
 
 impl Flow {
     pub(super) fn new(prefetch: u16) -> Self {
-        let prefetch = usize::from(prefetch);
-        Self { unsettled: BTreeSet::new(), prefetch, proven: Instant::now() }
+        let (prefetch, now) = (usize::from(prefetch), Instant::now());
+        Self { unsettled: BTreeSet::new(), prefetch, proven: now, last_delivery: now }
     }
 
     pub(super) fn delivered(&mut self, number: u64, settles: bool) {
         self.proven = Instant::now();
+        self.last_delivery = self.proven;
         if settles {
             self.unsettled.insert(number);
         }
@@ -68,6 +74,11 @@ impl Flow {
     /// Whether the broker may send more.
     pub(super) fn has_credit(&self) -> bool {
         self.unsettled.len() < self.prefetch
+    }
+
+    /// For how long nothing has come; `None` while something is here.
+    pub(super) fn idle(&self) -> Option<Duration> {
+        self.unsettled.is_empty().then(|| self.last_delivery.elapsed())
     }
 
     pub(super) fn prove(&mut self) {
@@ -192,6 +203,19 @@ mod tests {
         flow.settled(2, true);
         assert!(flow.has_credit());
         assert_eq!(verdicts(&mut flow, &[status(5, 1); 2]), [true, false]);
+    }
+
+    #[test]
+    fn idle_is_who_has_nothing_and_gets_nothing() {
+        let mut flow = Flow::new(2);
+        assert!(flow.idle().is_some());
+        flow.delivered(1, true);
+        assert_eq!(flow.idle(), None);
+        flow.settled(1, false);
+        // The broker's word is no delivery.
+        std::thread::sleep(Duration::from_millis(5));
+        flow.prove();
+        assert!(flow.idle().unwrap() >= Duration::from_millis(5));
     }
 
     #[test]

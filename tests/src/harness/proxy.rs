@@ -119,7 +119,7 @@ impl Proxy {
         self.line.hold(Some(what));
     }
 
-    /// Waits until something was held.
+    /// Waits until something was held or swallowed.
     pub(crate) async fn caught(&self) {
         let caught = async || (self.line.caught.load(Ordering::SeqCst) > 0).then_some(());
         soon("something is held on the line", caught).await;
@@ -182,6 +182,7 @@ async fn receive(from: &mut OwnedReadHalf, to: &mut OwnedWriteHalf, line: &Line)
     let (mut frames, mut buffer) = (Frames::default(), vec![0; 64 * 1024]);
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         let passed = frames.pass(&buffer[..count], line.mute.load(Ordering::SeqCst));
+        line.caught.fetch_add(frames.swallowing.len() as u64, Ordering::SeqCst);
         if to.write_all(&passed).await.is_err() {
             return;
         }
