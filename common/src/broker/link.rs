@@ -38,7 +38,8 @@ enum State {
     Up(Arc<Connection>),
 }
 
-/// RabbitMQ's own limit. lapin makes its buffers of 32 frames twice: when it is told the size before
+/// RabbitMQ's own limit. With less it would still send a stranger's long headers in one frame, which
+/// ends the connection. lapin makes its buffers of 32 frames twice: when it is told the size before
 /// the broker says it, they are memory that nobody has touched, else 8 MiB are written with zeros.
 const FRAME_BYTES: u32 = 128 * 1024;
 
