@@ -124,6 +124,7 @@ async fn what_went_astray_on_its_way_to_an_idle_worker_runs() {
     let mut config = impatient(warren.config());
     config.broker.heartbeat = Duration::from_secs(1);
     config.broker.consumer_timeout = Duration::from_secs(12);
+    config.worker.task_timeout = Duration::from_secs(5);
     config.broker.urls = urls(&[line.url(warren.url())]);
     let worker = warren.work(Worker::builder(config)).await;
     let producer = warren.producer().await;

@@ -45,11 +45,13 @@ fn is_binding(declaration: &Declaration) -> bool {
 ///
 /// A queue may be deleted while somebody declares it, as a collector does when it starts. RabbitMQ 3.10
 /// then registers the consumer at the new queue without a word, and may drop what that delivers.
+/// Tasks are short, so that none needs a lease.
 async fn watchful_crew(warren: &Warren) -> (Process, Process) {
     fn watchful(service: Service<'_>) -> Service<'_> {
         service.set("broker.heartbeat", "2s").set("broker.consumer_timeout", "12s")
     }
-    tokio::join!(watchful(warren.worker()).start(), watchful(warren.collector()).start())
+    let worker = watchful(warren.worker()).set("worker.task_timeout", "5s");
+    tokio::join!(worker.start(), watchful(warren.collector()).start())
 }
 
 /// Submits `count` tasks one after the other; the ids of those that the broker has confirmed.
