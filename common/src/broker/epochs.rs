@@ -36,6 +36,12 @@ enum End {
     Idle,
 }
 
+impl End {
+    fn lost(why: &str) -> Self {
+        Self::Lost(BrokerError::Lost(why.to_owned()))
+    }
+}
+
 /// What a look at the queue has found.
 struct Look {
     asked: Instant,
@@ -194,14 +200,14 @@ impl ConsumeTask {
                     },
                     // When its queue is deleted, and from RabbitMQ 4.3 on for an acknowledgement
                     // that did not come in time.
-                    None => return lost("the broker ended the consumer"),
+                    None => return End::lost("the broker ended the consumer"),
                 },
                 () = self.shared.stop.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel(channel).await;
                 }
                 _ = health.tick() => if !channel.status().connected() {
-                    return lost("the channel was closed");
+                    return End::lost("the channel was closed");
                 },
                 _ = look.tick(),
                     if !cancelled && looks.is_empty() && Guard::DeliveryWatch.holds() =>
@@ -270,10 +276,6 @@ impl ConsumeTask {
         }
         Ok(())
     }
-}
-
-fn lost(why: &str) -> End {
-    End::Lost(BrokerError::Lost(why.to_owned()))
 }
 
 fn bind<'a>(
