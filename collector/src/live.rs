@@ -60,6 +60,7 @@ mod tests {
             running: 0,
             lost_slots: 0,
             draining,
+            problems: vec![],
             every_ms: 2_000,
             at: Timestamp::from_millis(0),
         }

@@ -1,14 +1,15 @@
 //! What a Garenne task is and how it travels.
 //!
 //! The pure half ([`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`retry`],
-//! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`lifeline`],
-//! [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
+//! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`],
+//! [`lifeline`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
 //! the tests. Nothing lives here that only one crate needs.
 
 pub mod broker;
 pub mod bundling;
 pub mod config;
 pub mod guards;
+pub mod health;
 pub mod lifeline;
 pub mod names;
 pub mod outcome;
@@ -20,6 +21,7 @@ pub mod timestamp;
 pub mod topology;
 pub mod wire;
 
+pub use health::{Problem, ProcessHealth};
 pub use names::{BatchId, InvalidName, Namespace, QueueName, TaskId, TaskName};
 pub use outcome::{DeadReason, Status, TaskResult};
 pub use retry::RetryPolicy;

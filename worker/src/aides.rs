@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use garenne_common::TaskName;
 use garenne_common::broker::{Consumer, ConsumerSpec, Link, Publisher, QueueSource};
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
 use garenne_common::wire::control::CANCEL_KEY;
+use garenne_common::{ProcessHealth, TaskName};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -81,6 +81,7 @@ impl Aides {
         config: &Config,
         tasks: Vec<TaskName>,
         (register, slots): (Arc<Register>, Arc<Slots>),
+        health: &ProcessHealth,
         draining: &CancellationToken,
     ) {
         let beat = Beat {
@@ -92,6 +93,7 @@ impl Aides {
             size: config.worker.slots,
             slots,
             register,
+            health: health.clone(),
             every: config.worker.heartbeat,
             draining: draining.clone(),
             stop: self.stop.clone(),

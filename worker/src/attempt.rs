@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use garenne_common::broker::Delivery;
 use garenne_common::bundling::Pace;
 use garenne_common::wire::Fence;
-use garenne_common::{DeadReason, Options, TaskMessage, Timestamp};
+use garenne_common::{DeadReason, Options, ProcessHealth, TaskMessage, Timestamp};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -55,6 +55,8 @@ pub(crate) struct Pipeline {
     /// Wait for handlers that go on after their attempts have ended.
     pub(crate) watchers: TaskTracker,
     pub(crate) register: Arc<Register>,
+    /// What is wrong with this worker now.
+    pub(crate) health: ProcessHealth,
     pub(crate) cancels: Arc<Cancels>,
     /// How long a cancelled attempt may take to end.
     pub(crate) cancel_grace: Duration,

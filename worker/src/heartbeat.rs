@@ -7,7 +7,7 @@ use std::time::Duration;
 use garenne_common::broker::{Outgoing, Publisher};
 use garenne_common::topology::Topology;
 use garenne_common::wire::Heartbeat;
-use garenne_common::{QueueName, TaskName, Timestamp, VERSION};
+use garenne_common::{ProcessHealth, QueueName, TaskName, Timestamp, VERSION};
 use tokio_util::sync::CancellationToken;
 
 use crate::register::Register;
@@ -24,6 +24,7 @@ pub(crate) struct Beat {
     pub(crate) size: usize,
     pub(crate) slots: Arc<Slots>,
     pub(crate) register: Arc<Register>,
+    pub(crate) health: ProcessHealth,
     pub(crate) every: Duration,
     /// The worker takes no more tasks.
     pub(crate) draining: CancellationToken,
@@ -66,6 +67,7 @@ impl Beat {
             running: count(self.register.oldest(0).0),
             lost_slots: count(self.slots.lost()),
             draining: self.draining.is_cancelled(),
+            problems: self.health.problems(),
             every_ms: u32::try_from(self.every.as_millis()).unwrap_or(u32::MAX),
             at: Timestamp::now(),
         }

@@ -10,7 +10,7 @@ use garenne_common::bundling::Pace;
 use garenne_common::config::Config;
 use garenne_common::guards::Guard;
 use garenne_common::lifeline::is_isolated;
-use garenne_common::{InvalidName, QueueName, Task, TaskName};
+use garenne_common::{InvalidName, Problem, ProcessHealth, QueueName, Task, TaskName};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -160,7 +160,8 @@ impl Worker {
         );
         let doors = Doors::new(worker.slots, isolation, worker.crash_budget);
         let seen = (Arc::clone(&register), Arc::clone(&doors.slots));
-        aides.beat(&config, names, seen, &stop);
+        let health = ProcessHealth::default();
+        aides.beat(&config, names, seen, &health, &stop);
         let pipeline = Arc::new(Pipeline {
             registry,
             signature,
@@ -183,6 +184,7 @@ impl Worker {
             attempts: TaskTracker::new(),
             watchers: TaskTracker::new(),
             register,
+            health,
             cancels,
             cancel_grace: worker.cancel_grace,
         });
@@ -324,6 +326,11 @@ impl Running {
     /// Tasks that are running now.
     pub fn running_tasks(&self) -> usize {
         self.pipeline.inflight.len()
+    }
+
+    /// What keeps the worker from doing its work; empty if it is healthy.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.pipeline.health.problems()
     }
 
     /// Whether tasks can arrive, queue by queue.

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::message::{Message, Properties};
 use super::{Codec, Malformed};
+use crate::health::Problem;
 use crate::names::{QueueName, TaskName};
 use crate::timestamp::Timestamp;
 
@@ -38,6 +39,9 @@ pub struct Heartbeat {
     pub lost_slots: u32,
     /// Whether it takes no more tasks.
     pub draining: bool,
+    /// What keeps it from doing its work; empty if it is healthy.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Problem>,
     /// After how many milliseconds the next one follows.
     pub every_ms: u32,
     /// When it was written.
@@ -103,6 +107,7 @@ mod tests {
             running: 3,
             lost_slots: 0,
             draining: false,
+            problems: vec![],
             every_ms: 2_000,
             at: Timestamp::from_millis(1_000),
         }
