@@ -60,6 +60,7 @@ guards! {
     BundleShares: "a bundle is acknowledged with the first of its tasks that is settled",
     BundleSplit: "a bundle that came before runs here as if it were new",
     SuccessorBeforeAck: "a worker acknowledges before the successor is confirmed",
+    RoomAsInput: "a worker that finds no room to publish waits for it in line and may stop for ever",
     DrainHandBack: "a stopping worker keeps what it has not begun",
     FlushBeforeExit: "a stopping worker does not wait for its last confirms",
     CommitBeforeAck: "the collector acknowledges before the commit",

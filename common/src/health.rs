@@ -12,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::timestamp::Timestamp;
 
+/// How long something that could go on may stand still before it is a problem.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How often a problem that lasts is logged again.
 const REMINDER_INTERVAL: Duration = Duration::from_mins(1);
 

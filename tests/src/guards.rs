@@ -64,6 +64,7 @@ fn noticed_by(guard: Guard) -> &'static str {
         Guard::SuccessorBeforeAck => {
             "redelivery::a_task_is_acknowledged_only_after_its_result_is_confirmed"
         }
+        Guard::RoomAsInput => "liveness::failing_tasks_that_a_producer_waits_for_end",
         Guard::DrainHandBack => {
             "shutdown::what_is_handed_back_goes_at_once_and_does_not_wait_for_what_runs"
         }

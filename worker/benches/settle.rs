@@ -16,8 +16,8 @@ use garenne_common::{
 };
 use garenne_worker::Disposition;
 use garenne_worker::protocol::{
-    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Lane, SettleCore,
-    Signature, admit,
+    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Lane, Outbound,
+    SettleCore, Signature, admit,
 };
 
 /// Tasks in a row: what a worker with 64 slots and its default look-ahead holds, more or less.
@@ -68,17 +68,16 @@ impl Desk {
             self.core.settle(self.signature.settlement(&ended, output), &mut actions);
         }
         self.core.flush(&mut actions);
-        let mut acks = 0;
-        while let Some(action) = actions.pop() {
-            match action {
-                Action::Publish { ticket, .. } => {
+        while let Some(outbound) = self.core.room() {
+            match outbound {
+                Outbound::Successor { ticket, .. } => {
                     self.core.answered(ticket, Answer::Confirmed, &mut actions);
                 }
-                Action::Acknowledge { .. } => acks += 1,
-                Action::Reply(_) | Action::HandBack(_) => {}
+                Outbound::Reply(_) => {}
             }
         }
-        acks
+        let ack = |action: &&Action| matches!(action, Action::Acknowledge { .. });
+        actions.iter().filter(ack).count()
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use garenne_common::broker::{Consumer, ConsumerSpec, Link, Publisher, QueueSource};
+use garenne_common::broker::{Consumer, ConsumerSpec, Link, Publisher, QueueSource, Settler};
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
 use garenne_common::wire::control::CANCEL_KEY;
@@ -15,11 +15,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::attempt::Pipeline;
 use crate::cancels::Cancels;
 use crate::control::{self, Listener};
 use crate::heartbeat::Beat;
 use crate::register::Register;
 use crate::slots::Slots;
+use crate::watchdog::Watchdog;
 
 /// Messages that wait for the broker; more are left out.
 const WINDOW: usize = 4;
@@ -99,6 +101,18 @@ impl Aides {
             stop: self.stop.clone(),
         };
         self.tasks.spawn(beat.run());
+    }
+
+    /// Reports from now on what stands still.
+    pub(crate) fn watch(
+        &self,
+        pipeline: Arc<Pipeline>,
+        publisher: &Publisher,
+        settlers: &[Settler],
+    ) {
+        let (publisher, settlers) = (publisher.clone(), settlers.to_vec());
+        let stop = self.stop.clone();
+        self.tasks.spawn(Watchdog { pipeline, publisher, settlers, stop }.run());
     }
 
     /// Ends them. The link is its owner's to close.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use garenne_common::broker::Delivery;
 use garenne_common::bundling::Pace;
+use garenne_common::health::STALL_TIMEOUT;
 use garenne_common::wire::Fence;
 use garenne_common::{DeadReason, Options, ProcessHealth, TaskMessage, Timestamp};
 use tokio::sync::{Semaphore, mpsc};
@@ -24,7 +25,7 @@ use crate::lease::LeaseTerms;
 use crate::line::{Line, Member, Work};
 use crate::outcome::{Crash, Disposition, Outcome};
 use crate::register::{Place, Register};
-use crate::settle::{Arrival, Carrier, Ended, Lane, Settlement, Signature};
+use crate::settle::{Arrival, Carrier, Ended, Lane, SettleGauge, Settlement, Signature};
 use crate::slots::freed;
 use crate::suspect::Standing;
 
@@ -38,6 +39,7 @@ pub(crate) struct Pipeline {
     pub(crate) inflight: Arc<Inflight>,
     pub(crate) doors: Doors,
     pub(crate) settle: mpsc::Sender<Settlement>,
+    pub(crate) gauge: Arc<SettleGauge>,
     /// How long tasks take, by name.
     pub(crate) pace: Pace,
     /// The right to split a bundle.
@@ -107,6 +109,7 @@ impl Pipeline {
         let mut free = None;
         let disposition = match entry {
             Entry::Run(entered) => {
+                place.begin();
                 let disposition;
                 (disposition, free) = self.run(&mut ended, &standing, entered, &place).await;
                 disposition
@@ -237,12 +240,21 @@ impl Pipeline {
         options.timeout.unwrap_or(self.task_timeout)
     }
 
+    /// How long an attempt without a limit of its own takes at most until it has ended, with all
+    /// that is granted to it afterwards.
+    pub(crate) fn longest_end(&self) -> impl Fn(&TaskMessage) -> Duration {
+        let (grace, default) =
+            (self.kill_grace + self.cancel_grace + STALL_TIMEOUT, self.task_timeout);
+        move |task| task.options.timeout.unwrap_or(default) + grace
+    }
+
     fn limits(&self, options: &Options) -> Limits {
         let (hard, grace) = (self.limit(options), self.kill_grace);
         Limits { soft: options.soft_timeout, hard, grace }
     }
 
     pub(crate) async fn settle(&self, settlement: Settlement) {
+        self.gauge.submit();
         // The settling task outlives every attempt, so this fails only in a panic of that task.
         if self.settle.send(settlement).await.is_err() {
             tracing::error!("nobody settles any more; the broker will deliver the task again");

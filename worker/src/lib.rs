@@ -65,6 +65,7 @@ mod settle;
 mod slots;
 mod suspect;
 mod verify;
+mod watchdog;
 mod worker;
 
 pub use context::Context;
@@ -81,7 +82,7 @@ pub mod protocol {
     pub use crate::admit::{Admission, admit, admit_member, split};
     pub use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
     pub use crate::settle::{
-        Action, Answer, Arrival, Carrier, Ended, Lane, Reply, SettleCore, Settlement, Signature,
-        Subject, Successor, Then, Ticket,
+        Action, Answer, Arrival, Carrier, Ended, Lane, Outbound, Reply, SettleCore, Settlement,
+        Signature, Subject, Successor, Then, Ticket,
     };
 }

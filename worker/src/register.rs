@@ -20,6 +20,8 @@ struct State {
 struct Entry {
     task: Arc<TaskMessage>,
     since: Instant,
+    /// When it began to run; until then it waits for its turn.
+    began: Option<Instant>,
     cancel: CancellationToken,
 }
 
@@ -38,7 +40,8 @@ impl Register {
         let mut state = self.lock();
         let number = state.next;
         state.next += 1;
-        let entry = Entry { task: Arc::clone(task), since: Instant::now(), cancel: cancel.clone() };
+        let (task, since) = (Arc::clone(task), Instant::now());
+        let entry = Entry { task, since, began: None, cancel: cancel.clone() };
         state.running.insert(number, entry);
         Place { register: Arc::clone(self), number, cancel }
     }
@@ -64,8 +67,36 @@ impl Register {
         (state.running.len(), state.running.values().take(most).map(describe).collect())
     }
 
+    /// How many attempts were ever entered.
+    pub(crate) fn entered(&self) -> u64 {
+        self.lock().next
+    }
+
+    /// Names an attempt that runs although it should have ended `limit` after it began.
+    pub(crate) fn overdue(&self, limit: impl Fn(&TaskMessage) -> Duration) -> Option<String> {
+        let state = self.lock();
+        let ran = |entry: &Entry| entry.began.map(|began| began.elapsed());
+        let late = |entry: &&Entry| ran(entry).is_some_and(|ran| ran > limit(&entry.task));
+        let entry = state.running.values().find(late)?;
+        let seconds = ran(entry).unwrap_or_default().as_secs();
+        let Entry { task, .. } = entry;
+        Some(format!(
+            "the attempt of {} {} has run for {seconds} s, longer than its limit allows",
+            task.name, task.id
+        ))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    /// The attempt begins to run.
+    pub(crate) fn begin(&self) {
+        if let Some(entry) = self.register.lock().running.get_mut(&self.number) {
+            entry.began = Some(Instant::now());
+        }
     }
 }
 

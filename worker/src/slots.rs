@@ -60,6 +60,11 @@ impl Slots {
         Some(Arc::new(Held { _permit: permit, free: CancellationToken::new().drop_guard() }))
     }
 
+    /// Slots that nobody occupies.
+    pub(crate) fn free(&self) -> usize {
+        self.semaphore.available_permits()
+    }
+
     /// Slots whose handlers go on although their attempts have ended.
     pub(crate) fn lost(&self) -> usize {
         self.lost.load(Ordering::Relaxed)

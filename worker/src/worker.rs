@@ -31,7 +31,7 @@ use crate::lease::LeaseTerms;
 use crate::line::Line;
 use crate::outcome::TaskError;
 use crate::register::Register;
-use crate::settle::{Lane, SettleCore, SettleTask, Signature};
+use crate::settle::{Lane, SettleCore, SettleGauge, SettleTask, Signature};
 use crate::verify;
 
 /// How long the last confirms may take after all tasks have ended.
@@ -149,12 +149,14 @@ impl Worker {
         if let Some(isolation) = &isolation {
             tasks.spawn(Arc::clone(isolation).sweep(abort.clone()));
         }
+        let gauge = Arc::<SettleGauge>::default();
         tasks.spawn(
             SettleTask {
                 inbox,
                 core: SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature),
                 publisher: publisher.clone(),
                 settlers: settlers.clone(),
+                gauge: Arc::clone(&gauge),
             }
             .run(),
         );
@@ -170,6 +172,7 @@ impl Worker {
             inflight,
             doors,
             settle,
+            gauge,
             pace: Pace::default(),
             splits: Semaphore::new(1),
             task_timeout: worker.task_timeout,
@@ -194,6 +197,7 @@ impl Worker {
         }
         intakes.close();
         tasks.close();
+        aides.watch(Arc::clone(&pipeline), &publisher, &settlers);
         tracing::info!("ready");
         let grace = worker.grace;
         Ok(Running {

@@ -26,5 +26,5 @@ pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, S
 pub use convert::parse_message;
 pub use error::BrokerError;
 pub use link::Link;
-pub use publisher::{Outgoing, Publisher, Receipt};
+pub use publisher::{Outgoing, Publisher, Receipt, Room};
 pub use watch::Health;

@@ -96,6 +96,26 @@ impl Receipt {
     }
 }
 
+/// The right to hand one message over without waiting.
+///
+/// Whoever drives futures of its own waits for room beside them and not in line: a publish that
+/// one of those futures has begun may stand first in the queue for room, and nobody would poll it.
+pub struct Room<'p>(mpsc::Permit<'p, Job>);
+
+impl Room<'_> {
+    /// Hands a message over.
+    pub fn send(self, outgoing: Outgoing) -> Receipt {
+        let (tx, answer) = oneshot::channel();
+        self.0.send(Job::new(outgoing, Some(tx)));
+        Receipt { answer }
+    }
+
+    /// Hands over a message that is sent once; what becomes of it is not reported.
+    pub fn send_and_forget(self, outgoing: Outgoing) {
+        self.0.send(Job::new(outgoing, None));
+    }
+}
+
 impl Publisher {
     /// Starts the task. It connects on its own and declares `declarations` on every new channel.
     pub fn start(link: Link, declarations: Vec<Declaration>, config: &BrokerConfig) -> Self {
@@ -174,6 +194,16 @@ impl Publisher {
         }
     }
 
+    /// Waits for room in the window.
+    pub async fn room(&self) -> Result<Room<'_>, BrokerError> {
+        self.jobs.reserve().await.map(Room).map_err(|_| BrokerError::Closed)
+    }
+
+    /// [`room`](Self::room) if there is some at once.
+    pub fn try_room(&self) -> Option<Room<'_>> {
+        self.jobs.try_reserve().ok().map(Room)
+    }
+
     /// Sends a message once without caring what becomes of it; waits only for room in the window.
     pub async fn send_and_forget(&self, outgoing: Outgoing) -> Result<(), BrokerError> {
         self.hand_over(Job::new(outgoing, None)).await
@@ -188,6 +218,16 @@ impl Publisher {
     /// How long [`publish`](Self::publish) waits.
     pub fn deadline(&self) -> Duration {
         self.shared.deadline
+    }
+
+    /// Why nothing can be published at the moment, if that is known.
+    pub fn trouble(&self) -> Option<BrokerError> {
+        self.shared.standing.borrow().trouble.clone()
+    }
+
+    /// Whether the broker has stopped taking messages (a memory or disk alarm).
+    pub fn is_blocked(&self) -> bool {
+        self.shared.link.is_blocked()
     }
 
     /// What a caller should hear who waited `deadline` in vain: the trouble known, else silence.

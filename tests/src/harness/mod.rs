@@ -15,7 +15,7 @@ pub(crate) mod raw;
 mod supervisor;
 mod warren;
 
-pub(crate) use amqp::{Amqp, message};
+pub(crate) use amqp::{Amqp, Tap, message};
 pub(crate) use broker::PrivateNode;
 pub(crate) use eventually::{Soon, eventually, soon};
 pub(crate) use foreign::Foreign;

@@ -107,6 +107,7 @@ impl Books {
                     batch: None,
                     queue: "default",
                     leased: false,
+                    replied: false,
                 };
                 self.work.insert(key.0.clone(), work);
             }

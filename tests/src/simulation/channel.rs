@@ -107,16 +107,22 @@ impl Publisher {
         Self { up: true, jobs, last: 0, wire, confirms }
     }
 
-    pub(super) fn send(&mut self, outgoing: Outgoing) -> u64 {
+    /// `waits`: whether anybody waits for the confirm.
+    pub(super) fn send(&mut self, outgoing: Outgoing, waits: bool) -> u64 {
         let Outgoing { exchange, routing_key, message } = outgoing;
         let (exchange, routing_key) = (exchange.into(), routing_key.into());
         let message = Arc::new(message);
         self.last += 1;
-        self.jobs.insert(self.last, Sent { message, exchange, routing_key, waits: true });
+        self.jobs.insert(self.last, Sent { message, exchange, routing_key, waits });
         if self.up {
             self.wire.push_back(self.last);
         }
         self.last
+    }
+
+    /// How many messages are not confirmed.
+    pub(super) fn len(&self) -> usize {
+        self.jobs.len()
     }
 
     /// Nobody waits any more; what is on the wire may arrive all the same.
@@ -138,13 +144,14 @@ impl Publisher {
         Some(sent.clone())
     }
 
-    /// A confirm reaches the client, whichever comes first.
-    pub(super) fn confirm(&mut self, random: &mut fastrand::Rng) -> Option<u64> {
+    /// A confirm reaches the client, whichever comes first: of which message, which also says whether
+    /// anybody waits for it.
+    pub(super) fn confirm(&mut self, random: &mut fastrand::Rng) -> Option<(u64, bool)> {
         if self.confirms.is_empty() {
             return None;
         }
         let number = self.confirms.swap_remove(random.usize(..self.confirms.len()));
-        self.jobs.remove(&number).filter(|sent| sent.waits).map(|_| number)
+        Some((number, self.jobs.remove(&number).is_some_and(|sent| sent.waits)))
     }
 
     pub(super) fn lose(&mut self) {

@@ -164,7 +164,7 @@ impl Collector {
 
     /// The relay: sends all that lies in the outboxes, and forgets what is confirmed when all is.
     fn relay(&mut self, env: &mut Env) -> bool {
-        if let Some(number) = env.confirm(self.publisher) {
+        if let Some((number, _)) = env.confirm(self.publisher) {
             self.confirmed.extend(self.sent.remove(&number));
             return true;
         }

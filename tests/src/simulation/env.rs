@@ -62,7 +62,12 @@ impl Env {
     }
 
     pub(super) fn send(&mut self, publisher: usize, outgoing: Outgoing) -> u64 {
-        self.broker.publishers[publisher].send(outgoing)
+        self.broker.publishers[publisher].send(outgoing, true)
+    }
+
+    /// Sends what nobody waits for.
+    pub(super) fn send_and_forget(&mut self, publisher: usize, outgoing: Outgoing) {
+        self.broker.publishers[publisher].send(outgoing, false);
     }
 
     /// The broker's next step with a consumer: it delivers, or reads what the consumer settles.
@@ -138,7 +143,7 @@ impl Env {
         Ok(())
     }
 
-    pub(super) fn confirm(&mut self, publisher: usize) -> Option<u64> {
+    pub(super) fn confirm(&mut self, publisher: usize) -> Option<(u64, bool)> {
         self.broker.publishers[publisher].confirm(&mut self.random)
     }
 

@@ -19,6 +19,8 @@ pub(super) enum Mutation {
     SameAttemptAgain,
     /// A retry keeps the broker's account of its last way.
     KeepDeathMarks,
+    /// A worker waits for room to publish in line, and hears of nothing meanwhile.
+    WaitsForRoomInLine,
     /// A stopping worker acknowledges what it has not begun.
     DrainAcks,
     /// A producer believes that what it sent has arrived.
@@ -40,7 +42,7 @@ pub(super) enum Mutation {
 }
 
 impl Mutation {
-    pub(super) const ALL: [Self; 16] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::AckBeforeConfirm,
         Self::LostConfirmCounts,
         Self::NoAdoption,
@@ -48,6 +50,7 @@ impl Mutation {
         Self::AckTooMuch,
         Self::SameAttemptAgain,
         Self::KeepDeathMarks,
+        Self::WaitsForRoomInLine,
         Self::DrainAcks,
         Self::NoConfirmWait,
         Self::NoAlternateExchange,

@@ -116,8 +116,10 @@ impl Producer {
     }
 
     fn hear(&mut self, env: &mut Env) -> bool {
-        let Some(number) = env.confirm(self.publisher) else { return false };
-        self.believe(number, env);
+        let Some((number, waits)) = env.confirm(self.publisher) else { return false };
+        if waits {
+            self.believe(number, env);
+        }
         true
     }
 

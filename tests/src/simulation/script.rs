@@ -5,8 +5,8 @@ use std::time::Duration;
 use garenne_common::outcome::{DeadReason, Status};
 use garenne_common::wire::{self, HeaderValue, Message, Properties};
 use garenne_common::{
-    BatchId, Codec, Options, Payload, QueueName, RetryPolicy, TaskId, TaskMessage, TaskName,
-    Timestamp,
+    BatchId, Codec, Options, Payload, QueueName, ReplyFormat, ReplyTo, RetryPolicy, TaskId,
+    TaskMessage, TaskName, Timestamp,
 };
 use garenne_worker::{Outcome, TaskError};
 
@@ -54,6 +54,8 @@ pub(super) struct Work {
     pub(super) queue: &'static str,
     /// Whether it may run longer than the broker waits.
     pub(super) leased: bool,
+    /// Whether its sender wants a reply of its own.
+    pub(super) replied: bool,
 }
 
 /// What a producer does, in this order.
@@ -72,6 +74,8 @@ pub(super) struct Script {
     pub(super) collectors: usize,
     pub(super) slots: usize,
     pub(super) prefetch: usize,
+    /// Messages that a worker's publisher holds unconfirmed.
+    pub(super) window: usize,
     pub(super) group_size: usize,
     /// Faults in 1,000 steps, while there are any left.
     pub(super) fault_rate: u32,
@@ -92,6 +96,7 @@ impl Script {
             collectors: random.usize(1..=2),
             slots: random.usize(1..=3),
             prefetch: random.usize(1..=6),
+            window: random.usize(1..=4),
             group_size: random.usize(1..=6),
             fault_rate: random.u32(5..=60),
             faults,
@@ -147,7 +152,8 @@ fn work(random: &mut fastrand::Rng, number: u32, batch: Option<BatchId>) -> Work
         _ => "default",
     };
     let (max_attempts, leased) = (random.u32(1..=MAX_ATTEMPTS), random.u8(..LEASED_IN) == 0);
-    Work { number, behaviour, max_attempts, batch, queue, leased }
+    let replied = random.bool();
+    Work { number, behaviour, max_attempts, batch, queue, leased, replied }
 }
 
 impl Work {
@@ -175,7 +181,11 @@ impl Work {
             },
             attempt: 1,
             batch: self.batch.clone(),
-            reply: None,
+            reply: self.replied.then(|| ReplyTo {
+                queue: "sim.reply.sender".into(),
+                correlation_id: None,
+                format: ReplyFormat::Plain,
+            }),
             options: Options { retry, expires_at, ..Options::default() },
             submitted_at: Some(Timestamp::from_millis(BEGIN)),
             traceparent: None,

@@ -9,7 +9,7 @@ use garenne_common::wire::lease::next_fence;
 use garenne_common::wire::{Fence, HeaderValue, Message};
 use garenne_common::{QueueName, TaskId, TaskMessage, TaskName, Timestamp};
 use garenne_worker::protocol::{
-    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Key, Lane,
+    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Key, Lane, Outbound,
     SettleCore, Settlement, Signature, Subject, Successor, Ticket, admit,
 };
 use garenne_worker::{Disposition, Outcome, decide};
@@ -40,11 +40,23 @@ pub(super) struct Worker {
     inbox: VecDeque<Settlement>,
     answers: VecDeque<(Ticket, Answer)>,
     todo: VecDeque<Action>,
+    window: usize,
+    /// For [`Mutation::WaitsForRoomInLine`].
+    in_line: InLine,
     tickets: HashMap<u64, Ticket>,
     /// What this process has run, which it must not run again.
     seen: HashSet<Key>,
     /// What the broker wrote on messages, for [`Mutation::KeepDeathMarks`].
     deaths: HashMap<String, HeaderValue>,
+}
+
+/// The state of a driver that waits for room in line: what it has still to hand over, and publishes
+/// that it has begun, with whether they have asked for room. Room goes to those that asked first, and
+/// nobody but the driver lets them take it.
+#[derive(Default)]
+struct InLine {
+    rest: VecDeque<Outbound>,
+    begun: VecDeque<(Ticket, Outgoing, bool)>,
 }
 
 struct Running {
@@ -81,6 +93,8 @@ impl Worker {
             inbox: VecDeque::new(),
             answers: VecDeque::new(),
             todo: VecDeque::new(),
+            window: script.window,
+            in_line: InLine::default(),
             tickets: HashMap::new(),
             seen: HashSet::new(),
             deaths: HashMap::new(),
@@ -208,6 +222,19 @@ impl Worker {
             self.carry_out(action, env);
             return true;
         }
+        if env.is(Mutation::WaitsForRoomInLine)
+            && let Some(done) = self.drive_in_line(env)
+        {
+            return done;
+        }
+        let room = self.core.wants_room() && self.has_room(env);
+        let others = !self.answers.is_empty() || !self.inbox.is_empty();
+        if room && (!others || env.random.bool()) {
+            if let Some(outbound) = self.core.room() {
+                self.publish(outbound, env);
+            }
+            return true;
+        }
         let mut actions = vec![];
         if let Some((ticket, answer)) = self.answers.pop_front() {
             self.core.answered(ticket, answer, &mut actions);
@@ -226,16 +253,6 @@ impl Worker {
 
     fn carry_out(&mut self, action: Action, env: &mut Env) {
         match action {
-            Action::Publish { ticket, outgoing } => {
-                let outgoing = self.spoil(outgoing, env);
-                let number = env.send(self.publisher, outgoing);
-                if env.is(Mutation::AckBeforeConfirm) {
-                    self.answers.push_back((ticket, Answer::Confirmed));
-                } else {
-                    self.tickets.insert(number, ticket);
-                }
-            }
-            Action::Reply(_) => {}
             Action::Acknowledge { lane, ack } => {
                 let multiple = ack.multiple || env.is(Mutation::AckTooMuch);
                 let check = !env.is(Mutation::NoEpochCheck);
@@ -245,6 +262,51 @@ impl Worker {
                 env.broker.consumers[self.consumers[at.queue]].requeue(at.tag);
             }
         }
+    }
+
+    fn has_room(&self, env: &Env) -> bool {
+        env.broker.publishers[self.publisher].len() < self.window
+    }
+
+    fn publish(&mut self, outbound: Outbound, env: &mut Env) {
+        match outbound {
+            Outbound::Successor { ticket, outgoing } => {
+                let outgoing = self.spoil(outgoing, env);
+                let number = env.send(self.publisher, outgoing);
+                if env.is(Mutation::AckBeforeConfirm) {
+                    self.answers.push_back((ticket, Answer::Confirmed));
+                } else {
+                    self.tickets.insert(number, ticket);
+                }
+            }
+            Outbound::Reply(outgoing) => env.send_and_forget(self.publisher, outgoing),
+        }
+    }
+
+    /// The turn of a driver that waits for room in line; `None` if it may hear of something else.
+    fn drive_in_line(&mut self, env: &mut Env) -> Option<bool> {
+        self.in_line.rest.extend(std::iter::from_fn(|| self.core.room()));
+        match self.in_line.rest.pop_front() {
+            Some(Outbound::Successor { ticket, outgoing }) => {
+                self.in_line.begun.push_back((ticket, outgoing, false));
+            }
+            Some(reply) if self.has_room(env) && !self.in_line.begun.iter().any(|b| b.2) => {
+                self.publish(reply, env);
+            }
+            Some(reply) => {
+                self.in_line.rest.push_front(reply);
+                return Some(false);
+            }
+            None => {
+                self.in_line.begun.iter_mut().for_each(|begun| begun.2 = true);
+                if !self.has_room(env) {
+                    return None;
+                }
+                let (ticket, outgoing, _) = self.in_line.begun.pop_front()?;
+                self.publish(Outbound::Successor { ticket, outgoing }, env);
+            }
+        }
+        Some(true)
     }
 
     /// Plants the mistakes that are made in publishing.
@@ -263,7 +325,7 @@ impl Worker {
     }
 
     fn hear(&mut self, env: &mut Env) -> bool {
-        let Some(number) = env.confirm(self.publisher) else { return false };
+        let Some((number, _)) = env.confirm(self.publisher) else { return false };
         if let Some(ticket) = self.tickets.remove(&number) {
             self.answers.push_back((ticket, Answer::Confirmed));
         }

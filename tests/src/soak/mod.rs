@@ -9,6 +9,7 @@ mod collector;
 mod delays;
 mod hostile;
 mod poison;
+mod random_configurations;
 mod sigterm;
 
 /// A size of a run: `full`, or the share of it that `GARENNE_SOAK_PERCENT` asks for.

@@ -2,6 +2,10 @@
 //!
 //! Results travel in bundles: while one bundle waits for its confirm the next one fills, so an idle
 //! worker sends at once and a busy one sends many results per message without any timer.
+//!
+//! Room at the publisher is an input like any other ([`SettleCore::room`]): what is to be published
+//! waits here, in order, until there is some. The driver therefore never waits for room while it
+//! leaves confirms and acknowledgements unattended, which is what would have to happen first.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -26,19 +30,13 @@ const FULL_UNDER_WAY: usize = 8;
 /// Settlements taken in and not yet acknowledged. Beyond it finished attempts keep their slots, so a
 /// broker that takes no results stops the worker instead of filling its memory.
 const MAX_UNDER_WAY: usize = 8_192;
+/// Messages that wait for room at the publisher. Beyond it no more settlements are taken in, for the
+/// same reason: replies are not counted among the settlements under way.
+const MAX_OUTBOUND: usize = 256;
 
-/// One thing to do. The order of actions is part of what they mean.
+/// One thing to do at once, without waiting. The order of actions is part of what they mean.
 #[derive(Debug)]
 pub enum Action {
-    /// Publish a successor, and pass the broker's answer on to [`SettleCore::answered`].
-    Publish {
-        /// What the answer is about.
-        ticket: Ticket,
-        /// The successor.
-        outgoing: Outgoing,
-    },
-    /// Publish, and wait for nothing.
-    Reply(Outgoing),
     /// Acknowledge.
     Acknowledge {
         /// Deliveries of which queue, by position.
@@ -50,8 +48,22 @@ pub enum Action {
     HandBack(DeliveryRef),
 }
 
+/// One message to publish, which needs room at the publisher.
+#[derive(Debug)]
+pub enum Outbound {
+    /// A successor; the broker's answer goes to [`SettleCore::answered`].
+    Successor {
+        /// What the answer is about.
+        ticket: Ticket,
+        /// The message.
+        outgoing: Outgoing,
+    },
+    /// A reply; nothing waits for its confirm.
+    Reply(Outgoing),
+}
+
 /// Names a published successor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
 
 /// What became of a published successor.
@@ -96,6 +108,10 @@ pub struct SettleCore {
     last_ticket: u64,
     bundles_under_way: usize,
     claims_under_way: usize,
+    /// What waits for room at the publisher, the oldest first.
+    outbound: VecDeque<Outbound>,
+    /// Settlements that have ended: acknowledged, handed back, or left to the broker.
+    concluded: u64,
 }
 
 impl SettleCore {
@@ -112,6 +128,8 @@ impl SettleCore {
             last_ticket: 0,
             bundles_under_way: 0,
             claims_under_way: 0,
+            outbound: VecDeque::new(),
+            concluded: 0,
         }
     }
 
@@ -120,11 +138,44 @@ impl SettleCore {
         self.claims_under_way + self.bundle.claims.len() < MAX_UNDER_WAY
             && self.full.is_empty()
             && !self.bundle.is_full()
+            && self.outbound.len() < MAX_OUTBOUND
+    }
+
+    /// Whether something waits for room at the publisher.
+    pub fn wants_room(&self) -> bool {
+        !self.outbound.is_empty()
+    }
+
+    /// The publisher has room for one message: what is to be published there, if anything.
+    pub fn room(&mut self) -> Option<Outbound> {
+        self.outbound.pop_front()
+    }
+
+    /// The publisher has stopped: what waits for room will never be published.
+    /// [`flush`](Self::flush) must follow.
+    pub fn no_more_room(&mut self, actions: &mut Vec<Action>) {
+        while let Some(waiting) = self.outbound.pop_front() {
+            match waiting {
+                Outbound::Successor { ticket, .. } => {
+                    self.answered(ticket, Answer::Unknown, actions);
+                }
+                // Best effort, like every reply.
+                Outbound::Reply(_) => {}
+            }
+        }
+    }
+
+    /// How many settlements have ended, since the start.
+    pub fn concluded(&self) -> u64 {
+        self.concluded
     }
 
     /// Whether everything taken in is answered.
     pub fn is_idle(&self) -> bool {
-        self.published.is_empty() && self.full.is_empty() && self.bundle.is_empty()
+        self.published.is_empty()
+            && self.full.is_empty()
+            && self.bundle.is_empty()
+            && self.outbound.is_empty()
     }
 
     /// Takes a settlement in. [`flush`](Self::flush) must follow, after this one or after several.
@@ -135,38 +186,42 @@ impl SettleCore {
         match successor {
             Successor::Result(report) => {
                 self.add(notes);
-                self.result(report, reply, actions);
+                self.result(report, reply);
                 self.bundle.claims.push(claim);
                 return;
             }
             Successor::Message(outgoing) => {
                 let claims = vec![claim];
-                self.publish(*outgoing, Published { claims, notes, is_bundle: false }, actions);
+                self.publish(*outgoing, Published { claims, notes, is_bundle: false });
             }
             Successor::Confirmed => {
                 self.add(notes);
+                self.concluded += 1;
                 self.acknowledge([claim], actions);
             }
-            Successor::HandBack => self.hand_back(&claim.subject, actions),
+            Successor::HandBack => {
+                self.concluded += 1;
+                self.hand_back(&claim.subject, actions);
+            }
         }
         match reply {
-            Some(Reply::Other(to, report)) => self.reply(to, *report, actions),
+            Some(Reply::Other(to, report)) => self.reply(to, *report),
             // There is no result that it could be the same as.
             Some(Reply::Result(_)) | None => {}
         }
     }
 
-    fn result(&mut self, report: Report, reply: Option<Reply>, actions: &mut Vec<Action>) {
+    fn result(&mut self, report: Report, reply: Option<Reply>) {
         match reply {
             Some(Reply::Result(to)) if to.format == ReplyFormat::Bundle => {
                 self.bundle.add_with_reply(to.queue, report);
             }
             Some(Reply::Result(to)) => {
-                self.reply(to, report.clone(), actions);
+                self.reply(to, report.clone());
                 self.bundle.add(report);
             }
             Some(Reply::Other(to, other)) => {
-                self.reply(to, *other, actions);
+                self.reply(to, *other);
                 self.bundle.add(report);
             }
             None => self.bundle.add(report),
@@ -196,9 +251,9 @@ impl SettleCore {
         for (queue, replies) in replies {
             match &message {
                 Ok(message) if are_the_same(&replies, &reports) => {
-                    actions.push(reply_to(&queue, message.clone()));
+                    self.outbound.push_back(reply_to(&queue, message.clone()));
                 }
-                Ok(_) | Err(_) => self.send_replies(&queue, &spelt_out(replies, &reports), actions),
+                Ok(_) | Err(_) => self.send_replies(&queue, &spelt_out(replies, &reports)),
             }
         }
         if reports.is_empty() {
@@ -209,11 +264,12 @@ impl SettleCore {
                 let (exchange, routing_key) = (self.results.clone(), self.results.clone());
                 let outgoing = Outgoing { exchange, routing_key, message };
                 let published = Published { claims, notes: vec![], is_bundle: true };
-                self.publish(outgoing, published, actions);
+                self.publish(outgoing, published);
             }
             // Plain data always encodes; if it ever does not, the tasks come again elsewhere.
             Err(error) => {
                 tracing::error!(%error, "results could not be encoded");
+                self.concluded += claims.len() as u64;
                 for claim in &claims {
                     self.hand_back(&claim.subject, actions);
                 }
@@ -221,10 +277,10 @@ impl SettleCore {
         }
     }
 
-    fn send_replies(&self, queue: &str, replies: &[Report], actions: &mut Vec<Action>) {
+    fn send_replies(&mut self, queue: &str, replies: &[Report]) {
         for part in parts(replies) {
             match wire::report::encode(part, &self.worker) {
-                Ok(message) => actions.push(reply_to(queue, message)),
+                Ok(message) => self.outbound.push_back(reply_to(queue, message)),
                 Err(error) => tracing::error!(%error, "replies could not be encoded"),
             }
         }
@@ -235,6 +291,7 @@ impl SettleCore {
         let Some(published) = self.published.remove(&ticket) else { return };
         let Published { claims, notes, is_bundle } = published;
         self.claims_under_way -= claims.len();
+        self.concluded += claims.len() as u64;
         self.bundles_under_way -= usize::from(is_bundle);
         match answer {
             Answer::Confirmed => {
@@ -252,7 +309,7 @@ impl SettleCore {
     }
 
     /// A plain reply goes out alone; replies for our own producers travel with the bundle.
-    fn reply(&mut self, to: ReplyTo, report: Report, actions: &mut Vec<Action>) {
+    fn reply(&mut self, to: ReplyTo, report: Report) {
         match (to.format, report) {
             (ReplyFormat::Bundle, report) => {
                 self.bundle.add_reply(to.queue, report);
@@ -260,7 +317,7 @@ impl SettleCore {
             (ReplyFormat::Plain, Report::Finished(result)) => {
                 let correlation_id = to.correlation_id.as_deref();
                 let message = wire::report::encode_reply(&result, correlation_id, &self.worker);
-                actions.push(reply_to(&to.queue, message));
+                self.outbound.push_back(reply_to(&to.queue, message));
             }
             (
                 ReplyFormat::Plain,
@@ -288,13 +345,13 @@ impl SettleCore {
     }
 
     /// Publishes a successor; its confirm settles the claims.
-    fn publish(&mut self, outgoing: Outgoing, published: Published, actions: &mut Vec<Action>) {
+    fn publish(&mut self, outgoing: Outgoing, published: Published) {
         self.last_ticket += 1;
         let ticket = Ticket(self.last_ticket);
         self.claims_under_way += published.claims.len();
         self.bundles_under_way += usize::from(published.is_bundle);
         self.published.insert(ticket, published);
-        actions.push(Action::Publish { ticket, outgoing });
+        self.outbound.push_back(Outbound::Successor { ticket, outgoing });
     }
 
     fn acknowledge(&self, claims: impl IntoIterator<Item = Claim>, actions: &mut Vec<Action>) {
@@ -337,8 +394,8 @@ impl SettleCore {
 }
 
 /// Through the default exchange, which routes by the queue's name.
-fn reply_to(queue: &str, message: Message) -> Action {
-    Action::Reply(Outgoing { exchange: String::new(), routing_key: queue.to_owned(), message })
+fn reply_to(queue: &str, message: Message) -> Outbound {
+    Outbound::Reply(Outgoing { exchange: String::new(), routing_key: queue.to_owned(), message })
 }
 
 #[cfg(test)]

@@ -1,18 +1,26 @@
 //! The task that settles: carries out what [`SettleCore`] says, and tells it what the broker answers.
+//!
+//! It waits for all its inputs at once (settlements, confirms, room at the publisher) and for nothing
+//! in line: the publishes that it has begun are polled by nobody else, so while it waited for room in
+//! line, the one that stands first in the queue for room could not take it, and the worker would stop
+//! for ever.
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use garenne_common::broker::{BrokerError, Outgoing, Publisher, Settler};
+use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt, Room, Settler};
 use garenne_common::guards::Guard;
 use tokio::sync::mpsc;
 
 use super::bundle::MAX_REPORTS;
-use super::core::{Action, Answer, SettleCore, Ticket};
+use super::core::{Action, Answer, Outbound, SettleCore, Ticket};
+use super::gauge::SettleGauge;
 use super::order::Settlement;
 
-type Pending = Pin<Box<dyn Future<Output = (Ticket, Answer)> + Send>>;
+type Answered = Pin<Box<dyn Future<Output = (Ticket, Answer)> + Send>>;
 
 /// The task that settles.
 pub(crate) struct SettleTask {
@@ -21,65 +29,129 @@ pub(crate) struct SettleTask {
     pub(crate) publisher: Publisher,
     /// One for each queue of the worker, in the order of the core's lanes.
     pub(crate) settlers: Vec<Settler>,
+    pub(crate) gauge: Arc<SettleGauge>,
 }
 
 impl SettleTask {
     /// Settles until every sender is gone and everything taken in is answered.
-    pub(crate) async fn run(mut self) {
-        let mut pending = FuturesUnordered::<Pending>::new();
+    pub(crate) async fn run(self) {
+        let Self { mut inbox, mut core, publisher, settlers, gauge } = self;
+        let mut unconfirmed = Unconfirmed::default();
         let (mut arrived, mut actions) = (Vec::with_capacity(MAX_REPORTS), Vec::new());
         let mut open = true;
-        while open || !self.core.is_idle() {
+        while open || !core.is_idle() {
             tokio::select! {
-                Some((ticket, answer)) = pending.next() => {
-                    self.core.answered(ticket, answer, &mut actions);
+                Some((ticket, answer)) = unconfirmed.answers.next() => {
+                    unconfirmed.since.remove(&ticket);
+                    core.answered(ticket, answer, &mut actions);
                 }
-                count = self.inbox.recv_many(&mut arrived, MAX_REPORTS),
-                    if open && self.core.has_room() =>
-                {
+                room = publisher.room(), if core.wants_room() => match room {
+                    Ok(room) => unconfirmed.publish(&publisher, room, core.room()),
+                    Err(_) => core.no_more_room(&mut actions),
+                },
+                count = inbox.recv_many(&mut arrived, MAX_REPORTS), if open && core.has_room() => {
                     open = count > 0;
                     for settlement in arrived.drain(..) {
-                        self.core.settle(settlement, &mut actions);
+                        core.settle(settlement, &mut actions);
                     }
                 }
             }
-            self.core.flush(&mut actions);
+            core.flush(&mut actions);
             for action in actions.drain(..) {
-                self.carry_out(action, &mut pending).await;
+                carry_out(action, &settlers);
             }
+            if !Guard::RoomAsInput.holds() {
+                unconfirmed.publish_in_line(&publisher, &mut core).await;
+            }
+            while core.wants_room()
+                && let Some(room) = publisher.try_room()
+            {
+                unconfirmed.publish(&publisher, room, core.room());
+            }
+            gauge.update(core.concluded(), unconfirmed.oldest());
+        }
+    }
+}
+
+fn carry_out(action: Action, settlers: &[Settler]) {
+    match action {
+        Action::Acknowledge { lane, ack } => {
+            if !settlers[lane].ack(ack.tag, ack.multiple) {
+                // Its channel is gone: it comes again, and `Inflight` knows it as settled.
+                tracing::debug!(?ack, "the acknowledgement came too late");
+            }
+        }
+        Action::HandBack(delivery) => {
+            settlers[delivery.queue].requeue(delivery.tag);
+        }
+    }
+}
+
+/// Successors that are handed to the publisher and not answered yet.
+#[derive(Default)]
+struct Unconfirmed {
+    answers: FuturesUnordered<Answered>,
+    since: BTreeMap<Ticket, Instant>,
+}
+
+impl Unconfirmed {
+    fn publish(&mut self, publisher: &Publisher, room: Room<'_>, outbound: Option<Outbound>) {
+        match outbound {
+            Some(Outbound::Successor { ticket, outgoing }) => {
+                let receipt = room.send(outgoing.clone());
+                self.await_answer(publisher, ticket, outgoing, receipt);
+            }
+            Some(Outbound::Reply(outgoing)) => room.send_and_forget(outgoing),
+            None => {}
         }
     }
 
-    async fn carry_out(&self, action: Action, pending: &mut FuturesUnordered<Pending>) {
-        match action {
-            Action::Publish { ticket, outgoing } => {
-                let answer = publish(self.publisher.clone(), ticket, outgoing);
-                pending.push(Box::pin(answer));
+    fn await_answer(
+        &mut self,
+        publisher: &Publisher,
+        ticket: Ticket,
+        outgoing: Outgoing,
+        receipt: Receipt,
+    ) {
+        let publisher = publisher.clone();
+        self.since.insert(ticket, Instant::now());
+        self.answers.push(Box::pin(async move {
+            if !Guard::SuccessorBeforeAck.holds() {
+                return (ticket, Answer::Confirmed);
             }
-            Action::Reply(outgoing) => {
-                if let Err(error) = self.publisher.send_and_forget(outgoing).await {
-                    tracing::debug!(%error, "a reply was not sent");
+            (ticket, answer(&publisher, outgoing, receipt).await)
+        }));
+    }
+
+    /// When the oldest one was handed over.
+    fn oldest(&self) -> Option<Instant> {
+        // Tickets ascend, and so do the times.
+        self.since.first_key_value().map(|(_, since)| *since)
+    }
+
+    /// The mistake that [`Guard::RoomAsInput`] protects from.
+    async fn publish_in_line(&mut self, publisher: &Publisher, core: &mut SettleCore) {
+        while let Some(outbound) = core.room() {
+            match outbound {
+                Outbound::Successor { ticket, outgoing } => {
+                    let publisher = publisher.clone();
+                    self.since.insert(ticket, Instant::now());
+                    self.answers.push(Box::pin(async move {
+                        match publisher.send(outgoing.clone()).await {
+                            Ok(receipt) => (ticket, answer(&publisher, outgoing, receipt).await),
+                            Err(_) => (ticket, Answer::Unknown),
+                        }
+                    }));
                 }
-            }
-            Action::Acknowledge { lane, ack } => {
-                if !self.settlers[lane].ack(ack.tag, ack.multiple) {
-                    // Its channel is gone: it comes again, and `Inflight` knows it as settled.
-                    tracing::debug!(?ack, "the acknowledgement came too late");
-                }
-            }
-            Action::HandBack(delivery) => {
-                self.settlers[delivery.queue].requeue(delivery.tag);
+                Outbound::Reply(outgoing) => drop(publisher.send_and_forget(outgoing).await),
             }
         }
     }
 }
 
-async fn publish(publisher: Publisher, ticket: Ticket, outgoing: Outgoing) -> (Ticket, Answer) {
-    if !Guard::SuccessorBeforeAck.holds() {
-        drop(publisher.send_and_forget(outgoing).await);
-        return (ticket, Answer::Confirmed);
-    }
-    let answer = match until_taken(&publisher, outgoing).await {
+/// The broker's answer, however long it takes.
+async fn answer(publisher: &Publisher, outgoing: Outgoing, receipt: Receipt) -> Answer {
+    match until_taken(publisher, outgoing, receipt).await {
         Ok(()) => Answer::Confirmed,
         Err(BrokerError::Closed) => Answer::Unknown,
         Err(error) => {
@@ -88,17 +160,19 @@ async fn publish(publisher: Publisher, ticket: Ticket, outgoing: Outgoing) -> (T
             tokio::time::sleep(Duration::from_secs(1)).await;
             Answer::Impossible
         }
-    };
-    (ticket, answer)
+    }
 }
 
 /// Publishes until the broker has it. A refusal (a full queue, a permission that was revoked, an
 /// exchange that is gone) may pass, and to hand the task back would only make it run again.
-async fn until_taken(publisher: &Publisher, outgoing: Outgoing) -> Result<(), BrokerError> {
-    let mut pause = Duration::from_millis(100);
+async fn until_taken(
+    publisher: &Publisher,
+    outgoing: Outgoing,
+    first: Receipt,
+) -> Result<(), BrokerError> {
+    let (mut receipt, mut pause) = (first, Duration::from_millis(100));
     loop {
-        let confirmed = publisher.send(outgoing.clone()).await?.confirmed().await;
-        match confirmed {
+        match receipt.confirmed().await {
             Err(
                 refused @ (BrokerError::Rejected(_)
                 | BrokerError::Forbidden(_)
@@ -110,5 +184,6 @@ async fn until_taken(publisher: &Publisher, outgoing: Outgoing) -> Result<(), Br
             }
             other => return other,
         }
+        receipt = publisher.send(outgoing.clone()).await?;
     }
 }

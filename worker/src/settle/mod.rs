@@ -11,13 +11,15 @@ mod bundle;
 mod carrier;
 mod core;
 mod driver;
+mod gauge;
 mod lane;
 mod order;
 mod signature;
 
-pub use self::core::{Action, Answer, SettleCore, Ticket};
+pub use self::core::{Action, Answer, Outbound, SettleCore, Ticket};
 pub use carrier::Carrier;
 pub(crate) use driver::SettleTask;
+pub(crate) use gauge::SettleGauge;
 pub use lane::Lane;
 pub use order::{Reply, Settlement, Subject, Successor, Then};
 pub use signature::{Arrival, Ended, Signature};

@@ -35,25 +35,38 @@ impl Desk {
         self.inflight.begin(&key(id), DeliveryRef { queue: 0, tag })
     }
 
-    fn settle(&mut self, id: &str, successor: Successor) -> Vec<Action> {
+    fn settle(&mut self, id: &str, successor: Successor) -> Vec<Step> {
         self.settle_all([Settlement::bare(Subject::Attempt(key(id)), successor)])
     }
 
-    fn settle_all(&mut self, settlements: impl IntoIterator<Item = Settlement>) -> Vec<Action> {
+    fn settle_all(&mut self, settlements: impl IntoIterator<Item = Settlement>) -> Vec<Step> {
         let mut actions = vec![];
         for settlement in settlements {
             self.core.settle(settlement, &mut actions);
         }
-        self.core.flush(&mut actions);
-        actions
+        self.with_room(actions)
     }
 
-    fn answer(&mut self, ticket: Ticket, answer: Answer) -> Vec<Action> {
+    /// The publisher has room for everything.
+    fn with_room(&mut self, mut actions: Vec<Action>) -> Vec<Step> {
+        self.core.flush(&mut actions);
+        let mut steps: Vec<_> = actions.into_iter().map(Step::Do).collect();
+        steps.extend(std::iter::from_fn(|| self.core.room()).map(Step::Send));
+        steps
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Answer) -> Vec<Step> {
         let mut actions = vec![];
         self.core.answered(ticket, answer, &mut actions);
-        self.core.flush(&mut actions);
-        actions
+        self.with_room(actions)
     }
+}
+
+/// What the core wants done, with room at the publisher and without.
+#[derive(Debug)]
+enum Step {
+    Do(Action),
+    Send(Outbound),
 }
 
 fn key(id: &str) -> Key {
@@ -84,22 +97,24 @@ fn message() -> Successor {
     Successor::message(Outgoing { exchange, routing_key, message: Message::default() })
 }
 
-/// The ticket of the only action, which publishes to this exchange.
+/// The ticket of the only step, which publishes to this exchange.
 #[track_caller]
-fn published(actions: &[Action], to: &str) -> Ticket {
-    match actions {
-        [Action::Publish { ticket, outgoing }] if outgoing.exchange == to => *ticket,
+fn published(steps: &[Step], to: &str) -> Ticket {
+    match steps {
+        [Step::Send(Outbound::Successor { ticket, outgoing })] if outgoing.exchange == to => {
+            *ticket
+        }
         other => panic!("not one publish to {to}: {other:?}"),
     }
 }
 
 /// Deliveries that are acknowledged, with `multiple`.
-fn acked(actions: &[Action]) -> Vec<(u64, bool)> {
-    let ack = |action: &Action| match action {
-        Action::Acknowledge { ack, .. } => Some((ack.tag.number, ack.multiple)),
-        Action::Publish { .. } | Action::Reply(_) | Action::HandBack(_) => None,
+fn acked(steps: &[Step]) -> Vec<(u64, bool)> {
+    let ack = |step: &Step| match step {
+        Step::Do(Action::Acknowledge { ack, .. }) => Some((ack.tag.number, ack.multiple)),
+        Step::Do(Action::HandBack(_)) | Step::Send(_) => None,
     };
-    actions.iter().filter_map(ack).collect()
+    steps.iter().filter_map(ack).collect()
 }
 
 #[test]
@@ -168,9 +183,11 @@ fn large_results_that_end_together_go_in_bundles_that_fit_into_a_message() {
     assert!(!desk.core.has_room());
     let mut acknowledged = 0;
     while !actions.is_empty() {
-        let published = actions.iter().filter_map(|action| match action {
-            Action::Publish { ticket, outgoing } => Some((*ticket, outgoing.message.body.len())),
-            Action::Acknowledge { .. } | Action::Reply(_) | Action::HandBack(_) => None,
+        let published = actions.iter().filter_map(|step| match step {
+            Step::Send(Outbound::Successor { ticket, outgoing }) => {
+                Some((*ticket, outgoing.message.body.len()))
+            }
+            Step::Send(Outbound::Reply(_)) | Step::Do(_) => None,
         });
         let published: Vec<_> = published.collect();
         acknowledged = acked(&actions).last().map_or(acknowledged, |(number, _)| *number);
@@ -233,7 +250,10 @@ fn without_a_successor_nothing_is_acknowledged() {
     let unknown = published(&desk.settle("b", result("b")), "g.results");
     assert!(desk.answer(unknown, Answer::Unknown).is_empty());
     let actions = desk.answer(never, Answer::Impossible);
-    assert!(matches!(actions[..], [Action::HandBack(DeliveryRef { queue: 0, .. })]), "{actions:?}");
+    assert!(
+        matches!(actions[..], [Step::Do(Action::HandBack(DeliveryRef { queue: 0, .. }))]),
+        "{actions:?}"
+    );
     assert_eq!(desk.begin("a"), Begin::Run, "what went back may run again");
 }
 
@@ -246,6 +266,47 @@ fn what_may_return_is_not_remembered_as_settled() {
     let ticket = published(&actions, "g.delay.00");
     assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(1, false)]);
     assert_eq!(desk.begin("a"), Begin::Run);
+}
+
+#[test]
+fn without_room_nothing_is_published_and_confirms_are_heard() {
+    let mut desk = Desk::new();
+    for id in ["a", "b", "c"] {
+        desk.begin(id);
+    }
+    let first = published(&desk.settle("a", message()), "g.delay.00");
+    let mut actions = vec![];
+    for id in ["b", "c"] {
+        let retry = Settlement::bare(Subject::Attempt(key(id)), message());
+        desk.core.settle(retry, &mut actions);
+    }
+    desk.core.flush(&mut actions);
+    assert!(actions.is_empty() && desk.core.wants_room() && !desk.core.is_idle());
+    desk.core.answered(first, Answer::Confirmed, &mut actions);
+    assert!(matches!(actions[..], [Action::Acknowledge { .. }]), "{actions:?}");
+    assert_eq!(desk.core.concluded(), 1);
+    let Some(Outbound::Successor { ticket, .. }) = desk.core.room() else { panic!("b waits") };
+    assert_eq!(acked(&desk.answer(ticket, Answer::Confirmed)), [(2, false)]);
+    desk.core.no_more_room(&mut actions);
+    assert!(!desk.core.wants_room(), "a publisher that has stopped is waited for by nobody");
+}
+
+#[test]
+fn replies_that_find_no_room_stop_the_intake_of_settlements() {
+    let mut desk = Desk::new();
+    let mut actions = vec![];
+    for number in 0.. {
+        if !desk.core.has_room() {
+            assert_eq!(number, MAX_OUTBOUND);
+            break;
+        }
+        let to =
+            ReplyTo { queue: "g.reply.x".into(), correlation_id: None, format: ReplyFormat::Plain };
+        let Successor::Result(report) = result("a") else { unreachable!() };
+        let reply = Some(Reply::Other(to, Box::new(report)));
+        let only = Settlement::bare(Subject::Nothing, Successor::Confirmed);
+        desk.core.settle(Settlement { reply, ..only }, &mut actions);
+    }
 }
 
 #[test]

@@ -1,0 +1,89 @@
+//! Something always goes on, and what stands still is reported (promise 10): failing tasks whose
+//! producer waits, little room at every publisher, and a worker that cannot settle.
+
+use std::time::Duration;
+
+use garenne_common::wire::Heartbeat;
+use garenne_producer::Submission;
+use garenne_worker::Worker;
+use serde_json::json;
+
+use crate::harness::{PrivateNode, Tap, Warren, eventually, soon};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Tasks of one run: more than every queue inside a worker holds.
+const TASKS: usize = 2_000;
+
+/// Maps `TASKS` lines through `garenne.fail`; how many rows came, and the exit code.
+async fn map_failures(warren: &Warren, line: &str) -> (usize, Option<i32>) {
+    let input = format!("{line}\n").repeat(TASKS);
+    let ended = warren.garenne_reading(&input, &["map", "garenne.fail"]).await;
+    (ended.stdout.lines().count(), ended.code)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failing_tasks_that_a_producer_waits_for_end() {
+    let warren = Warren::new().await;
+    let (_worker, _collector) = warren.crew().await;
+    assert_eq!(map_failures(&warren, r#"{"fatal":true}"#).await, (TASKS, Some(1)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn retried_tasks_end_with_room_for_one_message() {
+    let warren = Warren::new().await;
+    let worker = warren.worker().set("broker.publish_window", 1);
+    let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
+    assert_eq!(map_failures(&warren, r#"{"times":1}"#).await, (TASKS, Some(0)));
+}
+
+/// The next heartbeat that has a problem of this kind.
+async fn problem(heartbeats: &mut Tap, code: &str) -> String {
+    eventually(PATIENCE, &format!("a heartbeat tells of {code}"), async || {
+        let heartbeat = Heartbeat::decode(&heartbeats.next().await).ok()?;
+        let problem = heartbeat.problems.into_iter().find(|problem| problem.code == code)?;
+        Some(problem.detail)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_results_are_refused_says_so_and_recovers() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let mut heartbeats = warren.amqp().await.heartbeats().await;
+    let _worker = warren.worker().start().await;
+    let results = warren.config().broker.topology().results();
+    let (pattern, policy) = (format!("^{results}$"), format!("full-{results}"));
+    let refuse = r#"{"max-length":1,"overflow":"reject-publish"}"#;
+    node.ctl(&["set_policy", &policy, &pattern, refuse, "--apply-to", "queues"]);
+    // RabbitMQ lets some pass beyond the limit, so there are many.
+    let producer = warren.producer().await;
+    let words = || Submission::dynamic("text.count_words", json!({ "text": "a" })).unwrap();
+    let outcomes = producer.submit_many_detached((0..200).map(|_| words())).await;
+    assert!(outcomes.iter().all(Result::is_ok), "tasks are taken");
+    let detail = problem(&mut heartbeats, "settling_stalled").await;
+    assert!(detail.contains("not settled"), "{detail}");
+    node.ctl(&["clear_policy", &policy]);
+    eventually(PATIENCE, "the worker is healthy again", async || {
+        let heartbeat = Heartbeat::decode(&heartbeats.next().await).ok()?;
+        heartbeat.problems.is_empty().then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_may_not_publish_is_unhealthy_until_it_may() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let running = warren.work(Worker::builder(warren.config())).await;
+    warren.garenne(&["submit", "text.count_words", r#"{"text":"a"}"#]).await.ok();
+    soon("the first task is settled", async || (running.running_tasks() == 0).then_some(())).await;
+    let codes = || running.problems().into_iter().map(|problem| problem.code).collect::<Vec<_>>();
+    assert_eq!(codes(), Vec::<String>::new());
+    node.alarm();
+    let told = async || codes().contains(&"not_publishing".to_owned()).then_some(());
+    eventually(PATIENCE, "the worker is unhealthy", told).await;
+    node.calm();
+    eventually(PATIENCE, "it is healthy again", async || codes().is_empty().then_some(())).await;
+    running.drain().await;
+}
