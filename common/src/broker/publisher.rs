@@ -37,6 +37,11 @@ const PATIENCE: u32 = 2;
 /// But a short deadline is a caller's haste and no reason to publish everything twice.
 const LEAST_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a channel is used on which the broker refused something. RabbitMQ 3.10.8 goes on refusing
+/// over a channel that has met a full quorum queue although the limit that a policy set is gone; over
+/// a new channel it takes the messages.
+const REFUSING: Duration = Duration::from_secs(10);
+
 /// So many channels may end while one message is alone on them.
 const STRIKES: u32 = 3;
 
@@ -312,6 +317,8 @@ struct PublishTask {
 
 enum End {
     Finished,
+    /// The channel is to be replaced; nothing is under way on it.
+    Renew,
     /// `barren`: it never confirmed anything.
     Lost {
         error: BrokerError,
@@ -329,6 +336,10 @@ impl PublishTask {
                     self.shared.standing.send_modify(|standing| standing.opened = true);
                     match self.pump(&channel).await {
                         End::Finished => return close(&channel).await,
+                        End::Renew => {
+                            close(&channel).await;
+                            continue;
+                        }
                         End::Lost { error, barren } => {
                             // A channel that ends over what is published on it (a forbidden exchange,
                             // say) opens well each time; to come back at once would be a hot loop.
@@ -369,13 +380,14 @@ impl PublishTask {
         let mut health = tokio::time::interval(HEALTH_CHECK);
         health.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            if let Err(lost) = self.fill(channel, &mut window) {
+            let renew = window.refused.is_some_and(|refused| refused.elapsed() >= REFUSING);
+            if !renew && let Err(lost) = self.fill(channel, &mut window) {
                 return self.give_back(window, lost);
             }
-            if !open && window.is_empty() {
-                return End::Finished;
+            if window.is_empty() && (renew || !open) {
+                return if open || !self.to_send.is_empty() { End::Renew } else { End::Finished };
             }
-            let room = window.len() < self.limit();
+            let room = window.len() < self.limit() && !renew;
             tokio::select! {
                 Some(confirm) = window.confirms.next() => {
                     let count = match window.conclude_ready(confirm) {

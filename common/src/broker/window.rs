@@ -35,6 +35,8 @@ pub(super) struct Window<'c> {
     next: u64,
     pub(super) jobs: BTreeMap<u64, Job>,
     pub(super) confirmed_any: bool,
+    /// When the broker first refused a message on this channel.
+    pub(super) refused: Option<Instant>,
     pub(super) confirms: FuturesUnordered<Numbered<'c>>,
 }
 
@@ -114,7 +116,10 @@ impl<'c> Window<'c> {
     pub(super) fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
         let answer = match verdict {
             Ok(Confirmation::Ack(_)) => Ok(()),
-            Ok(Confirmation::Nack(_)) => Err(()),
+            Ok(Confirmation::Nack(_)) => {
+                self.refused.get_or_insert_with(Instant::now);
+                Err(())
+            }
             // Without confirm mode nothing is known; the channel cannot be trusted.
             Ok(Confirmation::NotRequested) => {
                 return Err(BrokerError::Lost("the channel is not in confirm mode".to_owned()));

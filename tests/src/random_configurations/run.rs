@@ -71,15 +71,15 @@ impl<'w> System<'w> {
         let all = draw.work.len();
         let mut faults = draw.faults.iter().copied();
         let mut next = faults.next();
-        let (mut seen, mut moved) = (0, Instant::now());
+        let (mut seen, mut moved, mut done) = (0, Instant::now(), false);
         loop {
-            let done = match tokio::time::timeout(LOOK, &mut submitting).await {
-                Ok(submitted) => {
+            tokio::select! {
+                submitted = &mut submitting, if !done => {
                     submitted.map_err(|error| error.to_string())??;
-                    true
+                    done = true;
                 }
-                Err(_) => false,
-            };
+                () = tokio::time::sleep(LOOK) => {}
+            }
             let stored = self.stored().min(all);
             let now = stored + ended.load(Ordering::Relaxed);
             if done && stored == all {
