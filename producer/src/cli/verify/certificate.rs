@@ -36,6 +36,8 @@ pub(super) struct Certificate {
     /// Breaches by invariant, all of them, zeros included.
     pub(super) breaches: BTreeMap<Invariant, u64>,
     pub(super) worst_stall_seconds: f64,
+    /// The longest that a task, batch, producer, queue or process waited while nothing was broken.
+    pub(super) longest_wait_seconds: f64,
     pub(super) drained_seconds: f64,
     pub(super) processes: Vec<bounds::Process>,
     /// The first of them.
@@ -59,6 +61,9 @@ pub(super) struct Counts {
     pub(super) resubmitted: u64,
     pub(super) succeeded: u64,
     pub(super) failed: u64,
+    pub(super) cancelled: u64,
+    /// Results that producers waited for and got.
+    pub(super) answered: u64,
     pub(super) batches_done: u64,
     pub(super) batches_abandoned: u64,
     pub(super) executions: u64,
@@ -112,7 +117,7 @@ impl Invariant {
             Self::Notice => "notices missing or false",
             Self::Conservation => "left in queues, wrong dead letters",
             Self::Bounds => "grown processes",
-            Self::Liveness => "not drained",
+            Self::Liveness => "stood still",
             Self::Attempts => "too many executions",
             Self::Process => "processes that ended by themselves",
         }
@@ -158,6 +163,10 @@ impl Certificate {
             ("outcomes", Some(self.outcomes())),
             ("repeats", Some(self.repeats())),
             ("worst stall", Some(format!("{:.1} s", self.worst_stall_seconds))),
+            (
+                "longest wait",
+                Some(format!("{:.1} s with nothing broken", self.longest_wait_seconds)),
+            ),
             ("drained", Some(format!("{:.1} s after the last repair", self.drained_seconds))),
         ]));
         text.push_str("\n\n");
@@ -202,10 +211,19 @@ impl Certificate {
 
     fn outcomes(&self) -> String {
         let Counts {
-            confirmed, bundled, succeeded, failed, batches_done, batches_abandoned, ..
+            confirmed,
+            bundled,
+            succeeded,
+            failed,
+            cancelled,
+            answered,
+            batches_done,
+            batches_abandoned,
+            ..
         } = self.counts;
         format!(
-            "{confirmed} confirmed, {bundled} of them in bundles; {succeeded} succeeded, {failed} given up as they should; \
+            "{confirmed} confirmed, {bundled} of them in bundles; {succeeded} succeeded, {failed} given up as they should, \
+             {cancelled} cancelled; {answered} results came to those who waited; \
              {batches_done} batches done, {batches_abandoned} abandoned with their producer"
         )
     }

@@ -169,19 +169,18 @@ impl Evidence<'_> {
         let mut found = vec![];
         for (n, record) in self.records() {
             let job = self.mix.job(n);
-            let (status, reason) = job.expected();
             let output: Option<u64> =
                 record.output.as_ref().and_then(|output| output.decode().ok());
             let error = record.error.as_deref().unwrap_or_default();
-            let fine = record.status == status
+            let fine = job.may_end(record.status, record.reason)
                 && job.evidence().is_none_or(|evidence| error.contains(&evidence))
-                && record.reason == reason
                 && (!job.succeeds() || output == Some(n))
                 && (!job.succeeds() || record.attempt > job.failures)
                 && record.attempt <= job.max_attempts();
             if !fine {
-                let reason = reason.map_or("success", garenne_common::DeadReason::as_str);
-                let what = format!("ended as {}, expected {reason}", outcome(record));
+                let (status, reason) = job.expected();
+                let expected = reason.map_or(status.as_str(), garenne_common::DeadReason::as_str);
+                let what = format!("ended as {}, expected {expected}", outcome(record));
                 found.push(self.breach(Invariant::WrongOutcome, n, what));
             }
         }

@@ -1,10 +1,13 @@
 //! The run itself: feeds the producers, lets the nemesis loose, and watches until everything has ended
 //! and settled. What it sees is judged elsewhere.
 
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
 use std::time::{Duration, Instant};
 
 use garenne_common::TaskResult;
-use garenne_common::wire::{Answer, Question};
+use garenne_common::broker::Admin;
+use garenne_common::wire::{Answer, Question, TaskSummary};
 use garenne_producer::Producer;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
@@ -14,13 +17,15 @@ use super::check::{Invariant, Violation};
 use super::crew::Crew;
 use super::faults::Nemesis;
 use super::ledger::Ledger;
-use super::listener::Listener;
+use super::listener::{Listener, Told};
+use super::liveness::{Depths, Waiting, Watch};
 use super::mix::Mix;
-use super::producers::Producers;
+use super::producers::{Line, Producers};
 use super::progress::Progress;
 use super::proxy::Proxy;
 use super::stage::Facts;
-use super::workload::{BatchFate, Workload};
+use super::vitals::Vitals;
+use super::workload::{BatchFate, Said, Workload};
 use crate::cli::cluster::Cluster;
 use crate::cli::error::CliError;
 
@@ -28,6 +33,8 @@ use crate::cli::error::CliError;
 const TICK: Duration = Duration::from_millis(20);
 /// How often the collector is asked how many tasks have ended.
 const PULSE: Duration = Duration::from_millis(100);
+/// How often it is judged whether everything goes on.
+const LOOK: Duration = Duration::from_secs(1);
 /// How long the early look at some records may take. It is a sample; the pulse must go on.
 const GLANCE: Duration = Duration::from_secs(1);
 /// Records that are remembered as they were during the run.
@@ -41,12 +48,13 @@ pub(super) struct Stage {
     pub(super) proxy: Option<Proxy>,
     pub(super) ledger: Ledger,
     pub(super) listener: Listener,
+    pub(super) vitals: Vitals,
     /// For questions; it goes to the broker directly, past all faults but the broker's own.
     pub(super) producer: Producer,
     pub(super) nemesis: Nemesis,
     pub(super) workload: Workload,
     pub(super) batch_deadline: Duration,
-    /// Nothing has ended for so long, though nothing is broken: it never will.
+    /// What waits for so long, though nothing is broken, will wait for ever.
     pub(super) patience: Duration,
     pub(super) facts: Facts,
     pub(super) seen: Seen,
@@ -59,6 +67,8 @@ pub(super) struct Seen {
     pub(super) drained: Duration,
     pub(super) early: Vec<(u64, TaskResult)>,
     pub(super) noted: Vec<Violation>,
+    /// The longest that anything waited while nothing was broken.
+    pub(super) longest_wait: Duration,
     /// Workers that died of a task, as they should.
     pub(super) poisoned: u64,
 }
@@ -70,11 +80,10 @@ struct Pulse {
     early: Vec<(u64, TaskResult)>,
 }
 
-/// Since when nothing has ended although something could.
-struct Backlog {
-    ended: u64,
-    since: Instant,
-}
+/// Single tasks that are due and of whose end no notice has told, the oldest first; and how many of the
+/// confirmed ones were looked at.
+#[derive(Default)]
+struct Unended(BinaryHeap<Reverse<(Instant, u64)>>);
 
 impl Stage {
     /// Runs the workload and the faults to their end. What cannot go on is noted as a breach.
@@ -83,7 +92,11 @@ impl Stage {
         let asking = TaskTracker::new().spawn(ask(self.producer.clone(), self.mix, told));
         let asking = AbortOnDropHandle::new(asking);
         let mut producers = Producers::start(&mut self.cluster, self.mix)?;
-        let mut backlog = Backlog { ended: 0, since: Instant::now() };
+        let (known, depths) = watch::channel(Depths::default());
+        let measuring = measure(self.cluster.admin().clone(), self.cluster.queues(), known);
+        let measuring = AbortOnDropHandle::new(TaskTracker::new().spawn(measuring));
+        let (mut watch, mut looked) = (Watch::new(self.patience), Instant::now());
+        let mut unended = Unended::default();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut lines = vec![];
@@ -93,6 +106,7 @@ impl Stage {
                 _ = tick.tick() => {}
             }
             for line in lines.drain(..) {
+                unended.heard(&line, self.mix);
                 producers.heard(line, &mut self.cluster, &mut self.workload)?;
             }
             let ended = pulse.borrow().ended;
@@ -100,16 +114,27 @@ impl Stage {
             self.nemesis.step(ended, &mut self.cluster, &self.crew, proxy).await?;
             producers.feed(&mut self.workload, self.nemesis.allowance()).await;
             self.look_after_strays()?;
-            let stall = backlog.stall(self.workload.due(Instant::now()), ended);
             progress.show(ended, self.workload.confirmed_count(), &self.nemesis);
-            if ended >= self.mix.tasks && self.workload.is_done() && self.nemesis.is_done() {
+            let done = ended >= self.mix.tasks && producers.all_answered();
+            if done && self.workload.is_done() && self.nemesis.is_done() {
                 break;
             }
-            if stall > self.patience && self.nemesis.present().is_empty() {
+            if looked.elapsed() < LOOK {
+                continue;
+            }
+            looked = Instant::now();
+            let mut waiting = self.waiting(&mut unended, &producers);
+            waiting.extend(depths.borrow().waiting());
+            let broken = !self.nemesis.present().is_empty();
+            let breaches = watch.look(looked, broken, waiting);
+            if !breaches.is_empty() {
+                self.seen.noted.extend(breaches);
                 self.note_stuck(ended);
                 break;
             }
         }
+        self.seen.longest_wait = watch.worst();
+        drop(measuring);
         let healed = self.nemesis.healed_at.unwrap_or(self.seen.begun);
         self.seen.drained = healed.elapsed();
         self.seen.early.clone_from(&pulse.borrow().early);
@@ -120,15 +145,48 @@ impl Stage {
         Ok(())
     }
 
+    /// Everything that is due and has not come, each with who waits for it.
+    fn waiting(&self, unended: &mut Unended, producers: &Producers) -> Vec<Waiting> {
+        let mut waiting = self.vitals.waiting();
+        self.listener.read(|heard| {
+            waiting.extend(unended.oldest(&heard.tasks).map(|(due, index)| Waiting {
+                subject: self.name(index),
+                what: "due, and no notice tells of its end".to_owned(),
+                since: due,
+            }));
+            let untold = |fate: &&BatchFate| {
+                fate.id.as_ref().is_some_and(|id| !heard.batches.contains_key(id))
+            };
+            let fates = self.workload.batches.values().filter(untold);
+            waiting.extend(fates.filter_map(|fate| {
+                Some(Waiting {
+                    subject: format!("batch {}", fate.id.as_ref()?),
+                    what: "sealed, and no notice tells of its end".to_owned(),
+                    since: fate.sealed?,
+                })
+            }));
+        });
+        waiting.extend(producers.oldest().map(|(producer, index, due)| Waiting {
+            subject: producer.to_owned(),
+            what: format!("it waits for the result of {}", self.name(index)),
+            since: due,
+        }));
+        waiting
+    }
+
+    fn name(&self, index: u64) -> String {
+        self.mix.id(index).map_or_else(|_| index.to_string(), |id| id.to_string())
+    }
+
     fn note_stuck(&mut self, ended: u64) {
         self.seen.noted.push(Violation {
             invariant: Invariant::Liveness,
             subject: "the run".to_owned(),
             what: format!(
-                "{ended} of {} tasks ended, {} confirmed, then nothing for {:?}",
+                "{ended} of {} tasks ended, {} confirmed; given up after {:?}",
                 self.mix.tasks,
                 self.workload.confirmed_count(),
-                self.patience
+                self.seen.begun.elapsed()
             ),
         });
     }
@@ -206,13 +264,39 @@ impl Stage {
     }
 }
 
-impl Backlog {
-    /// How long nothing has ended, with so many tasks confirmed and not delayed any more.
-    fn stall(&mut self, due: u64, ended: u64) -> Duration {
-        if ended != self.ended || due <= ended {
-            (self.ended, self.since) = (ended, Instant::now());
+impl Unended {
+    /// Notes when a confirmed task is due. Members of batches have no notices of their own.
+    fn heard(&mut self, line: &Line, mix: Mix) {
+        if let Some(Said::Confirmed(index)) = line.said()
+            && !mix.is_member(index)
+        {
+            self.0.push(Reverse((Instant::now() + mix.job(index).delay, index)));
         }
-        self.since.elapsed()
+    }
+
+    /// The one that is due for longest.
+    fn oldest(&mut self, told: &HashMap<u64, Told<TaskSummary>>) -> Option<(Instant, u64)> {
+        while let Some(Reverse((due, index))) = self.0.peek() {
+            if !told.contains_key(index) {
+                return Some((*due, *index));
+            }
+            self.0.pop();
+        }
+        None
+    }
+}
+
+/// Looks, again and again, how much waits in each queue.
+async fn measure(admin: Admin, queues: Vec<String>, known: watch::Sender<Depths>) {
+    loop {
+        let mut depths = vec![];
+        for name in &queues {
+            if let Ok(Some(ready)) = admin.depth(name).await {
+                depths.push((name.clone(), ready));
+            }
+        }
+        known.send_modify(|known| known.note(&depths, Instant::now()));
+        sleep(LOOK).await;
     }
 }
 

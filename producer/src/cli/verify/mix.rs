@@ -13,6 +13,14 @@ use crate::cli::error::CliError;
 
 /// How many tasks stand together; some of these blocks are batches.
 const BLOCK: u64 = 40;
+/// How many tasks stand together that may all be of one kind.
+const BURST: u64 = 200;
+/// The burst that every run has which is long enough: it all fails, and its producers wait.
+const FAILING_BURST: u64 = 1;
+/// The one that is mixed of all kinds of bursts.
+const MIXED_BURST: u64 = 2;
+/// How long a task works that is to be cancelled. Its producer may be killed before it cancels it.
+const CANCELLED_WORK: u64 = 10_000;
 /// Members of a batch that are submitted together, if so many are left; at most it is the whole block.
 const FEWEST_TOGETHER: u64 = 2;
 /// How long a task that overruns may run.
@@ -66,6 +74,19 @@ enum End {
     Panic,
     Overrun,
     Crash,
+    /// Its producer cancels it once it is confirmed.
+    Cancel,
+}
+
+/// What all tasks of a burst have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Burst {
+    Failures,
+    Retries,
+    Timeouts,
+    Cancellations,
+    /// Each task is of one of these kinds.
+    Mixed,
 }
 
 impl Mix {
@@ -95,10 +116,52 @@ impl Mix {
             300 => job.end = End::Crash,
             _ => {}
         }
+        if let Some(burst) = self.burst(index / BURST) {
+            burst.shape(&mut job, &mut rng);
+        }
         if POISON.contains(&index) {
             job.end = End::Crash;
         }
+        // The counts of a batch must be known beforehand.
+        if job.end == End::Cancel && self.is_member(index) {
+            job.end = End::Fatal;
+        }
+        if job.end == End::Cancel {
+            (job.millis, job.blocking, job.failures) = (CANCELLED_WORK, false, 0);
+        }
         job
+    }
+
+    /// One burst in five is of one kind.
+    fn burst(self, number: u64) -> Option<Burst> {
+        let mut rng =
+            fastrand::Rng::with_seed(self.seed ^ number.wrapping_mul(0xD6E8_FEB8_6659_FD93));
+        let drawn = match rng.u8(..30) {
+            0 => Some(Burst::Failures),
+            1 => Some(Burst::Retries),
+            2 => Some(Burst::Timeouts),
+            3 => Some(Burst::Cancellations),
+            4 | 5 => Some(Burst::Mixed),
+            _ => None,
+        };
+        match number {
+            // The first tasks are of all kinds, and hold the ones that kill their process.
+            0 => None,
+            FAILING_BURST => Some(Burst::Failures),
+            MIXED_BURST => Some(Burst::Mixed),
+            _ => drawn,
+        }
+    }
+
+    /// Whether this task is a member of a batch.
+    pub(super) fn is_member(self, index: u64) -> bool {
+        self.is_batch(index - index % BLOCK)
+    }
+
+    /// Whether the block that begins with this task is a batch.
+    fn is_batch(self, first: u64) -> bool {
+        let mut rng = fastrand::Rng::with_seed(self.seed.wrapping_add(first));
+        first == 0 || rng.u8(..4) == 0
     }
 
     /// The id of the task of this number; the same whoever submits it, and however often.
@@ -119,8 +182,7 @@ impl Mix {
         let mut units = vec![];
         for first in (0..self.tasks).step_by(usize::try_from(BLOCK).unwrap_or(1)) {
             let count = BLOCK.min(self.tasks - first);
-            let mut rng = fastrand::Rng::with_seed(self.seed.wrapping_add(first));
-            if first == 0 || rng.u8(..4) == 0 {
+            if self.is_batch(first) {
                 units.push(Unit::Batch { first, count });
             } else {
                 units.extend((first..first + count).map(Unit::One));
@@ -149,6 +211,25 @@ impl Mix {
     }
 }
 
+impl Burst {
+    fn shape(self, job: &mut Job, rng: &mut fastrand::Rng) {
+        (job.delay, job.failures, job.millis) = (Duration::ZERO, 0, rng.u64(0..3));
+        job.end = match self {
+            Self::Failures => [End::Fail, End::Fatal, End::Fatal][rng.usize(..3)],
+            Self::Retries => {
+                job.failures = rng.u32(1..=2);
+                End::Succeed
+            }
+            Self::Timeouts => End::Overrun,
+            Self::Cancellations => End::Cancel,
+            Self::Mixed => {
+                let one = [Self::Failures, Self::Retries, Self::Timeouts, Self::Cancellations];
+                return one[rng.usize(..one.len())].shape(job, rng);
+            }
+        };
+    }
+}
+
 impl Unit {
     /// The numbers of its tasks.
     pub(super) fn indices(self) -> Range<u64> {
@@ -163,7 +244,7 @@ impl Job {
     /// The arguments that travel.
     pub(super) fn arguments(&self) -> Value {
         let end = match self.end {
-            End::Succeed => "succeed",
+            End::Succeed | End::Cancel => "succeed",
             End::Fail => "fail",
             End::Fatal => "fatal",
             End::Panic => "panic",
@@ -201,6 +282,8 @@ impl Job {
             End::Succeed | End::Fatal => self.failures + SPARE_ATTEMPTS,
             End::Fail | End::Panic => 2,
             End::Overrun | End::Crash => 1,
+            // Whoever runs it may be killed, and its next attempt is cancelled as well.
+            End::Cancel => SPARE_ATTEMPTS,
         }
     }
 
@@ -213,6 +296,24 @@ impl Job {
     /// Whether it kills the process that runs it.
     pub(super) fn crashes(&self) -> bool {
         self.end == End::Crash
+    }
+
+    /// Whether its producer cancels it.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.end == End::Cancel
+    }
+
+    /// Whether it must end as a dead letter.
+    #[cfg(test)]
+    pub(super) fn fails(&self) -> bool {
+        self.expected().0 == Status::Failed
+    }
+
+    /// Whether it may end like this; one that is cancelled may have ended before, or its producer may
+    /// have been killed before it cancelled it.
+    pub(super) fn may_end(&self, status: Status, reason: Option<DeadReason>) -> bool {
+        let late = self.is_cancelled() && (status, reason) == (Status::Succeeded, None);
+        (status, reason) == self.expected() || late
     }
 
     /// What its final error must say.
@@ -229,6 +330,7 @@ impl Job {
             End::Panic => (Status::Failed, Some(DeadReason::Panicked)),
             End::Overrun => (Status::Failed, Some(DeadReason::TimedOut)),
             End::Crash => (Status::Failed, Some(DeadReason::Crashed)),
+            End::Cancel => (Status::Cancelled, None),
         }
     }
 
@@ -275,14 +377,16 @@ mod tests {
     }
 
     #[test]
-    fn all_kinds_occur_in_a_small_run_and_most_tasks_succeed() {
-        let jobs: Vec<_> = (0..1_000).map(|n| MIX.job(n)).collect();
+    fn all_kinds_occur_and_most_tasks_succeed() {
+        let jobs: Vec<_> = (0..5_000).map(|n| MIX.job(n)).collect();
         let ends: HashSet<_> = jobs.iter().map(Job::expected).collect();
-        assert_eq!(ends.len(), 6, "{ends:?}");
+        assert_eq!(ends.len(), 7, "{ends:?}");
         assert!(jobs.iter().any(|job| job.blocking) && jobs.iter().any(|job| job.failures == 2));
         assert!(jobs.iter().any(|job| !job.delay.is_zero()));
         let good = jobs.iter().filter(|job| job.succeeds()).count();
-        assert!((900..990).contains(&good), "{good}");
+        assert!((3_500..4_700).contains(&good), "{good}");
+        let burst = MIX.job(FAILING_BURST * BURST).expected();
+        assert_eq!(burst.0, Status::Failed, "a burst of failures comes early in every run");
         assert!(MIX.units().iter().any(|unit| matches!(unit, Unit::Batch { .. })));
     }
 }

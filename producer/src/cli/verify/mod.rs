@@ -13,6 +13,7 @@ mod faults;
 mod gather;
 mod ledger;
 mod listener;
+mod liveness;
 mod mix;
 mod node;
 mod plan;
@@ -23,6 +24,7 @@ mod stage;
 mod stall;
 pub(crate) mod submitter;
 mod verdict;
+mod vitals;
 mod workload;
 
 use std::time::Duration;
@@ -38,7 +40,8 @@ const HELP: &str = "\
 What happens: workers, collectors and producers start as real processes, in a
 namespace of their own, and reach the broker over a line that can be cut. They
 run N tasks of many kinds: quick, slow, blocking, delayed, failing at first or
-for good, panicking, overrunning, killing their process, in batches. Meanwhile
+for good, panicking, overrunning, cancelled, killing their process, in batches and
+in bursts of one kind. Half of the producers wait for their results. Meanwhile
 they are killed, cut off and frozen, and the broker too, where
 scripts/rabbitmq has started it for this command. Handlers leave word in a
 ledger outside the system.
@@ -46,7 +49,9 @@ ledger outside the system.
 What is checked at the end: no confirmed task lost, nothing that nobody
 submitted, one outcome a task, one effect where the idempotency key is used,
 a true notice for every batch, empty queues, the right dead letters, bounded
-processes, a drained backlog, no more executions than the faults explain.
+processes, no more executions than the faults explain. All the time: no task,
+batch, producer, queue or process waits longer than --patience while nothing is
+broken.
 
 Examples:
   make verify                                 on a RabbitMQ of its own
@@ -79,8 +84,8 @@ pub(crate) struct Arguments {
     /// How many collector processes, all with one store
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=10))]
     collectors: u8,
-    /// How long nothing may end, with nothing broken, until the run counts as stuck
-    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = super::options::duration)]
+    /// How long anything may wait, with nothing broken, until it counts as stuck
+    #[arg(long, value_name = "TIME", default_value = "1m", value_parser = super::options::duration)]
     patience: Duration,
     /// Leave the store and the logs of the processes, and say where
     #[arg(long)]

@@ -1,6 +1,6 @@
 //! The processes that submit, seen from this side: what each was given, and what it reports.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -33,6 +33,10 @@ pub(super) struct Producers {
 struct Seat {
     name: String,
     stdin: Option<ChildStdin>,
+    /// Whether its processes wait for the results of what they submit.
+    waits: bool,
+    /// Confirmed tasks whose results the present process waits for, and since when they are due.
+    unanswered: BTreeMap<u64, Instant>,
     /// What was given to the present process and is not done.
     units: BTreeSet<Unit>,
     /// How many processes have sat here.
@@ -46,12 +50,22 @@ pub(super) struct Line {
     text: Option<String>,
 }
 
+impl Line {
+    /// What it says, if it says anything.
+    pub(super) fn said(&self) -> Option<Said> {
+        self.text.as_deref().and_then(Said::read)
+    }
+}
+
 impl Producers {
     pub(super) fn start(cluster: &mut Cluster, mix: Mix) -> Result<Self, CliError> {
         let (sender, lines) = mpsc::channel(LINES);
         let seats = (1..=PRODUCERS).map(|number| Seat {
             name: format!("Producer {number}"),
             stdin: None,
+            // Half of them.
+            waits: number % 2 == 0,
+            unanswered: BTreeMap::new(),
             units: BTreeSet::new(),
             generation: 0,
         });
@@ -67,7 +81,8 @@ impl Producers {
     fn fill(&mut self, cluster: &mut Cluster, number: usize) -> Result<(), CliError> {
         let seat = &mut self.seats[number];
         let (seed, tasks) = (self.mix.seed.to_string(), self.mix.tasks.to_string());
-        let words = ["verify-producer", "--seed", &seed, "--tasks", &tasks];
+        let mut words = vec!["verify-producer", "--seed", &seed, "--tasks", &tasks];
+        words.extend(seat.waits.then_some("--wait"));
         let (stdin, stdout) = cluster.spawn_command(&seat.name, &words)?;
         seat.stdin = Some(stdin);
         seat.generation += 1;
@@ -111,6 +126,7 @@ impl Producers {
         }
         let Some(text) = line.text else {
             seat.stdin = None;
+            seat.unanswered.clear();
             workload.lost(std::mem::take(&mut seat.units));
             return self.fill(cluster, number);
         };
@@ -119,7 +135,13 @@ impl Producers {
             return Err(CliError::unusable(error));
         };
         match said {
-            Said::Confirmed(index) => drop(seat.units.remove(&Unit::One(index))),
+            Said::Confirmed(index) => {
+                seat.units.remove(&Unit::One(index));
+                if seat.waits {
+                    seat.unanswered.insert(index, Instant::now() + self.mix.job(index).delay);
+                }
+            }
+            Said::Answered(index) => drop(seat.unanswered.remove(&index)),
             Said::Sealed(at) | Said::Unsealed(at) => {
                 seat.units
                     .retain(|unit| !matches!(unit, Unit::Batch { first, .. } if *first == at));
@@ -128,6 +150,19 @@ impl Producers {
         }
         workload.heard(&said, Instant::now());
         Ok(())
+    }
+
+    /// For each producer that waits: the task whose result is overdue for longest, and since when.
+    pub(super) fn oldest(&self) -> impl Iterator<Item = (&str, u64, Instant)> {
+        self.seats.iter().filter_map(|seat| {
+            let (index, due) = seat.unanswered.iter().min_by_key(|(_, due)| **due)?;
+            Some((seat.name.as_str(), *index, *due))
+        })
+    }
+
+    /// Whether every result that is waited for is here.
+    pub(super) fn all_answered(&self) -> bool {
+        self.seats.iter().all(|seat| seat.unanswered.is_empty())
     }
 
     /// Lets the processes end.

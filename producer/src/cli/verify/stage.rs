@@ -19,6 +19,7 @@ use super::mix::{CRASH_BUDGET, Mix};
 use super::node::Node;
 use super::plan::{Kind, LeftOut, Schedule};
 use super::proxy::Proxy;
+use super::vitals::Vitals;
 use super::workload::Workload;
 use crate::cli::cluster::{Cluster, Process};
 use crate::cli::context::Context;
@@ -113,6 +114,7 @@ impl Setting {
         let batch_deadline = Duration::from_secs(batch_deadline);
         cluster.declare(&config.broker.topology().notice_keeper()).await?;
         let listener = Listener::start(&config.broker, self.mix).await?;
+        let vitals = Vitals::start(&config.broker).await?;
         let ledger = Ledger::start(self.mix).await.map_err(listens)?;
         let proxy = if self.url.is_encrypted() {
             None
@@ -154,7 +156,7 @@ impl Setting {
             started_at: Timestamp::now(),
             before,
         };
-        Ok(Parts { listener, ledger, proxy, producer, schedule, batch_deadline, facts })
+        Ok(Parts { listener, vitals, ledger, proxy, producer, schedule, batch_deadline, facts })
     }
 
     /// Waits until the collectors answer and every worker consumes.
@@ -198,6 +200,7 @@ impl Setting {
 /// What was made for a run.
 struct Parts {
     listener: Listener,
+    vitals: Vitals,
     ledger: Ledger,
     proxy: Option<Proxy>,
     producer: Producer,
@@ -208,7 +211,8 @@ struct Parts {
 
 impl Parts {
     fn stage(self, setting: Setting, cluster: Cluster) -> Stage {
-        let Self { listener, ledger, proxy, producer, schedule, batch_deadline, facts } = self;
+        let Self { listener, vitals, ledger, proxy, producer, schedule, batch_deadline, facts } =
+            self;
         let Setting { mix, crew, patience, node, .. } = setting;
         let nemesis = Nemesis::new(schedule, node);
         let workload = Workload::new(mix);
@@ -217,6 +221,7 @@ impl Parts {
             drained: Duration::ZERO,
             early: vec![],
             noted: vec![],
+            longest_wait: Duration::ZERO,
             poisoned: 0,
         };
         Stage {
@@ -226,6 +231,7 @@ impl Parts {
             proxy,
             ledger,
             listener,
+            vitals,
             producer,
             nemesis,
             workload,

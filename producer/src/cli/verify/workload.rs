@@ -4,15 +4,13 @@
 //! of a submission whose outcome is unknown does the same. Its batch ends as abandoned, so those members
 //! go without one.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::mix::{Mix, Unit};
 
 /// All of it.
 pub(super) struct Workload {
-    mix: Mix,
     waiting: VecDeque<Unit>,
     /// By number: how often it was handed to a producer.
     pub(super) handed: Vec<u32>,
@@ -21,10 +19,9 @@ pub(super) struct Workload {
     confirmed_count: u64,
     /// How many of these are known to have shared a message.
     pub(super) bundled: u64,
+    /// Results that producers waited for and have.
+    pub(super) answered: u64,
     handed_count: u64,
-    /// When confirmed tasks become due, and how many have.
-    due_later: BinaryHeap<Reverse<Instant>>,
-    due: u64,
     /// By the number of their first member.
     pub(super) batches: HashMap<u64, BatchFate>,
 }
@@ -37,7 +34,7 @@ pub(super) struct BatchFate {
     /// Known once its producer has said so.
     pub(super) id: Option<String>,
     handed_at: Instant,
-    sealed: Option<Instant>,
+    pub(super) sealed: Option<Instant>,
     /// Its producer could not say whether it is sealed.
     doubtful: bool,
     /// Its producer was killed with members unconfirmed, so nobody can have sealed it.
@@ -48,6 +45,8 @@ pub(super) struct BatchFate {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Said {
     Confirmed(u64),
+    /// A producer that waits for results has this one.
+    Answered(u64),
     /// So many of the confirmed came to the broker in bundles.
     Bundled(u64),
     Opened {
@@ -66,6 +65,7 @@ impl Said {
         let (what, index) = (words.next()?, words.next()?.parse().ok()?);
         match (what, words.next()) {
             ("confirmed", None) => Some(Self::Confirmed(index)),
+            ("answered", None) => Some(Self::Answered(index)),
             ("bundled", None) => Some(Self::Bundled(index)),
             ("opened", Some(id)) => Some(Self::Opened { first: index, id: id.to_owned() }),
             ("sealed", None) => Some(Self::Sealed(index)),
@@ -79,15 +79,13 @@ impl Workload {
     pub(super) fn new(mix: Mix) -> Self {
         let tasks = usize::try_from(mix.tasks).unwrap_or(usize::MAX);
         Self {
-            mix,
             waiting: mix.units().into(),
             handed: vec![0; tasks],
             confirmed: vec![None; tasks],
             confirmed_count: 0,
             bundled: 0,
+            answered: 0,
             handed_count: 0,
-            due_later: BinaryHeap::new(),
-            due: 0,
             batches: HashMap::new(),
         }
     }
@@ -127,9 +125,9 @@ impl Workload {
                 {
                     *place = Some(now);
                     self.confirmed_count += 1;
-                    self.due_later.push(Reverse(now + self.mix.job(*index).delay));
                 }
             }
+            Said::Answered(_) => self.answered += 1,
             Said::Bundled(count) => self.bundled += count,
             Said::Opened { first, id } => {
                 if let Some(batch) = self.batches.get_mut(first) {
@@ -177,15 +175,6 @@ impl Workload {
     /// How many tasks were submitted more than once.
     pub(super) fn resubmitted(&self) -> u64 {
         self.handed.iter().filter(|handed| **handed > 1).count() as u64
-    }
-
-    /// How many confirmed tasks are held back by no delay any more.
-    pub(super) fn due(&mut self, now: Instant) -> u64 {
-        while self.due_later.peek().is_some_and(|Reverse(due)| *due <= now) {
-            self.due_later.pop();
-            self.due += 1;
-        }
-        self.due
     }
 
     /// Whether the broker has everything.

@@ -52,9 +52,9 @@ impl Case {
                 records[usize::try_from(n).unwrap()] = Some(record);
             }
         }
-        let dead = (0..TASKS).filter(|n| !mix.job(*n).succeeds()).count() as u64;
+        let dead = (0..TASKS).filter(|n| mix.job(*n).fails()).count() as u64;
         let totals = Totals { results: TASKS, repeats: 0, dead, batches: 3 };
-        let letters = (0..TASKS).filter(|n| !mix.job(*n).succeeds());
+        let letters = (0..TASKS).filter(|n| mix.job(*n).fails());
         let letters = letters.map(|n| (n, Some(letter(mix, n)))).collect();
         let queues = vec![("ns.results".to_owned(), 0)];
         let (early, disturbances) = (vec![], vec![]);
