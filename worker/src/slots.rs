@@ -5,11 +5,10 @@
 //! threads; here that becomes visible.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use garenne_common::TaskMessage;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -33,13 +32,13 @@ pub(crate) struct Held {
 pub(crate) struct Slots {
     semaphore: Arc<Semaphore>,
     count: u32,
-    lost: AtomicUsize,
+    lost: watch::Sender<u32>,
     patience: Duration,
 }
 
 impl Slots {
     pub(crate) fn new(count: usize) -> Self {
-        let lost = AtomicUsize::new(0);
+        let lost = watch::Sender::new(0);
         let bounded = u32::try_from(count).unwrap_or(u32::MAX);
         let semaphore = Arc::new(Semaphore::new(count));
         Self { semaphore, count: bounded, lost, patience: PATIENCE }
@@ -50,9 +49,19 @@ impl Slots {
         self.several(1).await
     }
 
-    /// All slots together: whoever holds them runs alone.
+    /// All slots together that are not lost: whoever holds them runs alone.
+    ///
+    /// Asked for anew when another one is lost, which would never come: everybody who wants a slot
+    /// stands behind this.
     pub(crate) async fn all(&self) -> Option<Slot> {
-        self.several(self.count).await
+        let mut lost = self.lost.subscribe();
+        loop {
+            let count = self.count.saturating_sub(*lost.borrow_and_update()).max(1);
+            tokio::select! {
+                slots = self.several(count) => return slots,
+                Ok(()) = lost.changed() => {}
+            }
+        }
     }
 
     async fn several(&self, count: u32) -> Option<Slot> {
@@ -67,7 +76,7 @@ impl Slots {
 
     /// Slots whose handlers go on although their attempts have ended.
     pub(crate) fn lost(&self) -> usize {
-        self.lost.load(Ordering::Relaxed)
+        usize::try_from(*self.lost.borrow()).unwrap_or(usize::MAX)
     }
 
     /// Watches the slot of an attempt that was given up, until it is free or `stop`.
@@ -84,7 +93,7 @@ impl Slots {
         }
         let since = Instant::now();
         let (id, name) = (&task.id, &task.name);
-        self.lost.fetch_add(1, Ordering::Relaxed);
+        self.lost.send_modify(|lost| *lost += 1);
         let freed = loop {
             let (lost, of) = (self.lost(), self.count);
             tracing::error!(
@@ -96,7 +105,7 @@ impl Slots {
                 break freed;
             }
         };
-        self.lost.fetch_sub(1, Ordering::Relaxed);
+        self.lost.send_modify(|lost| *lost -= 1);
         if freed {
             let (lost, of) = (self.lost(), self.count);
             tracing::warn!(%id, %name, lost, of, "a stuck handler has returned; its slot is free again");
@@ -153,5 +162,20 @@ mod tests {
         assert!(tokio::time::timeout(second, slots.one()).await.is_err());
         drop(all);
         assert!(tokio::time::timeout(second, slots.one()).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn who_wants_all_does_not_wait_for_lost_ones_and_keeps_nobody_waiting() {
+        let slots = Arc::new(Slots { patience: Duration::from_millis(20), ..Slots::new(2) });
+        let stuck = slots.one().await.unwrap();
+        let (all, stop) = (slots.all(), CancellationToken::new());
+        let context = Context::of_args("null");
+        let watching = slots.watch(context.task(), freed(&stuck), &stop);
+        tokio::select! {
+            all = all => drop(all.unwrap()),
+            () = watching => unreachable!("nobody frees it"),
+        }
+        drop(slots.one().await.unwrap());
+        assert_eq!(slots.lost(), 1);
     }
 }
