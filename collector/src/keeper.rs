@@ -27,7 +27,9 @@ impl Keeper {
             if !Guard::KeptTopology.holds() {
                 continue;
             }
-            let failed = self.admin.declare(&self.wanted).await.err();
+            let declared = self.stop.run_until_cancelled(self.admin.declare(&self.wanted)).await;
+            let Some(declared) = declared else { return };
+            let failed = declared.err();
             // A lost connection is its consumers' to tell; a conflict nobody else may meet for days.
             if let Some(error) = failed.as_ref().filter(|error| !error.is_transient())
                 && failed != trouble

@@ -25,8 +25,8 @@ impl<S: Store> Outbox for Notices<S> {
     type Entry = OutboxEntry;
     const WHAT: &'static str = "notices";
 
-    async fn oldest(&self) -> Result<Vec<OutboxEntry>, StoreError> {
-        self.store.outbox(SLICE).await
+    async fn oldest(&self, after: u64) -> Result<Vec<OutboxEntry>, StoreError> {
+        self.store.outbox(after, SLICE).await
     }
 
     fn seq(entry: &OutboxEntry) -> u64 {

@@ -1,12 +1,15 @@
 //! The relay: publishes what waits in an outbox, in order, and forgets it once the broker has it.
 //!
+//! What the broker refuses (the queue it goes to is full, say) keeps nothing else waiting: the relay
+//! goes on with what comes after it, and tries again when it has been through all.
+//!
 //! At least once: what was published and not yet forgotten when the process died is published again.
 //! The same happens when two collectors share a store. So whatever goes through an outbox has an id by
 //! which its readers know it again. What the entries mean is the business of [`crate::notices`] and
 //! [`crate::resends`].
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use garenne_common::broker::{BrokerError, Outgoing, Publisher};
 use garenne_common::guards::Guard;
@@ -19,6 +22,8 @@ use crate::store::{Answer, StoreError};
 const LOOK: Duration = Duration::from_secs(1);
 /// After a failure.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How often it is reported that entries are refused.
+const REMINDER: Duration = Duration::from_secs(30);
 /// How long a stopping collector goes on publishing; the rest stays in the outbox for the next one.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -29,8 +34,8 @@ pub(crate) trait Outbox: Send + 'static {
     /// What it holds, for the log: "notices".
     const WHAT: &'static str;
 
-    /// The oldest entries, as many as should be under way at once, in order.
-    fn oldest(&self) -> impl Answer<Vec<Self::Entry>>;
+    /// The oldest entries after this one, as many as should be under way at once, in order.
+    fn oldest(&self, after: u64) -> impl Answer<Vec<Self::Entry>>;
     /// An entry's place in line.
     fn seq(entry: &Self::Entry) -> u64;
     /// An entry as it goes to the broker.
@@ -49,12 +54,14 @@ pub(crate) struct Relay<O> {
     pub(crate) stop: CancellationToken,
 }
 
-#[derive(Debug, thiserror::Error)]
-enum RelayError {
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    #[error("{unconfirmed} {what} are not published, and stay in the outbox: {cause}")]
-    Broker { unconfirmed: usize, what: &'static str, cause: BrokerError },
+/// What became of a slice of the outbox.
+enum Slice {
+    /// There was nothing.
+    Empty,
+    /// The broker has all of it.
+    Done,
+    /// The broker does not have all of it, which ends with this entry.
+    Refused { last: u64, count: usize, cause: BrokerError },
 }
 
 impl<O: Outbox> Relay<O> {
@@ -65,7 +72,7 @@ impl<O: Outbox> Relay<O> {
             () = stop.cancelled() => {}
             () = self.relay_forever() => {}
         }
-        if tokio::time::timeout(DRAIN, self.drain()).await.is_err() {
+        if tokio::time::timeout(DRAIN, self.relay_all(&mut None)).await.is_err() {
             tracing::warn!(
                 "some {} are not published; the next collector on this store does it",
                 O::WHAT
@@ -74,39 +81,51 @@ impl<O: Outbox> Relay<O> {
     }
 
     async fn relay_forever(&mut self) {
+        let mut said = None;
         loop {
-            match self.relay_slice().await {
-                Ok(0) => {
-                    tokio::select! {
-                        () = self.filled.notified() => {}
-                        () = tokio::time::sleep(LOOK) => {}
-                    }
+            if self.relay_all(&mut said).await {
+                tokio::select! {
+                    () = self.filled.notified() => {}
+                    () = tokio::time::sleep(LOOK) => {}
                 }
-                Ok(_) => {}
-                Err(error) => {
-                    tracing::warn!("{error}");
-                    tokio::time::sleep(PAUSE).await;
-                }
+            } else {
+                tokio::time::sleep(PAUSE).await;
             }
         }
     }
 
-    async fn drain(&mut self) {
+    /// Goes through the outbox once; whether nothing was left in it. `said` is when it was last
+    /// reported that something was.
+    async fn relay_all(&mut self, said: &mut Option<Instant>) -> bool {
+        let (mut after, mut refused) = (0, None);
         loop {
-            match self.relay_slice().await {
-                Ok(0) => return,
-                Ok(_) => {}
+            match self.relay_slice(after).await {
+                Ok(Slice::Empty) => break,
+                Ok(Slice::Done) => {}
+                Ok(Slice::Refused { last, count, cause }) => {
+                    after = last;
+                    refused = Some((refused.map_or(0, |(before, _)| before) + count, cause));
+                }
                 Err(error) => {
-                    tracing::warn!("{error}");
-                    return;
+                    tracing::warn!("{} are not published: {error}", O::WHAT);
+                    return false;
                 }
             }
         }
+        if let Some((count, cause)) = &refused
+            && said.is_none_or(|said| said.elapsed() >= REMINDER)
+        {
+            let what = O::WHAT;
+            *said = Some(Instant::now());
+            tracing::warn!("{count} {what} are not published, and stay in the outbox: {cause}");
+        }
+        refused.is_none()
     }
 
-    /// Publishes the oldest entries, all under way at once; how many the broker has now.
-    async fn relay_slice(&mut self) -> Result<usize, RelayError> {
-        let entries = self.outbox.oldest().await?;
+    /// Publishes the oldest entries after this one, all under way at once.
+    async fn relay_slice(&mut self, after: u64) -> Result<Slice, StoreError> {
+        let entries = self.outbox.oldest(after).await?;
+        let Some(last) = entries.last().map(O::seq) else { return Ok(Slice::Empty) };
         if !Guard::ForgetAfterConfirm.holds() {
             self.outbox.forget(entries.iter().map(O::seq).collect()).await?;
         }
@@ -126,16 +145,11 @@ impl<O: Outbox> Relay<O> {
                 Err(error) => failed = Some(error),
             }
         }
-        let (done, seqs) = (confirmed.len(), confirmed.iter().map(O::seq).collect());
-        self.outbox.confirmed(confirmed).await;
-        if done > 0 {
+        let (count, seqs) = (all - confirmed.len(), confirmed.iter().map(O::seq).collect());
+        if count < all {
+            self.outbox.confirmed(confirmed).await;
             self.outbox.forget(seqs).await?;
         }
-        match failed {
-            Some(cause) => {
-                Err(RelayError::Broker { unconfirmed: all - done, what: O::WHAT, cause })
-            }
-            None => Ok(done),
-        }
+        Ok(failed.map_or(Slice::Done, |cause| Slice::Refused { last, count, cause }))
     }
 }

@@ -23,8 +23,8 @@ impl<S: Store> Outbox for Resends<S> {
     type Entry = ResendEntry;
     const WHAT: &'static str = "tasks to be sent again";
 
-    async fn oldest(&self) -> Result<Vec<ResendEntry>, StoreError> {
-        self.store.resends(SLICE, SLICE_BYTES).await
+    async fn oldest(&self, after: u64) -> Result<Vec<ResendEntry>, StoreError> {
+        self.store.resends(after, SLICE, SLICE_BYTES).await
     }
 
     fn seq(entry: &ResendEntry) -> u64 {

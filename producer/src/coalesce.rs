@@ -125,16 +125,24 @@ impl Gatherer {
     async fn run(mut self) {
         let mut under_way = FuturesUnordered::new();
         let (mut first, mut open) = (None, true);
+        // Others may hold all places in futures that nobody polls, so none is waited for for long.
+        let mut patience = std::pin::pin!(sleep(Duration::ZERO));
         while open || first.is_some() || !under_way.is_empty() {
             tokio::select! {
                 parcel = self.inbox.recv(), if open && first.is_none() => match parcel {
-                    Some(parcel) => first = Some(parcel),
+                    Some(parcel) => {
+                        first = Some(parcel);
+                        patience.as_mut().reset(Instant::now() + HELD);
+                    }
                     None => open = false,
                 },
+                () = &mut patience, if first.is_some() => {
+                    under_way.extend(self.bundles(first.take(), None));
+                }
                 place = Arc::clone(&self.room).acquire_owned(), if first.is_some() => {
                     // It is never closed.
                     let Ok(place) = place else { return };
-                    under_way.extend(self.bundles(first.take(), place));
+                    under_way.extend(self.bundles(first.take(), Some(place)));
                 }
                 Some(()) = under_way.next() => {}
                 () = self.finish.cancelled(), if !self.inbox.is_closed() => self.inbox.close(),
@@ -146,7 +154,7 @@ impl Gatherer {
     fn bundles(
         &mut self,
         first: Option<Parcel<Caller>>,
-        place: OwnedSemaphorePermit,
+        place: Option<OwnedSemaphorePermit>,
     ) -> Vec<impl Future<Output = ()> + use<>> {
         let mut parcels: Vec<_> = first.into_iter().collect();
         while let Ok(parcel) = self.inbox.try_recv() {
@@ -163,7 +171,7 @@ impl Gatherer {
 async fn publish(
     dispatch: Arc<Dispatch>,
     mut bundle: Vec<Parcel<Caller>>,
-    place: Arc<OwnedSemaphorePermit>,
+    place: Arc<Option<OwnedSemaphorePermit>>,
 ) {
     let Some(by) = bundle.iter().map(|parcel| parcel.tag.by).max() else { return };
     let sent = dispatch.send(&bundle, by);

@@ -15,7 +15,7 @@ use garenne_common::{BatchId, Codec, QueueName, TaskId, TaskMessage};
 use tokio::sync::{OnceCell, broadcast};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::ask::Asker;
 use crate::coalesce::Coalescer;
@@ -227,8 +227,16 @@ impl Producer {
 
     /// The replies, with everything behind them started on the first call.
     pub(crate) async fn replies(&self, by: Instant) -> Result<Arc<Replies>, BrokerError> {
-        let started = self.0.replies.get_or_try_init(|| self.start_replies());
-        until(by, "reply queue", started).await.cloned()
+        if let Some(replies) = self.0.replies.get() {
+            return Ok(Arc::clone(replies));
+        }
+        // In a task of its own: a caller that is not polled for a while must not keep others waiting.
+        let producer = self.clone();
+        let starting = AbortOnDropHandle::new(tokio::spawn(async move {
+            producer.0.replies.get_or_try_init(|| producer.start_replies()).await.cloned()
+        }));
+        let started = async { starting.await.unwrap_or(Err(BrokerError::Closed)) };
+        until(by, "reply queue", started).await
     }
 
     async fn start_replies(&self) -> Result<Arc<Replies>, BrokerError> {

@@ -3,12 +3,13 @@
 
 use std::time::Duration;
 
-use garenne_common::wire::Heartbeat;
+use garenne_common::wire::{Heartbeat, ReplayPlan};
+use garenne_common::{QueueName, RetryPolicy};
 use garenne_producer::Submission;
 use garenne_worker::Worker;
 use serde_json::json;
 
-use crate::harness::{PrivateNode, Tap, Warren, eventually, soon};
+use crate::harness::{PrivateNode, Soon, Tap, Warren, eventually, soon};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Tasks of one run: more than every queue inside a worker holds.
@@ -23,9 +24,14 @@ async fn map_failures(warren: &Warren, line: &str) -> (usize, Option<i32>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_tasks_that_a_producer_waits_for_end() {
-    let warren = Warren::new().await;
-    let (_worker, _collector) = warren.crew().await;
-    assert_eq!(map_failures(&warren, r#"{"fatal":true}"#).await, (TASKS, Some(1)));
+    // Little room, and as much as is usual: what stands still without it needs more slots.
+    for (window, slots) in [(8, 4), (512, 8)] {
+        let warren = Warren::new().await;
+        let worker = warren.worker().set("broker.publish_window", window);
+        let worker = worker.set("worker.slots", slots);
+        let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
+        assert_eq!(map_failures(&warren, r#"{"fatal":true}"#).await, (TASKS, Some(1)));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -86,4 +92,50 @@ async fn a_worker_that_may_not_publish_is_unhealthy_until_it_may() {
     node.calm();
     eventually(PATIENCE, "it is healthy again", async || codes().is_empty().then_some(())).await;
     running.drain().await;
+}
+
+/// Letters of a queue that will be full: three slices of the outbox.
+const REFUSED: usize = 600;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_does_not_keep_tasks_of_others_from_going_back() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let collector = warren.collector().start().await;
+    let worker = warren.worker().queues("full,free").start().await;
+    let producer = warren.producer().await;
+    let fatal = |queue| {
+        let task = Submission::dynamic("garenne.fail", json!({ "fatal": true }));
+        task.unwrap().retry_policy(RetryPolicy::NONE).queue(queue).unwrap()
+    };
+    let tasks = (0..REFUSED).map(|_| fatal("full")).chain([fatal("free")]);
+    let handles = producer.submit_many(tasks.collect::<Vec<_>>()).await;
+    let mut ids = vec![];
+    for handle in handles {
+        ids.push(handle.unwrap().result().within(PATIENCE, "it fails").await.unwrap().id);
+    }
+    let all = (REFUSED + 1) as u64;
+    eventually(PATIENCE, "all letters are stored", async || {
+        (producer.totals().await.ok()?.dead == all).then_some(())
+    })
+    .await;
+    worker.kill().await;
+    let queue = warren.config().broker.topology().task_queue(&QueueName::new("full").unwrap());
+    let refuse = r#"{"max-length":1,"overflow":"reject-publish"}"#;
+    node.ctl(&["set_policy", &queue, &format!("^{queue}$"), refuse, "--apply-to", "queues"]);
+    let plan = ReplayPlan::default();
+    producer.replay(&ids, &plan).within(PATIENCE, "all are marked").await.unwrap();
+    let free = warren.worker().queues("free").start().await;
+    eventually(PATIENCE, "the task of the other queue runs again", async || {
+        (producer.totals().await.ok()?.results > all).then_some(())
+    })
+    .await;
+    let left = warren.rows::<u32>("SELECT count(*) FROM resends")[0];
+    assert!(left >= 200, "a whole slice was refused, or this shows nothing: {left}");
+    node.ctl(&["clear_policy", &queue]);
+    eventually(PATIENCE, "the rest goes back when there is room", async || {
+        (warren.rows::<u32>("SELECT count(*) FROM resends")[0] == 0).then_some(())
+    })
+    .await;
+    drop((collector, free));
 }

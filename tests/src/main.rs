@@ -54,4 +54,5 @@ mod tidy;
 mod time_limits;
 mod topology_loss;
 mod unknown_task;
+mod unpolled;
 mod verify;

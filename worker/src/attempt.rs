@@ -206,7 +206,7 @@ impl Pipeline {
             None => attempt.await,
             Some(fence) => {
                 let renewal = || Signature::renewal(task, fence, Timestamp::now());
-                self.lease.renewing(attempt, &self.settle, renewal).await
+                self.lease.renewing(attempt, (&self.settle, &self.gauge), renewal).await
             }
         };
         let took = begun.elapsed();

@@ -71,6 +71,8 @@ pub(crate) async fn intake(pipeline: Arc<Pipeline>, queue: usize, mut consumer: 
             },
         }
     }
+    // It may hold the lock of the connection that the consumer itself needs, and nobody polls it now.
+    drop(question);
     consumer.stop();
     // First all that is on its way: while the broker still sends, what is handed back would come here
     // again, and then bear the mark of a redelivery.

@@ -10,7 +10,7 @@ use garenne_common::broker::Link;
 use garenne_common::wire::Fence;
 use tokio::sync::mpsc;
 
-use crate::settle::{Carrier, Settlement};
+use crate::settle::{Carrier, SettleGauge, Settlement};
 
 /// A task may use so much of the broker's patience without a lease.
 const SAFE_SHARE: f64 = 0.8;
@@ -43,7 +43,7 @@ impl LeaseTerms {
     pub(crate) async fn renewing<T>(
         &self,
         attempt: impl Future<Output = T>,
-        settle: &mpsc::Sender<Settlement>,
+        (settle, gauge): (&mpsc::Sender<Settlement>, &SettleGauge),
         renewal: impl Fn() -> Settlement,
     ) -> T {
         let mut attempt = std::pin::pin!(attempt);
@@ -53,8 +53,9 @@ impl LeaseTerms {
                 // Without waiting for room: whoever waits here keeps the attempt from going on, and
                 // from being stopped. A broker that takes nothing takes no renewal either.
                 () = tokio::time::sleep(self.term / RENEWALS) => {
-                    if let Err(error) = settle.try_send(renewal()) {
-                        tracing::warn!(%error, "a lease is not renewed");
+                    match settle.try_send(renewal()) {
+                        Ok(()) => gauge.submit(),
+                        Err(error) => tracing::warn!(%error, "a lease is not renewed"),
                     }
                 }
             }
@@ -88,8 +89,9 @@ mod tests {
         // Nobody takes anything out.
         let (settle, _inbox) = mpsc::channel(1);
         let attempt = tokio::time::sleep(term * 3);
-        let renewing = terms.renewing(attempt, &settle, renewal);
+        let gauge = SettleGauge::default();
+        let renewing = terms.renewing(attempt, (&settle, &gauge), renewal);
         tokio::time::timeout(Duration::from_secs(20), renewing).await.unwrap();
-        assert_eq!(settle.capacity(), 0);
+        assert_eq!((settle.capacity(), gauge.open()), (0, 1), "one had room");
     }
 }

@@ -13,6 +13,9 @@ use tokio::signal::unix::{SignalKind, signal};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Threads for what blocks beside handlers.
+const OTHER_BLOCKING: usize = 64;
+
 /// Takes tasks from RabbitMQ and runs them.
 ///
 /// Serves the built-in tasks (`garenne.echo`, `garenne.sleep`, `garenne.spin`, `garenne.fail`,
@@ -100,7 +103,10 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         .set("log.filter", arguments.log);
     let config = Config::load(&sources)?;
     telemetry::init(&config.log);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    // Every slot may hold a blocking handler; tokio's own limit of 512 would keep the others waiting.
+    let blocking = config.worker.slots + OTHER_BLOCKING;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.enable_all().max_blocking_threads(blocking).build()?;
     runtime.block_on(serve(config))?;
     // A blocking handler that never returns must not keep the process: its task went back already.
     runtime.shutdown_background();

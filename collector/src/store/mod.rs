@@ -40,15 +40,15 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// Applies a group: results, batches, attempts, dead letters and notices together.
     fn commit(&self, group: Arc<Group>) -> impl Answer<Committed>;
 
-    /// The oldest notices that nobody has confirmed yet.
-    fn outbox(&self, limit: usize) -> impl Answer<Vec<OutboxEntry>>;
+    /// The oldest notices after this one that nobody has confirmed yet.
+    fn outbox(&self, after: u64, limit: usize) -> impl Answer<Vec<OutboxEntry>>;
 
     /// Forgets notices that are confirmed.
     fn published(&self, entries: Vec<u64>) -> impl Answer<()>;
 
-    /// The oldest tasks that go back to the broker and are not confirmed yet, as far as `max_bytes`
-    /// of bodies go.
-    fn resends(&self, limit: usize, max_bytes: usize) -> impl Answer<Vec<ResendEntry>>;
+    /// The oldest tasks after this one that go back to the broker and are not confirmed yet, as far
+    /// as `max_bytes` of bodies go.
+    fn resends(&self, after: u64, limit: usize, max_bytes: usize) -> impl Answer<Vec<ResendEntry>>;
 
     /// Forgets tasks whose way back is confirmed.
     fn resent(&self, entries: Vec<u64>) -> impl Answer<()>;

@@ -4,7 +4,9 @@ use garenne_common::wire::{BatchStatus, Codec, Notice, Payload, RetryNote, TaskS
 use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::ledger::{batch, from_time, parsed, reason, select_batches, status, time, to_count};
+use super::ledger::{
+    batch, from_count, from_time, parsed, reason, select_batches, status, time, to_count,
+};
 use super::{OutboxEntry, ResendEntry, StoreError, Totals, letters, open_envelope};
 use crate::aggregate::Resend;
 
@@ -89,11 +91,13 @@ pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
 
 pub(super) fn outbox(
     connection: &Connection,
+    after: u64,
     limit: usize,
 ) -> Result<Vec<OutboxEntry>, StoreError> {
-    let mut select =
-        connection.prepare_cached("SELECT seq, notice FROM outbox ORDER BY seq LIMIT ?1")?;
-    let rows = select.query_map([i64::try_from(limit).unwrap_or(i64::MAX)], |row| {
+    let mut select = connection
+        .prepare_cached("SELECT seq, notice FROM outbox WHERE seq > ?1 ORDER BY seq LIMIT ?2")?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let rows = select.query_map([from_count(after), limit], |row| {
         let notice = parsed(row, 1, |text| serde_json::from_str::<Notice>(text))?;
         Ok(OutboxEntry { seq: to_count(row.get(0)?), notice })
     })?;
@@ -103,13 +107,16 @@ pub(super) fn outbox(
 /// Stops before `max_bytes` of bodies but never before the first.
 pub(super) fn resends(
     connection: &Connection,
+    after: u64,
     limit: usize,
     max_bytes: usize,
 ) -> Result<Vec<ResendEntry>, StoreError> {
     let mut select = connection.prepare_cached(
-        "SELECT seq, exchange, routing_key, envelope, body FROM resends ORDER BY seq LIMIT ?1",
+        "SELECT seq, exchange, routing_key, envelope, body FROM resends WHERE seq > ?1
+         ORDER BY seq LIMIT ?2",
     )?;
-    let mut rows = select.query([i64::try_from(limit).unwrap_or(i64::MAX)])?;
+    let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+    let mut rows = select.query([from_count(after), limit])?;
     let (mut found, mut bytes) = (vec![], 0);
     while let Some(row) = rows.next()? {
         let body: Vec<u8> = row.get(4)?;

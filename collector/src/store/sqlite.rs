@@ -103,8 +103,8 @@ impl Store for SqliteStore {
         self.write(job).await
     }
 
-    async fn outbox(&self, limit: usize) -> Result<Vec<OutboxEntry>, StoreError> {
-        self.read(move |connection| questions::outbox(connection, limit)).await
+    async fn outbox(&self, after: u64, limit: usize) -> Result<Vec<OutboxEntry>, StoreError> {
+        self.read(move |connection| questions::outbox(connection, after, limit)).await
     }
 
     async fn published(&self, entries: Vec<u64>) -> Result<(), StoreError> {
@@ -113,10 +113,11 @@ impl Store for SqliteStore {
 
     async fn resends(
         &self,
+        after: u64,
         limit: usize,
         max_bytes: usize,
     ) -> Result<Vec<ResendEntry>, StoreError> {
-        self.read(move |connection| questions::resends(connection, limit, max_bytes)).await
+        self.read(move |connection| questions::resends(connection, after, limit, max_bytes)).await
     }
 
     async fn resent(&self, entries: Vec<u64>) -> Result<(), StoreError> {

@@ -1,5 +1,7 @@
 //! Declaring, looking at and deleting broker objects.
 
+use std::time::Duration;
+
 use lapin::options::{
     ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions, QueuePurgeOptions,
@@ -11,6 +13,21 @@ use super::convert::{short, to_table};
 use super::{BrokerError, Link};
 use crate::topology::{Declaration, ExchangeKind};
 use crate::wire::HeaderValue;
+
+/// How long the broker may take for one answer. A cluster under load is slow; one that has not answered
+/// by then will not, though its connection may look well.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The broker's answer to a request about `what`, within [`ANSWER_TIMEOUT`].
+pub(super) async fn answer<T>(
+    request: impl Future<Output = lapin::Result<T>>,
+    what: &str,
+) -> Result<T, BrokerError> {
+    match tokio::time::timeout(ANSWER_TIMEOUT, request).await {
+        Ok(answer) => answer.map_err(|error| BrokerError::operating(&error, what)),
+        Err(_) => Err(BrokerError::Lost(format!("no answer about {what} in {ANSWER_TIMEOUT:?}"))),
+    }
+}
 
 /// Operations on broker objects over one link.
 #[derive(Clone)]
@@ -77,25 +94,26 @@ impl Admin {
     /// Drops all ready messages of a queue.
     pub async fn purge(&self, queue: &str) -> Result<(), BrokerError> {
         let purged = self.0.channel().await?;
-        let purged = purged.queue_purge(short(queue)?, QueuePurgeOptions::default()).await;
-        purged.map(drop).map_err(|error| BrokerError::operating(&error, queue))
+        let purged = purged.queue_purge(short(queue)?, QueuePurgeOptions::default());
+        answer(purged, queue).await.map(drop)
     }
 
     /// Deletes an object with all it holds; a binding goes with its queue. Missing objects are fine.
     pub async fn delete(&self, declaration: &Declaration) -> Result<(), BrokerError> {
         let channel = self.0.channel().await?;
         let name = declaration.name();
-        let deleted = match declaration {
+        match declaration {
             Declaration::Exchange { .. } => {
-                channel.exchange_delete(short(name)?, ExchangeDeleteOptions::default()).await
+                let options = ExchangeDeleteOptions::default();
+                answer(channel.exchange_delete(short(name)?, options), name).await
             }
             // No if-empty and no if-unused: on a quorum queue they close the connection (540).
             Declaration::Queue { .. } => {
-                channel.queue_delete(short(name)?, QueueDeleteOptions::default()).await.map(drop)
+                let options = QueueDeleteOptions::default();
+                answer(channel.queue_delete(short(name)?, options), name).await.map(drop)
             }
             Declaration::Binding { .. } => Ok(()),
-        };
-        deleted.map_err(|error| BrokerError::operating(&error, name))
+        }
     }
 }
 
@@ -108,8 +126,7 @@ impl Admin {
         let (queue_name, exchange, key) = (short(queue)?, short(exchange)?, short(routing_key)?);
         let arguments = to_table(arguments.iter().map(|(key, value)| (key.as_str(), value)))?;
         let channel = self.0.channel().await?;
-        let unbound = channel.queue_unbind(queue_name, exchange, key, arguments).await;
-        unbound.map_err(|error| BrokerError::operating(&error, queue))
+        answer(channel.queue_unbind(queue_name, exchange, key, arguments), queue).await
     }
 }
 
@@ -117,7 +134,7 @@ async fn exchange_exists(channel: &Channel, name: &str) -> Result<(), BrokerErro
     let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
     let found =
         channel.exchange_declare(short(name)?, LapinKind::Direct, options, FieldTable::default());
-    found.await.map_err(|error| BrokerError::operating(&error, name))
+    answer(found, name).await
 }
 
 async fn queue_depth(channel: &Channel, name: &str) -> Result<u32, BrokerError> {
@@ -129,13 +146,9 @@ pub(super) async fn queue_status(
     name: &str,
 ) -> Result<QueueStatus, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let queue = channel.queue_declare(short(name)?, options, FieldTable::default()).await;
-    queue
-        .map(|queue| QueueStatus {
-            ready: queue.message_count(),
-            consumers: queue.consumer_count(),
-        })
-        .map_err(|error| BrokerError::operating(&error, &format!("queue {name}")))
+    let queue = channel.queue_declare(short(name)?, options, FieldTable::default());
+    let queue = answer(queue, &format!("queue {name}")).await?;
+    Ok(QueueStatus { ready: queue.message_count(), consumers: queue.consumer_count() })
 }
 
 /// Exchanges first: a queue may name one of them for its dead letters.
@@ -154,15 +167,16 @@ pub(super) async fn declare(
 }
 
 async fn declare_one(channel: &Channel, declaration: &Declaration) -> Result<(), BrokerError> {
-    let (declared, what) = match declaration {
+    let name = declaration.name();
+    match declaration {
         Declaration::Exchange { name, kind, alternate } => {
             let alternate = alternate.clone().map(HeaderValue::Text);
             let arguments = alternate.iter().map(|name| ("alternate-exchange", name));
             let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
             let arguments = to_table(arguments)?;
-            let name = short(name)?;
-            let declared = channel.exchange_declare(name, lapin_kind(*kind), options, arguments);
-            (declared.await, "exchange")
+            let declared =
+                channel.exchange_declare(short(name)?, lapin_kind(*kind), options, arguments);
+            answer(declared, &format!("exchange {name}")).await
         }
         Declaration::Queue { name, exclusive, arguments } => {
             let options = QueueDeclareOptions {
@@ -173,18 +187,17 @@ async fn declare_one(channel: &Channel, declaration: &Declaration) -> Result<(),
                 ..QueueDeclareOptions::default()
             };
             let arguments = to_table(arguments.iter().map(|(key, value)| (*key, value)))?;
-            let declared = channel.queue_declare(short(name)?, options, arguments).await;
-            (declared.map(drop), "queue")
+            let declared = channel.queue_declare(short(name)?, options, arguments);
+            answer(declared, &format!("queue {name}")).await.map(drop)
         }
         Declaration::Binding { exchange, queue, routing_key, arguments } => {
             let (queue, exchange, key) = (short(queue)?, short(exchange)?, short(routing_key)?);
             let arguments = to_table(arguments.iter().map(|(key, value)| (key.as_str(), value)))?;
             let options = QueueBindOptions::default();
-            (channel.queue_bind(queue, exchange, key, options, arguments).await, "binding of queue")
+            let bound = channel.queue_bind(queue, exchange, key, options, arguments);
+            answer(bound, &format!("binding of queue {name}")).await
         }
-    };
-    let object = || format!("{what} {}", declaration.name());
-    declared.map_err(|error| BrokerError::operating(&error, &object()))
+    }
 }
 
 fn lapin_kind(kind: ExchangeKind) -> LapinKind {

@@ -1,6 +1,7 @@
 //! The task behind a consumer: opens a channel, passes on what arrives, notices its end, and begins
 //! again with the next epoch.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -114,8 +115,8 @@ impl ConsumeTask {
         let channel = self.shared.link.channel().await?;
         admin::declare(&channel, &self.spec.declarations).await?;
         let queue = self.declare_queue(&channel).await?;
-        let qos = channel.basic_qos(self.spec.prefetch, BasicQosOptions { global: false }).await;
-        qos.map_err(|error| BrokerError::operating(&error, "prefetch"))?;
+        let qos = channel.basic_qos(self.spec.prefetch, BasicQosOptions { global: false });
+        admin::answer(qos, "prefetch").await?;
         // The epoch begins before the first delivery can arrive.
         let epoch = {
             let mut current = self.shared.lock();
@@ -129,9 +130,8 @@ impl ConsumeTask {
         };
         let options = BasicConsumeOptions { no_ack: self.spec.no_ack, ..Default::default() };
         let (name, tag) = (short(&queue)?, short(&self.spec.tag)?);
-        let stream = channel.basic_consume(name, tag, options, self.arguments()).await;
-        let stream =
-            stream.map_err(|error| BrokerError::operating(&error, &format!("queue {queue}")))?;
+        let stream = channel.basic_consume(name, tag, options, self.arguments());
+        let stream = admin::answer(stream, &format!("queue {queue}")).await?;
         if self.shared.trouble.send_replace(None).is_some() {
             tracing::info!(queue, consumer = self.spec.tag, epoch, "consuming again");
         }
@@ -192,12 +192,31 @@ impl ConsumeTask {
         // At most one; beside deliveries, which must not wait for it.
         let (mut looks, mut watch) = (FuturesUnordered::new(), Watch::default());
         let mut cancelled = false;
+        // Deliveries that wait for room at the owner. A slow owner must not keep us from all else: a
+        // look at the queue may hold the lock of the whole connection.
+        let mut here = VecDeque::new();
         loop {
             tokio::select! {
-                arrived = arrivals.next() => match arrived {
-                    Some(arrived) => if let Err(lost) = self.pass_on(epoch, arrived).await {
-                        return End::Lost(lost);
-                    },
+                place = self.to_owner.reserve(), if !here.is_empty() => match place {
+                    Ok(place) => {
+                        if let Some(delivery) = here.pop_front() {
+                            place.send(delivery);
+                        }
+                        self.pass_on(&mut here);
+                    }
+                    // The owner is gone without a word; nothing is lost, the broker has them still.
+                    Err(_) => {
+                        here.clear();
+                        self.shared.stop.cancel();
+                    }
+                },
+                arrived = arrivals.next(), if here.is_empty() => match arrived {
+                    Some(arrived) => {
+                        if let Err(lost) = self.receive(epoch, arrived, &mut here) {
+                            return End::Lost(lost);
+                        }
+                        self.pass_on(&mut here);
+                    }
                     // When its queue is deleted, and from RabbitMQ 4.3 on for an acknowledgement
                     // that did not come in time.
                     None => return End::lost("the broker ended the consumer"),
@@ -244,15 +263,18 @@ impl ConsumeTask {
 
     async fn cancel(&self, channel: &Channel) {
         let Ok(tag) = short(&self.spec.tag) else { return };
-        if let Err(error) = channel.basic_cancel(tag, BasicCancelOptions::default()).await {
+        let cancelled = channel.basic_cancel(tag, BasicCancelOptions::default());
+        if let Err(error) = admin::answer(cancelled, &self.spec.tag).await {
             tracing::debug!(%error, "the consumer could not be cancelled");
         }
     }
 
-    async fn pass_on(
+    /// Takes deliveries off the wire.
+    fn receive(
         &self,
         epoch: u64,
         arrived: Vec<lapin::Result<lapin::message::Delivery>>,
+        here: &mut VecDeque<Delivery>,
     ) -> Result<(), BrokerError> {
         {
             let flow = &mut self.shared.lock().flow;
@@ -263,18 +285,24 @@ impl ConsumeTask {
         for delivery in arrived {
             let delivery =
                 delivery.map_err(|error| BrokerError::operating(&error, &self.spec.tag))?;
-            let ours = Delivery {
+            here.push_back(Delivery {
                 tag: DeliveryTag { epoch, number: delivery.delivery_tag },
                 routing_key: delivery.routing_key.as_str().to_owned(),
                 redelivered: delivery.redelivered,
                 message: from_properties(&delivery.properties, delivery.data),
-            };
-            if self.to_owner.send(ours).await.is_err() {
-                // The owner is gone without a word; nothing is lost, the broker has the message still.
-                self.shared.stop.cancel();
-            }
+            });
         }
         Ok(())
+    }
+
+    /// Hands on what the owner has room for.
+    fn pass_on(&self, here: &mut VecDeque<Delivery>) {
+        while !here.is_empty()
+            && let Ok(place) = self.to_owner.try_reserve()
+            && let Some(delivery) = here.pop_front()
+        {
+            place.send(delivery);
+        }
     }
 }
 

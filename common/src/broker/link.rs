@@ -10,6 +10,7 @@ use std::time::Duration;
 use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties, ConnectionStatus};
 use tokio::sync::Mutex;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{BrokerError, transport};
 use crate::config::{BrokerConfig, BrokerUrl};
@@ -63,7 +64,19 @@ impl Link {
     }
 
     /// A new channel, on a new connection if the old one is gone.
+    ///
+    /// Worked at in a task of its own: a caller that is not polled for a while must not hold the lock
+    /// that all users of the connection need.
     pub(super) async fn channel(&self) -> Result<Channel, BrokerError> {
+        let link = self.clone();
+        let opening = tokio::spawn(async move { link.open_channel().await });
+        match AbortOnDropHandle::new(opening).await {
+            Ok(channel) => channel,
+            Err(error) => Err(BrokerError::Lost(format!("a channel was not opened: {error}"))),
+        }
+    }
+
+    async fn open_channel(&self) -> Result<Channel, BrokerError> {
         let mut state = self.0.current.lock().await;
         if self.is_closed() {
             return Err(BrokerError::Closed);

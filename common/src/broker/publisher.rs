@@ -15,7 +15,7 @@ use lapin::options::ConfirmSelectOptions;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{MissedTickBehavior, timeout};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use super::link::Pause;
 use super::window::{Job, Window};
@@ -176,9 +176,13 @@ impl Publisher {
         deadline: Duration,
     ) -> impl Future<Output = Result<(), BrokerError>> {
         // Out of the future, or each that wraps it carries a whole message along and is moved with it.
-        let sending = self.send(outgoing);
+        let (tx, answer) = oneshot::channel();
+        let (job, receipt) = (Job::new(outgoing, Some(tx)), Receipt { answer });
         async move {
-            let whole = async { sending.await?.confirmed().await };
+            let whole = async {
+                self.stand_in_line(job).await?;
+                receipt.confirmed().await
+            };
             if !Guard::PublishDeadline.holds() {
                 return whole.await;
             }
@@ -190,6 +194,8 @@ impl Publisher {
     }
 
     /// Hands a message over and returns before it is confirmed; waits only for room in the window.
+    ///
+    /// For tasks that poll this all the time: see [`publish`](Self::publish) for everybody else.
     pub fn send(&self, outgoing: Outgoing) -> impl Future<Output = Result<Receipt, BrokerError>> {
         let (tx, answer) = oneshot::channel();
         let job = Job::new(outgoing, Some(tx));
@@ -255,6 +261,24 @@ impl Publisher {
             tracing::warn!("some messages were not confirmed before closing");
         }
         shared.link.close().await;
+    }
+
+    /// Hands a message over for a caller whose future others poll, or do not: while there is no room, a
+    /// task of ours stands in line. Room goes to who came first, so a future that nobody polls would
+    /// keep it from all others of this process.
+    async fn stand_in_line(&self, job: Job) -> Result<(), BrokerError> {
+        let job = match self.jobs.try_send(job) {
+            Ok(()) => return Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => return Err(BrokerError::Closed),
+            Err(mpsc::error::TrySendError::Full(job)) => job,
+        };
+        let jobs = self.jobs.clone();
+        let standing = self.shared.task.spawn(async move { jobs.send(job).await.is_ok() });
+        // Who gives up withdraws the message.
+        match AbortOnDropHandle::new(standing).await {
+            Ok(true) => Ok(()),
+            Ok(false) | Err(_) => Err(BrokerError::Closed),
+        }
     }
 
     async fn hand_over(&self, job: Job) -> Result<(), BrokerError> {
@@ -367,8 +391,8 @@ impl PublishTask {
     async fn open(&self) -> Result<Channel, BrokerError> {
         let channel = self.shared.link.channel().await?;
         admin::declare(&channel, &self.declarations).await?;
-        let confirms = channel.confirm_select(ConfirmSelectOptions::default()).await;
-        confirms.map_err(|error| BrokerError::operating(&error, "confirm mode"))?;
+        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
+        admin::answer(confirms, "confirm mode").await?;
         Ok(channel)
     }
 
@@ -473,7 +497,7 @@ impl PublishTask {
 
 /// In order, or lapin complains of a connection that closes over a channel that does.
 async fn close(channel: &Channel) {
-    if let Err(error) = channel.close(200, "bye".into()).await {
+    if let Err(error) = admin::answer(channel.close(200, "bye".into()), "closing").await {
         tracing::debug!(%error, "the channel did not close in order");
     }
 }

@@ -50,7 +50,7 @@ impl Fixture {
     }
 
     async fn keys(&self) -> Vec<String> {
-        let entries = self.store.outbox(1_000).await.unwrap();
+        let entries = self.store.outbox(0, 1_000).await.unwrap();
         entries.iter().map(|entry| entry.notice.key()).collect()
     }
 }
@@ -168,7 +168,7 @@ async fn the_outbox_survives_a_crash_until_its_notices_are_confirmed() {
     let fixture = Fixture::new();
     fixture.commit(&[finished("t-1", None), finished("t-2", None)], &[]).await;
     let fixture = fixture.reopen();
-    let entries = fixture.store.outbox(1).await.unwrap();
+    let entries = fixture.store.outbox(0, 1).await.unwrap();
     assert!(matches!(&entries[0].notice, Notice::Task(task) if task.task == id("t-1")));
     fixture.store.published(vec![entries[0].seq]).await.unwrap();
     let fixture = fixture.reopen();
@@ -189,13 +189,13 @@ async fn tasks_that_go_back_survive_a_crash_until_they_are_confirmed() {
     };
     fixture.store.write(add).await.unwrap();
     let fixture = fixture.reopen();
-    let entries = fixture.store.resends(10, 1 << 20).await.unwrap();
+    let entries = fixture.store.resends(0, 10, 1 << 20).await.unwrap();
     assert_eq!(entries.iter().map(|entry| &entry.resend).collect::<Vec<_>>(), [&both[0], &both[1]]);
     // A slice is bounded, and never empty.
-    assert_eq!(fixture.store.resends(10, 1).await.unwrap(), entries[..1]);
+    assert_eq!(fixture.store.resends(0, 10, 1).await.unwrap(), entries[..1]);
     fixture.store.resent(vec![entries[0].seq]).await.unwrap();
     let fixture = fixture.reopen();
-    assert_eq!(fixture.store.resends(10, 1 << 20).await.unwrap(), entries[1..]);
+    assert_eq!(fixture.store.resends(0, 10, 1 << 20).await.unwrap(), entries[1..]);
 }
 
 #[tokio::test]
@@ -332,7 +332,7 @@ async fn a_parked_task_goes_back_whole_and_waits_longer_when_it_returns() {
     fixture.store.forget(much_later, 9).await.unwrap();
     assert_eq!(fixture.store.totals().await.unwrap().dead, 1, "no age ends what has not ended");
     assert_eq!((release().await, release().await), (1, 0));
-    let resends = fixture.store.resends(9, usize::MAX).await.unwrap();
+    let resends = fixture.store.resends(0, 9, usize::MAX).await.unwrap();
     assert_eq!(resends[0].resend.message, parked().letter.message);
     assert_eq!(fixture.store.parked_kinds(9).await.unwrap(), [], "it is on its way");
 

@@ -42,7 +42,7 @@ impl Fixture {
     }
 
     async fn waiting(&self) -> Vec<Resend> {
-        let entries = self.store.resends(1_000, 1 << 20).await.unwrap();
+        let entries = self.store.resends(0, 1_000, 1 << 20).await.unwrap();
         entries.into_iter().map(|entry| entry.resend).collect()
     }
 
