@@ -21,7 +21,8 @@ demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup
 	$(CARGO) build --workspace --bins --examples
-	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
+	CARGO="$(CARGO)" RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} \
+		scripts/rabbitmq run -- scripts/run-tests --workspace $(ARGS)
 
 # In a directory of its own, so that a program whose guards can be switched off is never taken for another.
 test-guards: ## the tests of the tests: each guard off in turn (ARGS=EpochCheck,Adoption for some)

@@ -41,6 +41,7 @@ mod options;
 mod permissions;
 mod poison;
 mod redelivery;
+mod reruns;
 mod retry_and_delay;
 mod round_trip;
 mod several_urls;
