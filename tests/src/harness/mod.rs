@@ -17,7 +17,7 @@ mod warren;
 
 pub(crate) use amqp::{Amqp, message};
 pub(crate) use broker::PrivateNode;
-pub(crate) use eventually::{Soon, eventually, soon};
+pub(crate) use eventually::{SOON, Soon, eventually, soon, time_passes};
 pub(crate) use foreign::Foreign;
 pub(crate) use process::{Ended, GUARDS_OFF, Process, finish};
 pub(crate) use proxy::{Proxy, Sends};

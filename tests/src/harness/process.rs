@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin};
 
-use super::{Soon, eventually};
+use super::{Soon, soon};
 
 /// How much of a log is shown.
 const SHOWN_LINES: usize = 60;
@@ -133,7 +133,7 @@ impl Process {
     /// Waits until it has logged a line that contains `text`.
     pub(crate) async fn logged(&mut self, text: &str) -> String {
         let what = format!("{} logs {text:?}", self.name);
-        eventually(Duration::from_secs(30), &what, async || {
+        soon(&what, async || {
             let log = self.stderr();
             let line = log.lines().find(|line| line.contains(text)).map(str::to_owned);
             let gone = self.child.try_wait().expect("a child can be waited for");
