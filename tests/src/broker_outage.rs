@@ -31,7 +31,7 @@ async fn crew(warren: &Warren) -> (Process, Process, Producer) {
     let worker = warren.worker().toml(&effects::command(warren));
     let mut config: Config = warren.config();
     config.broker.heartbeat = Duration::from_secs(2);
-    config.broker.connect_timeout = DEADLINE;
+    config.broker.connect_timeout = Duration::from_secs(5);
     config.broker.publish_timeout = DEADLINE;
     let (worker, collector) =
         tokio::join!(impatient(worker).start(), impatient(warren.collector()).start());
