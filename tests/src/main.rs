@@ -16,6 +16,7 @@ mod harness;
 
 mod alarm;
 mod batch_and_notices;
+mod bench_beside;
 mod broker_outage;
 mod bundles;
 mod cancel;
