@@ -104,7 +104,7 @@ async fn a_worker_that_wakes_up_after_its_lease_has_no_say_any_more() {
     let producer = warren.producer().await;
     let id = producer.submit_detached(task()).await.unwrap();
     leased(&warren).await;
-    first.signal(Signal::SIGSTOP);
+    first.freeze();
     let _second = worker(&warren, "second").await;
     begun(&warren, 2).await;
     // The command of the first ends while its worker sleeps, so its result is the earlier one.

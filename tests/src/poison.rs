@@ -202,7 +202,7 @@ fn children(of: Pid) -> Vec<Pid> {
 async fn isolated(warren: &Warren, task: Submission<Value>) -> (Process, Pid) {
     let first = worker(warren, "first").set("worker.slots", 1).start().await;
     // So that it gets the task and cannot run it.
-    first.signal(Signal::SIGSTOP);
+    first.freeze();
     warren.producer().await.submit_detached(task).await.unwrap();
     let amqp = warren.amqp().await;
     soon("it is delivered", async || (amqp.waiting().await == 0).then_some(())).await;

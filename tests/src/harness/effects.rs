@@ -59,6 +59,12 @@ impl Gate {
         task.retry_policy(RetryPolicy::NONE)
     }
 
+    /// Lets the execution end that was so many-th to begin, of all in the ledger.
+    pub(crate) fn open_for(&self, execution: usize) {
+        let gate = format!("{}.{execution}", self.0.display());
+        fs::write(gate, "").expect("the test's directory is writable");
+    }
+
     /// Lets all that it holds end, and whatever comes later.
     pub(crate) fn open(&self) {
         fs::write(&self.0, "").expect("the test's directory is writable");

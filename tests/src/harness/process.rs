@@ -47,6 +47,21 @@ pub(crate) fn command(program: &Path) -> Command {
     command
 }
 
+/// Stops a process, and waits until every thread of it stands still: on a busy machine some of them run
+/// on for a while after the signal.
+pub(crate) fn freeze(process: Pid) {
+    kill(process, Signal::SIGSTOP).expect("the process runs");
+    let stands_still = |thread: PathBuf| {
+        let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
+        // A thread that is gone by now does not run either.
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 'Z', 'X']))
+    };
+    let threads = || fs::read_dir(format!("/proc/{process}/task")).expect("the process is there");
+    while !threads().flatten().all(|thread| stands_still(thread.path())) {
+        std::thread::yield_now();
+    }
+}
+
 /// A process that runs until it is told otherwise.
 pub(crate) struct Process {
     name: String,
@@ -93,6 +108,11 @@ impl Process {
 
     pub(crate) fn signal(&self, signal: Signal) {
         kill(self.id(), signal).expect("the process runs");
+    }
+
+    /// Stops it in mid-use, until SIGCONT.
+    pub(crate) fn freeze(&self) {
+        freeze(self.id());
     }
 
     /// Kills it as the kernel would, and waits until it is gone.
