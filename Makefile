@@ -6,7 +6,7 @@ CARGO ?= cargo
 FAILPOINTS := --workspace --features garenne-common/failpoints --target-dir target/guards
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench microbench verify
+.PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench bench-beside microbench verify
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +21,8 @@ demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup
 	$(CARGO) build --workspace --bins --examples
-	RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} scripts/rabbitmq run -- $(CARGO) test --workspace $(ARGS)
+	CARGO="$(CARGO)" RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} \
+		scripts/rabbitmq run -- scripts/run-tests --workspace $(ARGS)
 
 # In a directory of its own, so that a program whose guards can be switched off is never taken for another.
 test-guards: ## the tests of the tests: each guard off in turn (ARGS=EpochCheck,Adoption for some)
@@ -74,6 +75,11 @@ bench: ## throughput, latency and memory beside a bare client, on a private Rabb
 	scripts/setup --no-tests
 	$(CARGO) build --release --bins
 	scripts/rabbitmq run -- target/release/garenne bench $(ARGS)
+
+bench-beside: ## is this build as fast as that of COMMIT? both take turns, RUNS=5 each (ARGS for the bench)
+	@test -n "$(COMMIT)" || { echo "which commit? make bench-beside COMMIT=..." >&2; exit 2; }
+	scripts/setup --no-tests
+	CARGO="$(CARGO)" RUNS=$(or $(RUNS),5) scripts/bench-beside $(COMMIT) $(ARGS)
 
 # No broker. What follows `--` is criterion's: ARGS="-p garenne-common -- reports"
 microbench: ## criterion benchmarks of codec, settling and store (ARGS picks some)

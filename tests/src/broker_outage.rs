@@ -8,14 +8,15 @@ use garenne_common::broker::BrokerError;
 use garenne_common::config::Config;
 use garenne_common::wire::Question;
 use garenne_producer::{NoticeFilter, Producer, QueryError, Submission, SubmitError};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::harness::{PrivateNode, Process, Service, Soon, Warren, eventually, soon};
+use crate::harness::effects::{self, Gate};
+use crate::harness::{
+    PrivateNode, Process, SOON, Service, Soon, Warren, eventually, soon, time_passes,
+};
 
 const DEADLINE: Duration = Duration::from_secs(2);
-/// A deadline as seen from outside, on a busy machine.
-const ABOUT_THE_DEADLINE: Duration = Duration::from_secs(4);
-const COMES_BACK: Duration = Duration::from_secs(40);
+const COMES_BACK: Duration = Duration::from_mins(2);
 
 fn echo(args: impl serde::Serialize) -> Submission<Value> {
     Submission::dynamic("garenne.echo", args).unwrap()
@@ -27,12 +28,13 @@ fn impatient(service: Service<'_>) -> Service<'_> {
 }
 
 async fn crew(warren: &Warren) -> (Process, Process, Producer) {
+    let worker = warren.worker().toml(&effects::command(warren));
     let mut config: Config = warren.config();
     config.broker.heartbeat = Duration::from_secs(2);
-    config.broker.connect_timeout = DEADLINE;
+    config.broker.connect_timeout = Duration::from_secs(5);
     config.broker.publish_timeout = DEADLINE;
     let (worker, collector) =
-        tokio::join!(impatient(warren.worker()).start(), impatient(warren.collector()).start());
+        tokio::join!(impatient(worker).start(), impatient(warren.collector()).start());
     let producer = Producer::connect(&config).await.unwrap();
     works(&producer).await;
     (worker, collector, producer)
@@ -58,7 +60,7 @@ async fn works(producer: &Producer) {
     .await;
 }
 
-/// Everything that a producer can ask for fails in its own type and in time.
+/// Everything that a producer can ask for fails in its own type, instead of waiting for the broker.
 async fn everything_fails_in_time(producer: &Producer) {
     let submit = async {
         let error = producer.submit(echo(1)).await.unwrap_err();
@@ -78,10 +80,10 @@ async fn everything_fails_in_time(producer: &Producer) {
         assert!(error.is_transient(), "{error:?}");
     };
     tokio::join!(
-        submit.within(ABOUT_THE_DEADLINE, "submitting fails"),
-        batch.within(ABOUT_THE_DEADLINE, "opening a batch fails"),
-        notices.within(ABOUT_THE_DEADLINE, "listening fails"),
-        question.within(ABOUT_THE_DEADLINE, "asking fails"),
+        submit.soon("submitting fails"),
+        batch.soon("opening a batch fails"),
+        notices.soon("listening fails"),
+        question.soon("asking fails"),
     );
 }
 
@@ -105,10 +107,11 @@ async fn a_broker_that_stops_in_order_is_no_different() {
     let node = PrivateNode::take().await;
     let warren = Warren::on(&node.url()).await;
     let (mut worker, mut collector, producer) = crew(&warren).await;
-    let running =
-        producer.submit(Submission::dynamic("garenne.sleep", json!({ "millis": 1_000 })).unwrap());
-    let running = running.await.unwrap();
+    let gate = Gate::shut(&warren, "running");
+    let running = producer.submit(gate.task()).await.unwrap();
+    effects::begun(&warren, 1).await;
     node.stop();
+    gate.open();
     everything_fails_in_time(&producer).await;
     node.start();
     let result = running.result().within(COMES_BACK, "what ran meanwhile is told").await.unwrap();
@@ -117,10 +120,7 @@ async fn a_broker_that_stops_in_order_is_no_different() {
     node.stop();
     for process in [&mut worker, &mut collector] {
         process.logged("not consuming").await;
-        assert!(
-            process.terminate(Duration::from_secs(15)).await.success(),
-            "stops without a broker"
-        );
+        assert!(process.terminate(SOON).await.success(), "stops without a broker");
     }
 }
 
@@ -202,8 +202,9 @@ async fn deliveries_that_the_broker_takes_back_are_explained_and_survived() {
     let warren = Warren::on(&node.url()).await;
     patience(&node, 3);
     let (mut worker, _collector, producer) = crew(&warren).await;
-    let slow = Submission::dynamic("garenne.sleep", json!({ "millis": 7_000 })).unwrap();
-    let slow = producer.submit(slow).await.unwrap();
+    let gate = Gate::shut(&warren, "slow");
+    let slow = producer.submit(gate.task()).await.unwrap();
+    effects::begun(&warren, 1).await;
     // From 4.3 on the consumer's own limit counts, which is that of broker.consumer_timeout.
     if node.version() < (4, 3) {
         let said = worker.logged("took deliveries back").await;
@@ -211,7 +212,10 @@ async fn deliveries_that_the_broker_takes_back_are_explained_and_survived() {
             said.contains("within its consumer timeout of 3s; raise consumer_timeout"),
             "{said}"
         );
+    } else {
+        time_passes(Duration::from_secs(7)).await;
     }
+    gate.open();
     let result = slow.result().within(COMES_BACK, "the slow task ends").await.unwrap();
     assert_eq!(result.attempt, 1);
     patience(&node, 1_800);

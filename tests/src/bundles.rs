@@ -3,7 +3,7 @@
 //! others are idle (promises 2 to 5).
 
 use std::collections::HashSet;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use garenne_common::wire::{Message, bundle, task};
@@ -12,7 +12,8 @@ use garenne_producer::{Handle, Submission, SubmitError};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Proxy, Sends, Soon, Warren, effects, message, soon, supervise};
+use crate::harness::effects::{self, Gate};
+use crate::harness::{Process, Proxy, Sends, Soon, Warren, message, soon, supervise};
 
 /// Processes die and are started again, on a machine that does other things besides.
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -31,6 +32,11 @@ fn sleep(millis: u64) -> Submission<Value> {
 
 fn effect(millis: u64) -> Submission<Value> {
     work("test.effect", json!({ "millis": millis })).retry_policy(RetryPolicy::NONE)
+}
+
+/// So many tasks, of which the first eight end at once and the others are held.
+fn eight_quick(tasks: u64, gate: &Gate) -> impl Iterator<Item = Submission<Value>> {
+    (0..tasks).map(|number| if number < 8 { effect(0) } else { gate.task() })
 }
 
 fn handles(outcomes: Vec<Result<Handle<Value>, SubmitError>>) -> Vec<Handle<Value>> {
@@ -96,12 +102,15 @@ async fn a_worker_that_is_killed_in_the_middle_of_a_bundle_loses_nothing() {
     let (first, _collector) = tokio::join!(worker().start(), warren.collector().start());
     let producer = warren.producer().await;
     let batch = producer.batch().await.unwrap();
-    let submitted = batch.submit_many_detached((0..TASKS).map(|_| effect(50))).await;
+    let gate = Gate::shut(&warren, "rest");
+    let submitted = batch.submit_many_detached(eight_quick(TASKS, &gate)).await;
     assert!(submitted.iter().all(Result::is_ok));
     let sealed = batch.seal().await.unwrap();
     let some = "SELECT count(*) FROM results";
-    soon("some are done", async || (warren.rows::<i64>(some)[0] >= 8).then_some(())).await;
+    soon("some are done", async || (warren.rows::<i64>(some)[0] == 8).then_some(())).await;
+    effects::begun(&warren, 12).await;
     first.kill().await;
+    gate.open();
     let second = worker().start().await;
     let summary = sealed.wait().within(PATIENCE, "all end").await.unwrap();
     assert_eq!((summary.total, summary.succeeded), (Some(TASKS), TASKS));
@@ -139,50 +148,58 @@ async fn a_cut_line_in_the_middle_of_a_bundle_repeats_nothing_in_the_same_worker
     let line = Proxy::to(warren.url()).await;
     let worker = warren.worker().url(&line.url(warren.url())).toml(&effects::command(&warren));
     // Replies are best effort; what the cut takes along, the collector knows.
-    let (worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
+    let (mut worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = warren.producer().await;
-    let handles = handles(producer.submit_many((0..40).map(|_| effect(80))).await);
-    soon("it is at work", async || (effects::done(&warren).len() >= 8).then_some(())).await;
+    let gate = Gate::shut(&warren, "rest");
+    let handles = handles(producer.submit_many(eight_quick(40, &gate)).await);
+    effects::begun(&warren, 12).await;
     line.cut();
+    worker.logged("a bundle came again").await;
+    gate.open();
     assert!(ended(handles).await.iter().all(|end| end.status == Status::Succeeded));
     assert_eq!(effects::done(&warren).len(), 40);
-    assert!(worker.stderr().contains("a bundle came again"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_waits_in_a_bundle_can_be_cancelled() {
     let warren = Warren::new().await;
-    let worker = warren.worker().set("worker.slots", 1).set("worker.cancel_sync_timeout", "5s");
+    let worker = warren.worker().set("worker.slots", 1).set("worker.cancel_sync_timeout", "60s");
+    let worker = worker.toml(&effects::command(&warren));
     let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = warren.producer().await;
-    let mut handles = handles(producer.submit_many([sleep(4_000), sleep(1), echo(1)]).await);
-    let (echo, mut slow) = (handles.pop().unwrap(), handles.remove(0));
-    soon("the first one runs", async || (warren.amqp().await.waiting().await == 0).then_some(()))
-        .await;
-    let id = handles[0].id().clone();
+    let gate = Gate::shut(&warren, "first");
+    let mut handles = handles(producer.submit_many([gate.task(), sleep(1), echo(1)]).await);
+    let echo = handles.pop().unwrap();
+    effects::begun(&warren, 1).await;
+    let id = handles[1].id().clone();
     producer.cancel_tasks(&[id], Some("enough"), Duration::ZERO).await.unwrap();
-    let cancelled = handles.remove(0).result().soon("it ends").await.unwrap();
+    // It does not wait for the slot.
+    let cancelled = handles.remove(1).result().soon("it ends").await.unwrap();
     assert_eq!((cancelled.status, cancelled.attempt), (Status::Cancelled, 0));
-    let still = slow.ended_within(Duration::from_millis(1)).await;
-    assert!(still.is_err(), "it did not wait for the slot");
+    gate.open();
     assert_eq!(echo.output().soon("the echo ends").await, Ok(json!(1)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopping_worker_gives_back_what_it_has_not_begun_of_a_bundle() {
     let warren = Warren::new().await;
-    let mut first = warren.worker().set("worker.slots", 2).arg("--name=first").start().await;
+    let (toml, gate) = (effects::command(&warren), Gate::shut(&warren, "begun"));
+    let first = warren.worker().toml(&toml).set("worker.slots", 2).arg("--name=first");
+    let mut first = first.start().await;
     let (producer, amqp) = (warren.producer().await, warren.amqp().await);
-    let handles = handles(producer.submit_many((0..50).map(|_| sleep(300))).await);
+    let tasks = (0..50).map(|number| if number < 2 { gate.task() } else { echo(number) });
+    let handles = handles(producer.submit_many(tasks).await);
+    effects::begun(&warren, 2).await;
     soon("it has the bundle", async || (amqp.waiting().await == 0).then_some(())).await;
     first.signal(Signal::SIGTERM);
+    soon("the rest is back", async || (amqp.waiting().await > 0).then_some(())).await;
+    gate.open();
     assert!(first.ended(PATIENCE).await.success());
-    assert!(amqp.waiting().await > 0);
     let second = warren.worker().set("worker.slots", 50).arg("--name=second").start().await;
     let ends = ended(handles).await;
     assert!(ends.iter().all(|end| end.attempt == 1), "{ends:#?}");
     assert!(!ends.iter().any(|end| end.redelivered), "{ends:#?}");
-    assert!(ends.iter().filter(|end| &*end.worker == "second").count() >= 40);
+    assert_eq!(ends.iter().filter(|end| &*end.worker == "second").count(), 48);
     assert!(!second.stderr().contains("a bundle came again"), "nothing is under suspicion");
 }
 
@@ -194,56 +211,67 @@ async fn a_stopping_worker_hands_nothing_back_while_the_broker_still_sends() {
     let toml = effects::command(&warren);
     let mut first = first.toml(&toml).arg("--name=first").start().await;
     let producer = warren.producer().await;
-    let slow = (0..2).map(|_| effect(5_000));
+    let gate = Gate::shut(&warren, "slow");
+    let slow = (0..2).map(|_| gate.task());
     let mut slow = handles(producer.submit_many(slow.chain((0..48).map(echo))).await);
     let mut quick = slow.split_off(2);
-    soon("it is at work", async || (effects::done(&warren).len() == 2).then_some(())).await;
+    effects::begun(&warren, 2).await;
     line.hold(Sends::Cancels);
     first.signal(Signal::SIGTERM);
     line.caught().await;
     let second = warren.worker().set("worker.slots", 50).toml(&toml);
     let _second = second.arg("--name=second").start().await;
-    // What was handed back before would have run by now: these ended long after it.
-    assert!(ended(slow).await.iter().all(|end| &*end.worker == "first"));
+    // What was handed back before would run there as this does, which the first one may be sent too.
+    soon("the second one takes what comes", async || {
+        let mut probe = producer.submit(echo(0)).await.unwrap();
+        probe.ended_within(Duration::from_secs(1)).await.is_ok().then_some(())
+    })
+    .await;
     let early = quick[0].ended_within(Duration::from_millis(100)).await;
     assert!(early.is_err(), "{early:?}");
     let last = quick[47].ended_within(Duration::from_millis(100)).await;
     assert!(last.is_err(), "{last:?}");
+    gate.open();
+    assert!(ended(slow).await.iter().all(|end| &*end.worker == "first"));
     line.cut();
     assert!(ended(quick).await.iter().all(|end| &*end.worker == "second"));
     assert!(first.ended(PATIENCE).await.success());
 }
 
-/// Two workers with one slot each and one bundle for both: what is slow in it must not make one of
-/// them busy while the other has nothing to do.
-async fn share(millis: &[u64]) -> (Duration, Vec<usize>) {
-    let warren = Warren::new().await;
-    let worker = |name: &str| warren.worker().set("worker.slots", 1).arg("--name").arg(name);
-    let (_one, _two) = tokio::join!(worker("one").start(), worker("two").start());
-    let producer = warren.producer().await;
-    let begun = Instant::now();
-    let handles = handles(producer.submit_many(millis.iter().map(|millis| sleep(*millis))).await);
-    let ends = ended(handles).await;
-    let took = begun.elapsed();
-    let ran = |name: &str| ends.iter().filter(|end| *end.worker == *name).count();
-    (took, vec![ran("one"), ran("two")])
+/// Two workers with one slot each, for one bundle: what is slow in it must not make one of them busy
+/// while the other has nothing to do.
+async fn two_workers(warren: &Warren) -> (Process, Process) {
+    let toml = effects::command(warren);
+    let worker = || warren.worker().toml(&toml).set("worker.slots", 1);
+    tokio::join!(worker().arg("--name=one").start(), worker().arg("--name=two").start())
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bundle_of_slow_tasks_is_shared_with_an_idle_worker() {
-    let (took, ran) = share(&[200; 30]).await;
-    assert!(ran.iter().all(|tasks| *tasks >= 8), "{ran:?}");
-    assert!(took < Duration::from_millis(200 * 30 * 3 / 4), "{took:?}, alone it takes 6 s");
+    let warren = Warren::new().await;
+    let _workers = two_workers(&warren).await;
+    let (producer, gate) = (warren.producer().await, Gate::shut(&warren, "slow"));
+    let handles = handles(producer.submit_many((0..30).map(|_| gate.task())).await);
+    // The one that got the bundle runs one task, and the other one has got some of the rest.
+    effects::begun(&warren, 2).await;
+    gate.open();
+    let ends = ended(handles).await;
+    let ran: HashSet<&str> = ends.iter().map(|end| &*end.worker).collect();
+    assert_eq!(ran.len(), 2, "{ran:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn quick_tasks_do_not_wait_behind_a_slow_one_in_their_bundle() {
-    let mut millis = vec![1; 40];
-    millis.insert(3, 4_000);
-    let (took, ran) = share(&millis).await;
-    assert!(took < Duration::from_millis(5_500), "{took:?}");
-    let most = ran.iter().max().unwrap();
-    assert!((30..=40).contains(most), "{ran:?}: the other worker has all but the slow one's");
+    let warren = Warren::new().await;
+    let _workers = two_workers(&warren).await;
+    let (producer, gate) = (warren.producer().await, Gate::shut(&warren, "slow"));
+    let tasks = (0..41).map(|number| if number == 3 { gate.task() } else { echo(number) });
+    let mut quick = handles(producer.submit_many(tasks).await);
+    let slow = quick.remove(3);
+    // All of them, while the slow one keeps one of the workers.
+    assert_eq!(ended(quick).await.len(), 40);
+    gate.open();
+    slow.result().soon("the slow one ends").await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

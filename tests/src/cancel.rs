@@ -12,7 +12,8 @@ use garenne_worker::{Context, TaskError, Worker};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::harness::{Soon, Warren, message, soon};
+use crate::harness::effects::{self, Gate};
+use crate::harness::{SOON, Soon, Warren, message, soon};
 
 const AT_ONCE: Duration = Duration::ZERO;
 
@@ -82,7 +83,7 @@ impl Task for Stubborn {
 
 fn stubborn(context: &Context, _: Stubborn) -> Result<Value, TaskError> {
     while !context.is_cancelled() {
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::park_timeout(Duration::from_millis(5));
     }
     Err(TaskError::retry("stopped half-way"))
 }
@@ -95,7 +96,7 @@ async fn a_queued_task_never_runs_even_if_its_worker_starts_later() {
     let handle = submit(&producer, sleep(0)).await;
     assert_eq!(cancel(&producer, handle.id()).await, CancelState::Requested);
     assert_eq!(cancel(&producer, handle.id()).await, CancelState::Requested, "asked again");
-    let _worker = warren.worker().set("worker.cancel_sync_timeout", "20s").start().await;
+    let _worker = warren.worker().set("worker.cancel_sync_timeout", "60s").start().await;
     let id = handle.id().clone();
     assert_cancelled(&ended(handle).await, 0);
     let state = soon("the collector has it", async || {
@@ -121,7 +122,7 @@ async fn a_wish_survives_the_collector_and_the_worker() {
     assert_eq!(cancel(&producer, handle.id()).await, CancelState::Requested);
     collector.kill().await;
     let _collector = warren.collector().start().await;
-    let _worker = warren.worker().set("worker.cancel_sync_timeout", "20s").start().await;
+    let _worker = warren.worker().set("worker.cancel_sync_timeout", "60s").start().await;
     assert_cancelled(&ended(handle).await, 0);
 }
 
@@ -130,16 +131,22 @@ async fn a_worker_that_starts_without_a_collector_works_and_hears_of_wishes_late
     let warren = Warren::new().await;
     let producer = warren.producer().await;
     let collector = warren.collector().start().await;
-    let delayed = submit(&producer, sleep(0).delay(Duration::from_secs(8))).await;
-    assert_eq!(cancel(&producer, delayed.id()).await, CancelState::Requested);
+    let gate = Gate::shut(&warren, "first");
+    let first = submit(&producer, gate.task()).await;
+    let cancelled = submit(&producer, sleep(0)).await;
+    assert_eq!(cancel(&producer, cancelled.id()).await, CancelState::Requested);
     collector.kill().await;
-    let mut worker = warren.worker().start().await;
+    // One slot, which the first task keeps.
+    let worker = warren.worker().toml(&effects::command(&warren)).set("worker.slots", 1);
+    let mut worker = worker.start().await;
     worker.logged("no collector has said which tasks are cancelled").await;
-    assert_eq!(ended(submit(&producer, sleep(0)).await).await.status, Status::Succeeded);
+    effects::begun(&warren, 1).await;
+    waiting(&warren, 0).await;
     // The worker's question waits for the collector.
     let _collector = warren.collector().start().await;
-    let result = delayed.result().within(Duration::from_secs(40), "it is due").await.unwrap();
-    assert_cancelled(&result, 0);
+    assert_cancelled(&ended(cancelled).await, 0);
+    gate.open();
+    assert_eq!(ended(first).await.status, Status::Succeeded);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,7 +154,7 @@ async fn a_delayed_retry_ends_cancelled_when_it_is_due() {
     let warren = Warren::new().await;
     let (_worker, _collector) = warren.crew().await;
     let producer = warren.producer().await;
-    let policy = RetryPolicy { base: Duration::from_secs(3), ..Default::default() };
+    let policy = RetryPolicy { base: Duration::from_secs(8), ..Default::default() };
     let failing = task("garenne.fail", json!({ "message": "once" })).retry_policy(policy);
     let handle = submit(&producer, failing).await;
     soon("the first attempt has failed", async || {
@@ -179,7 +186,7 @@ async fn a_running_task_hears_of_it_and_may_end_in_its_own_way() {
     }
     soon("all run", async || (worker.running_tasks() == 4).then_some(())).await;
     let ids: Vec<_> = handles.iter().map(|handle| handle.id().clone()).collect();
-    let answers = producer.cancel_tasks(&ids, Some("enough"), Duration::from_secs(20)).await;
+    let answers = producer.cancel_tasks(&ids, Some("enough"), SOON).await;
     let states: Vec<_> = answers.unwrap().iter().map(|answer| answer.state).collect();
     let cancelled = CancelState::Cancelled;
     assert_eq!(states, [CancelState::TooLate, cancelled, cancelled, cancelled]);
@@ -223,7 +230,7 @@ async fn tasks_that_wait_in_a_busy_worker_end_at_once_and_never_run() {
         ids.push(producer.submit_detached(task("test.count", Value::Null)).await.unwrap());
     }
     waiting(&warren, 0).await;
-    let answers = producer.cancel_tasks(&ids, Some("enough"), Duration::from_secs(20)).await;
+    let answers = producer.cancel_tasks(&ids, Some("enough"), SOON).await;
     assert!(answers.unwrap().iter().all(|answer| answer.state == CancelState::Cancelled));
     assert_eq!(ran.load(Ordering::Relaxed), 0);
     assert_eq!(worker.running_tasks(), 1, "the long one runs on");
@@ -329,17 +336,18 @@ async fn the_command_says_cancelled_too_late_or_requested() {
         (!producer.results(std::slice::from_ref(&done)).await.unwrap().is_empty()).then_some(())
     })
     .await;
-    let ids = [done.as_str(), running.id().as_str(), "never-heard-of"];
-    let mut arguments = vec!["cancel", "--reason", "enough", "--wait", "5s"];
+    let ids = [done.as_str(), running.id().as_str()];
+    let mut arguments = vec!["cancel", "--reason", "enough", "--wait", "50s"];
     arguments.extend(ids);
     let said = warren.garenne(&arguments).await;
     assert_eq!(said.code, Some(1), "one was too late: {said:#?}");
     let lines: Vec<_> = said.stdout.lines().collect();
-    let expected = ["too late ", "cancelled ", "requested "];
-    for ((line, id), word) in lines.iter().zip(ids).zip(expected) {
+    for ((line, id), word) in lines.iter().zip(ids).zip(["too late ", "cancelled "]) {
         assert!(line.starts_with(word) && line.contains(id), "{said:#?}");
     }
     assert_cancelled(&ended(running).await, 1);
+    let said = warren.garenne(&["cancel", "never-heard-of", "--wait", "1s"]).await;
+    assert!(said.stdout.starts_with("requested  never-heard-of"), "{said:#?}");
     let asked = warren.garenne(&["cancel", "never-heard-of", "--wait", "0s", "-o", "json"]).await;
     assert_eq!(asked.json()["requested"], 1, "{asked:#?}");
     assert_eq!(asked.code, Some(0));
@@ -377,9 +385,13 @@ async fn what_nobody_has_submitted_yet_is_cancelled_when_it_comes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_comes_before_everything_else_hears_a_collector_that_comes_later() {
     let warren = Warren::new().await;
-    let worker = warren.worker().set("worker.cancel_sync_timeout", "20s");
+    let worker = warren.worker().set("worker.cancel_sync_timeout", "60s");
     let later = async {
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        let (amqp, queries) = (warren.amqp().await, warren.config().broker.topology().queries());
+        soon("the worker's question waits", async || {
+            (amqp.admin.depth(&queries).await.unwrap() > Some(0)).then_some(())
+        })
+        .await;
         warren.collector().start().await
     };
     let (worker, _collector) = tokio::join!(worker.start(), later);

@@ -2,14 +2,13 @@
 //! exit codes that a script can rely on.
 
 use std::process::Stdio;
-use std::time::Duration;
 
 use garenne_common::topology::Declaration;
 use garenne_common::wire::HeaderValue;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::harness::{Soon, Warren, finish, soon};
+use crate::harness::{SOON, Soon, Warren, finish, soon};
 
 fn lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("JSON Lines")).collect()
@@ -142,10 +141,10 @@ async fn lines_of_a_map_share_messages_and_each_is_a_task() {
     let before = amqp.waiting().await;
     let mut command = warren.command("garenne");
     command.args(map).env("GARENNE__PRODUCER__BUNDLE_TASKS", "1");
-    finish(command, "1\n2\n3\n", Duration::from_mins(1)).await.ok();
+    finish(command, "1\n2\n3\n", SOON).await.ok();
     assert_eq!(amqp.waiting().await - before, 3, "if it is told to, each has its own");
     let _crew = warren.crew().await;
-    let wait = ["batch", "wait", id.trim(), "--timeout", "60s", "--output", "json"];
+    let wait = ["batch", "wait", id.trim(), "--timeout", "50s", "--output", "json"];
     let waited = warren.garenne(&wait).await.json();
     assert_eq!((&waited["state"], &waited["succeeded"]), (&json!("done"), &json!(2_000)));
 }
@@ -187,7 +186,7 @@ async fn a_detached_map_is_waited_for_by_its_batch() {
     let _crew = warren.crew().await;
     let detached = warren.garenne_reading("1\n2\n3\n", &["map", "garenne.echo", "--detach"]).await;
     let id = detached.ok().trim().to_owned();
-    let waited = warren.garenne(&["batch", "wait", &id, "--timeout", "20s"]).await.ok();
+    let waited = warren.garenne(&["batch", "wait", &id, "--timeout", "50s"]).await.ok();
     assert!(waited.contains("done"), "{waited}");
     let shown = warren.garenne(&["batch", "show", &id, "--output", "json"]).await.json();
     assert_eq!((&shown["state"], &shown["succeeded"]), (&json!("done"), &json!(3)));
@@ -209,7 +208,7 @@ async fn an_interrupted_map_leaves_a_sealed_batch() {
     map.write("1\n2\n").await;
     soon("both have run", async || map.stdout().lines().nth(1).map(drop)).await;
     map.signal(Signal::SIGINT);
-    assert_eq!(map.ended(Duration::from_secs(10)).await.code(), Some(130));
+    assert_eq!(map.ended(SOON).await.code(), Some(130));
     let said = map.stderr();
     let id =
         said.split("garenne batch show ").nth(1).and_then(|rest| rest.split_whitespace().next());
@@ -226,7 +225,7 @@ async fn notices_are_json_lines_from_now_on() {
     listening.logged("listening").await;
     let detached = warren.garenne_reading("1\n", &["map", "garenne.echo", "--detach"]).await.ok();
     warren.garenne(&["submit", "garenne.echo", "1", "--id", "t-1"]).await.ok();
-    assert_eq!(listening.ended(Duration::from_secs(20)).await.code(), Some(0));
+    assert_eq!(listening.ended(SOON).await.code(), Some(0));
     let mut notices = lines(&listening.stdout());
     notices.sort_by_key(|notice| notice["subject"].to_string());
     assert_eq!(
@@ -266,14 +265,14 @@ async fn topology_is_planned_applied_and_compared() {
         let ended = warren.garenne(&command).await;
         assert!(ended.code == Some(2) && ended.stderr.contains(&name), "{ended:#?}");
     }
-    let worker = warren.worker().fail(Duration::from_secs(10)).await;
+    let worker = warren.worker().fail(SOON).await;
     assert!(worker.code == Some(2) && worker.stderr.contains(&name), "{worker:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn doctor_follows_the_way_from_here_to_a_finished_task() {
     let warren = Warren::new().await;
-    let ill = warren.garenne(&["doctor", "--deadline", "1s", "--output", "json"]).await;
+    let ill = warren.garenne(&["doctor", "--deadline", "5s", "--output", "json"]).await;
     assert_eq!(ill.code, Some(1), "{ill:#?}");
     let report = ill.json();
     let checks = report["checks"].as_array().unwrap();
@@ -291,7 +290,7 @@ async fn help_and_completions_need_no_broker() {
     let nowhere = |arguments: &[&str]| {
         let mut command = warren.command("garenne");
         command.env("AMQP_URL", "amqp://127.0.0.1:1").args(arguments);
-        finish(command, "", Duration::from_secs(10))
+        finish(command, "", SOON)
     };
     for shell in ["bash", "zsh", "fish"] {
         let script = nowhere(&["completions", shell]).await.ok();
@@ -306,7 +305,7 @@ async fn help_and_completions_need_no_broker() {
     for service in ["garenne-worker", "garenne-collector"] {
         let mut command = warren.command(service);
         command.arg("--help");
-        let help = finish(command, "", Duration::from_secs(10)).await.ok();
+        let help = finish(command, "", SOON).await.ok();
         assert!(help.contains("Exit codes"), "{service}");
     }
 }

@@ -11,7 +11,7 @@ use garenne_producer::{Producer, Submission};
 use rusqlite::Connection;
 use serde_json::json;
 
-use crate::harness::{Proxy, Sends, Soon, Warren, message, soon};
+use crate::harness::{Proxy, SOON, Sends, Soon, Warren, message, soon};
 
 async fn stored(producer: &Producer, count: u64) {
     let what = format!("{count} results are stored");
@@ -34,7 +34,7 @@ async fn results_survive_a_stop_and_a_kill() {
     let submission = Submission::dynamic("garenne.echo", "kept").unwrap();
     let id = producer.submit_detached(submission).await.unwrap();
     stored(&producer, 1).await;
-    assert!(collector.terminate(Duration::from_secs(15)).await.success());
+    assert!(collector.terminate(SOON).await.success());
     let second = warren.collector().start().await;
     assert!(matches!(producer.task_state(&id).await.unwrap(), TaskState::Finished { .. }));
     second.kill().await;
@@ -79,7 +79,7 @@ async fn a_full_disk_acknowledges_nothing_and_loses_nothing() {
     let ids: Vec<_> = producer.submit_all_detached(tasks).try_collect().await.unwrap();
     // It says so, goes on trying, and can still be stopped.
     collector.logged("not stored").await;
-    assert!(collector.terminate(Duration::from_secs(30)).await.success());
+    assert!(collector.terminate(SOON).await.success());
     let mut next = warren.collector().files_up_to(1_024).start().await;
     next.logged("not stored").await;
     next.room();
@@ -239,7 +239,7 @@ async fn old_results_are_forgotten() {
     let submission = Submission::dynamic("garenne.echo", 1).unwrap();
     let id = producer.submit_detached(submission).await.unwrap();
     stored(&producer, 1).await;
-    assert!(collector.terminate(Duration::from_secs(15)).await.success());
+    assert!(collector.terminate(SOON).await.success());
     let old = Timestamp::now().plus(Duration::from_millis(300));
     soon("it is old", async || (Timestamp::now() > old).then_some(())).await;
     let _collector = warren.collector().set("collector.retention", "200ms").start().await;

@@ -6,7 +6,7 @@ use garenne_common::{DeadReason, RetryPolicy, Status, TaskResult};
 use garenne_producer::{Producer, Submission};
 use serde_json::{Value, json};
 
-use crate::harness::{Process, Soon, Warren, soon};
+use crate::harness::{Process, SOON, Soon, Warren, soon};
 
 const COMMANDS: &str = r#"
 [worker.commands."say"]
@@ -42,6 +42,9 @@ argv = ["python3", "-S", "-c", "import sys; sys.stdout.write('x' * 9_000_000)"]
 argv = ["true"]
 stdin = true
 "#;
+
+/// A time limit that ends what would run for ever, and not before it has written what it is.
+const COMMAND_STARTS: Duration = Duration::from_secs(8);
 
 async fn start(warren: &Warren) -> (Process, Producer) {
     tokio::join!(warren.worker().toml(COMMANDS).start(), warren.producer())
@@ -164,7 +167,7 @@ async fn the_time_limit_kills_the_command_and_what_it_has_started() {
     let warren = Warren::new().await;
     let (_worker, producer) = start(&warren).await;
     let endless = task("linger", json!({ "file": warren.path("pids") }));
-    let endless = producer.submit(endless.timeout(Duration::from_secs(1))).await.unwrap();
+    let endless = producer.submit(endless.timeout(COMMAND_STARTS)).await.unwrap();
     let pids = lingering(&warren).await;
     let result = endless.result().soon("the command ends").await.unwrap();
     assert_eq!(result.reason, Some(DeadReason::TimedOut));
@@ -179,7 +182,7 @@ async fn a_stopping_worker_leaves_no_command_behind() {
     let endless = task("linger", json!({ "file": warren.path("pids") }));
     producer.submit_detached(endless).await.unwrap();
     let pids = lingering(&warren).await;
-    assert!(worker.terminate(Duration::from_secs(10)).await.success());
+    assert!(worker.terminate(SOON).await.success());
     gone(&pids).await;
     assert_eq!(warren.amqp().await.waiting().await, 1, "and its task is back in the queue");
 }

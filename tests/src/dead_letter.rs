@@ -56,7 +56,7 @@ async fn delayed_tasks_wait_for_an_exchange_that_is_gone() {
     let warren = Warren::new().await;
     let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
     let mut results = amqp.results().await;
-    let delay = Duration::from_millis(500);
+    let delay = Duration::from_secs(2);
     for n in 0..TASKS {
         let task = Submission::dynamic("garenne.echo", n).unwrap().delay(delay);
         producer.submit_detached(task).await.unwrap();
@@ -65,7 +65,7 @@ async fn delayed_tasks_wait_for_an_exchange_that_is_gone() {
     let all = topology.core();
     let tasks = all.iter().find(|object| object.name() == topology.tasks_exchange()).unwrap();
     amqp.admin.delete(tasks).await.unwrap();
-    let due = Timestamp::now().plus(delay * 2);
+    let due = Timestamp::now().plus(delay + Duration::from_millis(500));
     soon("they are due", async || (Timestamp::now() > due).then_some(())).await;
     // It declares what is missing.
     let _worker = warren.worker().start().await;

@@ -12,7 +12,7 @@ async fn garenne(arguments: &[&str]) -> Ended {
     let warren = Warren::new().await;
     let mut command = warren.command("garenne");
     command.args(arguments);
-    finish(command, "", Duration::from_mins(2)).await
+    finish(command, "", Duration::from_mins(5)).await
 }
 
 /// Pairs of node and task out of the lines `Node 2 is processing task 4`.

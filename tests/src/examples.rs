@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::time::Duration;
 
-use crate::harness::{Warren, finish, root};
+use crate::harness::{SOON, Warren, finish, root};
 
 /// What an example needs beside a broker, and lines that it must print.
 struct Example {
@@ -38,7 +37,7 @@ async fn every_example_runs_and_prints_what_it_should() {
         let warren = Warren::new().await;
         let _crew = if example.crew { Some(warren.crew().await) } else { None };
         let command = warren.command(&format!("examples/{}", example.name));
-        let printed = finish(command, "", Duration::from_secs(40)).await.ok();
+        let printed = finish(command, "", SOON).await.ok();
         for line in example.prints {
             assert!(
                 printed.lines().any(|l| l == *line),

@@ -12,28 +12,39 @@ use garenne_producer::Submission;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::harness::{Process, Soon, Warren, eventually, message, soon};
+use crate::harness::{Process, SOON, Soon, Warren, eventually, message, soon, time_passes};
 
-const LONG: Duration = Duration::from_mins(1);
+const LONG: Duration = Duration::from_mins(2);
 
 /// A worker that needs a lease for every task, with the shortest term. Its command writes the fence
-/// of each execution into a file.
+/// of each execution into a file, and runs until the test [lets it go](let_go).
 async fn worker(warren: &Warren, name: &str) -> Process {
     let file = warren.path("fences").display().to_string();
-    let script = format!("echo $GARENNE_FENCE >> {file}; sleep $1");
-    let toml = format!(
-        "[worker.commands.\"test.fence\"]\n\
-         argv = [\"sh\", \"-c\", \"{script}\", \"sh\", \"{{seconds}}\"]\n"
-    );
+    // The file goes with its test, which must leave no process behind.
+    let held = format!("[ -e {file} ] && [ ! -e {file}.$GARENNE_FENCE ]");
+    let script = format!("echo $GARENNE_FENCE >> {file}; while {held}; do sleep 0.1; done");
+    let toml = format!("[worker.commands.\"test.fence\"]\nargv = [\"sh\", \"-c\", \"{script}\"]\n");
     let worker = warren.worker().toml(&toml).set("worker.name", name).set("worker.slots", 2);
-    let worker = worker.set("broker.consumer_timeout", "2s").set("worker.task_timeout", "60s");
+    let worker = worker.set("broker.consumer_timeout", "2s").set("worker.task_timeout", "5m");
     // The broker keeps no task for a frozen worker for longer than two of these.
     let worker = worker.set("broker.heartbeat", "2s").set("worker.grace", "1s");
-    worker.set("worker.lease_term", "3s").start().await
+    worker.set("worker.lease_term", "3s").set("log.filter", "garenne_worker=debug").start().await
 }
 
-fn task(seconds: u32) -> Submission<serde_json::Value> {
-    Submission::dynamic("test.fence", json!({ "seconds": seconds })).unwrap()
+fn task() -> Submission<serde_json::Value> {
+    Submission::dynamic("test.fence", json!({})).unwrap()
+}
+
+/// Lets the first, second, ... execution end.
+fn let_go(warren: &Warren, number: usize) {
+    let fence = &fences(warren)[number - 1];
+    warren.file(&format!("fences.{fence}"), "");
+}
+
+/// Waits until so many executions have begun.
+async fn begun(warren: &Warren, count: usize) {
+    let what = format!("{count} executions have begun");
+    eventually(LONG, &what, async || (fences(warren).len() == count).then_some(())).await;
 }
 
 fn fences(warren: &Warren) -> Vec<String> {
@@ -48,7 +59,7 @@ fn leases(warren: &Warren, state: &str) -> usize {
 /// Waits until the collector keeps one task that has begun to run.
 async fn leased(warren: &Warren) {
     soon("the lease is kept", async || (leases(warren, "held") == 1).then_some(())).await;
-    soon("it runs", async || (fences(warren).len() == 1).then_some(())).await;
+    begun(warren, 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,10 +67,12 @@ async fn a_killed_worker_s_task_runs_elsewhere_under_a_higher_fence() {
     let warren = Warren::new().await;
     let (first, _collector) = tokio::join!(worker(&warren, "first"), warren.collector().start());
     let producer = warren.producer().await;
-    let handle = producer.submit(task(2)).await.unwrap();
+    let handle = producer.submit(task()).await.unwrap();
     leased(&warren).await;
     first.kill().await;
     let _second = worker(&warren, "second").await;
+    begun(&warren, 2).await;
+    let_go(&warren, 2);
     let result = handle.result().within(LONG, "it runs again").await.unwrap();
     assert_eq!((result.attempt, &*result.worker), (1, "second"));
     assert_eq!(fences(&warren), ["1", "2"]);
@@ -71,12 +84,14 @@ async fn a_renewed_lease_outlives_its_term_and_a_restart_of_the_collector() {
     let warren = Warren::new().await;
     let (_worker, collector) = tokio::join!(worker(&warren, "w"), warren.collector().start());
     let producer = warren.producer().await;
-    let handle = producer.submit(task(10)).await.unwrap();
+    let handle = producer.submit(task()).await.unwrap();
     leased(&warren).await;
     // Longer than the term: its renewals wait in the queue meanwhile.
     collector.kill().await;
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    time_passes(Duration::from_secs(4)).await;
     let _collector = warren.collector().start().await;
+    time_passes(Duration::from_secs(4)).await;
+    let_go(&warren, 1);
     handle.result().within(LONG, "it ends").await.unwrap();
     assert_eq!(fences(&warren), ["1"], "nobody else was given the task");
 }
@@ -84,16 +99,19 @@ async fn a_renewed_lease_outlives_its_term_and_a_restart_of_the_collector() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_wakes_up_after_its_lease_has_no_say_any_more() {
     let warren = Warren::new().await;
-    let (first, _collector) = tokio::join!(worker(&warren, "first"), warren.collector().start());
+    let (mut first, _collector) =
+        tokio::join!(worker(&warren, "first"), warren.collector().start());
     let producer = warren.producer().await;
-    let id = producer.submit_detached(task(8)).await.unwrap();
+    let id = producer.submit_detached(task()).await.unwrap();
     leased(&warren).await;
-    first.signal(Signal::SIGSTOP);
+    first.freeze();
     let _second = worker(&warren, "second").await;
-    soon("it runs a second time", async || (fences(&warren).len() == 2).then_some(())).await;
-    // The command of the first goes on while its worker sleeps, so its result is the earlier one.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    begun(&warren, 2).await;
+    // The command of the first ends while its worker sleeps, so its result is the earlier one.
+    let_go(&warren, 1);
     first.signal(Signal::SIGCONT);
+    first.logged(r#""message":"succeeded""#).await;
+    let_go(&warren, 2);
     let stored = "SELECT worker FROM results";
     let stored = async || warren.rows::<String>(stored).pop();
     let by = eventually(LONG, "it ends", stored).await;
@@ -106,11 +124,13 @@ async fn a_draining_worker_hands_a_leased_task_back_at_no_cost() {
     let (mut first, _collector) =
         tokio::join!(worker(&warren, "first"), warren.collector().start());
     let producer = warren.producer().await;
-    let handle = producer.submit(task(3)).await.unwrap();
+    let handle = producer.submit(task()).await.unwrap();
     leased(&warren).await;
     let second = worker(&warren, "second");
-    let (status, _second) = tokio::join!(first.terminate(Duration::from_secs(20)), second);
+    let (status, _second) = tokio::join!(first.terminate(SOON), second);
     assert!(status.success());
+    begun(&warren, 2).await;
+    let_go(&warren, 2);
     let result = handle.result().within(LONG, "it runs again").await.unwrap();
     assert_eq!((result.attempt, result.redelivered), (1, false));
     assert_eq!(fences(&warren), ["1", "2"]);
@@ -120,7 +140,7 @@ async fn a_draining_worker_hands_a_leased_task_back_at_no_cost() {
 async fn a_task_whose_every_worker_falls_silent_is_given_up() {
     let warren = Warren::new().await;
     let (first, _collector) = tokio::join!(worker(&warren, "first"), warren.collector().start());
-    let mut task = message("test.fence", "poison", &json!({ "seconds": 30 }));
+    let mut task = message("test.fence", "poison", &json!({}));
     // One less than its crash budget and the tolerance allow.
     task.set_header("x-garenne-lapses", HeaderValue::Int(12));
     warren.amqp().await.task(task).await;

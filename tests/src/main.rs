@@ -16,6 +16,7 @@ mod harness;
 
 mod alarm;
 mod batch_and_notices;
+mod bench_beside;
 mod broker_outage;
 mod bundles;
 mod cancel;
@@ -43,6 +44,7 @@ mod permissions;
 mod poison;
 mod random_configurations;
 mod redelivery;
+mod reruns;
 mod retry_and_delay;
 mod round_trip;
 mod several_urls;

@@ -8,10 +8,10 @@ use garenne_common::config::BrokerUrl;
 use garenne_producer::{Producer, Submission, SubmitError};
 use serde_json::Value;
 
-use crate::harness::{PrivateNode, Proxy, Soon, Warren, eventually};
+use crate::harness::{PrivateNode, Proxy, Soon, Warren, eventually, time_passes};
 
 const USER: &str = "hase";
-const COMES_BACK: Duration = Duration::from_secs(40);
+const COMES_BACK: Duration = Duration::from_mins(2);
 /// How long the permission stays revoked while refusals are counted.
 const REVOKED: Duration = Duration::from_secs(8);
 
@@ -43,20 +43,21 @@ impl<'a> Permissions<'a> {
     }
 }
 
-/// Cuts the line, so that no channel remembers what was allowed, revokes, and counts refusals.
-async fn refusals_while_revoked(permissions: &Permissions<'_>, line: &Proxy) -> usize {
-    line.cut();
-    let before = permissions.refusals();
-    tokio::time::sleep(REVOKED).await;
-    permissions.refusals() - before
+/// Counts refusals for a while, beyond those before; there is at least one.
+async fn refusals_while_revoked(permissions: &Permissions<'_>, before: usize) -> usize {
+    time_passes(REVOKED).await;
+    eventually(COMES_BACK, "something is refused", async || {
+        let refused = permissions.refusals() - before;
+        (refused > 0).then_some(refused)
+    })
+    .await
 }
 
-/// Submits until an error says what is forbidden; each submission fails, and in time. The first ones may
-/// hear no more than that the line was cut: who was refused for a while tries again only after a pause.
+/// Submits until an error says what is forbidden; each submission fails. The first ones may hear no more
+/// than that the line was cut: who was refused for a while tries again only after a pause.
 async fn submissions_until_told(producer: &Producer, what: &str) {
-    tokio::time::sleep(Duration::from_millis(500)).await;
     eventually(COMES_BACK, "the caller is told", async || {
-        let submitted = producer.submit(echo(1)).within(Duration::from_secs(7), "an answer").await;
+        let submitted = producer.submit(echo(1)).soon("an answer").await;
         let error = submitted.err().unwrap_or_else(|| panic!("{what} is forbidden"));
         let source = match &error {
             SubmitError::Unconfirmed { source, .. } | SubmitError::Broker(source) => source,
@@ -112,13 +113,16 @@ async fn a_revoked_permission_makes_no_hot_loop_and_may_come_back() {
     for (what, [configure, write, read]) in
         [("write", [".*", "", ".*"]), ("read", [".*", ".*", ""]), ("configure", ["", ".*", ".*"])]
     {
+        let before = permissions.refusals();
         permissions.set(configure, write, read);
+        // So that no channel remembers what was allowed.
+        line.sever().await;
         let (refused, ()) = tokio::join!(
-            refusals_while_revoked(&permissions, &line),
+            refusals_while_revoked(&permissions, before),
             submissions_until_told(&producer, what)
         );
         // Three processes with two connections and up to four consumers each.
-        assert!((1..150).contains(&refused), "{what}: {refused} refusals");
+        assert!(refused < 150, "{what}: {refused} refusals");
         permissions.set(".*", ".*", ".*");
         works().await;
     }

@@ -3,11 +3,11 @@
 
 use std::time::Duration;
 
-use garenne_common::RetryPolicy;
 use garenne_producer::{Producer, Submission};
 use serde_json::json;
 
-use crate::harness::{Amqp, Process, Proxy, Sends, Soon, Warren, effects, message, soon};
+use crate::harness::effects::{self, Gate, HELD};
+use crate::harness::{Amqp, Process, Proxy, Sends, Soon, Warren, message, soon};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
@@ -16,11 +16,12 @@ async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
     let mut worker =
         warren.worker().url(&line.url(warren.url())).toml(&effects::command(&warren)).start().await;
     let producer = warren.producer().await;
-    let task = Submission::dynamic("test.effect", json!({ "millis": 6_000 })).unwrap();
-    let handle = producer.submit(task).await.unwrap();
-    soon("the task runs", async || (effects::done(&warren).len() == 1).then_some(())).await;
+    let gate = Gate::shut(&warren, "task");
+    let handle = producer.submit(gate.task()).await.unwrap();
+    effects::begun(&warren, 1).await;
     line.cut();
     worker.logged("adopted a redelivery").await;
+    gate.open();
     let result = handle.result().soon("its result arrives").await.unwrap();
     assert_eq!(result.attempt, 1);
     assert_eq!(effects::done(&warren), [format!("{} 1", result.id)]);
@@ -42,11 +43,10 @@ async fn many_cuts_in_a_stream_of_tasks_lose_and_repeat_nothing() {
     }
     let sealed = batch.seal().await.unwrap();
     for part in 1..=4_usize {
-        let enough = part * TASKS as usize / 6;
-        soon("work goes on", async || (effects::done(&warren).len() >= enough).then_some(())).await;
+        effects::begun(&warren, part * TASKS as usize / 6).await;
         line.cut();
     }
-    let summary = sealed.wait().within(Duration::from_mins(1), "all have ended").await.unwrap();
+    let summary = sealed.wait().within(Duration::from_mins(3), "all have ended").await.unwrap();
     assert_eq!((summary.total, summary.succeeded), (Some(TASKS.into()), TASKS.into()));
     let mut done = effects::done(&warren);
     done.sort_unstable();
@@ -86,13 +86,14 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
     assert_eq!(ended, ["t-1", "t-2"]);
 }
 
-/// A worker with one slot on this line, which runs `t-1` and has begun.
-async fn at_work(warren: &Warren, line: &Proxy, amqp: &Amqp) -> Process {
+/// A worker with one slot on this line, which runs `t-1` and has begun; and what holds that.
+async fn at_work(warren: &Warren, line: &Proxy, amqp: &Amqp) -> (Process, Gate) {
     let worker = warren.worker().url(&line.url(warren.url())).toml(&effects::command(warren));
     let worker = worker.set("worker.slots", 1).start().await;
-    amqp.task(message("test.effect", "t-1", &json!({ "millis": 2_000 }))).await;
-    soon("it runs", async || (effects::done(warren).len() == 1).then_some(())).await;
-    worker
+    let gate = Gate::shut(warren, "t-1");
+    amqp.task(message(HELD, "t-1", &gate.args())).await;
+    effects::begun(warren, 1).await;
+    (worker, gate)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -101,8 +102,9 @@ async fn a_result_that_was_lost_on_its_way_is_sent_again() {
     let line = Proxy::to(warren.url()).await;
     let amqp = warren.amqp().await;
     let mut results = amqp.results().await;
-    let _worker = at_work(&warren, &line, &amqp).await;
+    let (_worker, gate) = at_work(&warren, &line, &amqp).await;
     line.hold(Sends::To("results"));
+    gate.open();
     line.caught().await;
     line.cut();
     assert_eq!(results.result().soon("it is sent again").await.id.as_str(), "t-1");
@@ -115,8 +117,9 @@ async fn an_acknowledgement_that_was_lost_costs_no_second_run() {
     let line = Proxy::to(warren.url()).await;
     let amqp = warren.amqp().await;
     let mut results = amqp.results().await;
-    let mut worker = at_work(&warren, &line, &amqp).await;
+    let (mut worker, gate) = at_work(&warren, &line, &amqp).await;
     line.hold(Sends::Acknowledgements);
+    gate.open();
     results.result().soon("its result is sent").await;
     line.caught().await;
     line.cut();
@@ -143,20 +146,29 @@ async fn an_acknowledgement_of_an_old_connection_settles_nothing_of_the_next_one
     let first = worker(2).url(&line.url(warren.url())).arg("--name=first").start().await;
     let amqp = warren.amqp().await;
     let mut results = amqp.results().await;
-    amqp.task(message("test.effect", "t-1", &json!({ "millis": 4_000 }))).await;
+    let gate = Gate::shut(&warren, "t-1");
+    amqp.task(message(HELD, "t-1", &gate.args())).await;
     runs("t-1", 1).await;
     let _second = worker(1).arg("--name=second").start().await;
     line.cut();
     // The second one is idle, the first not even connected. Then the second one has no room left, so
     // the next task is the first delivery of the first one's new connection, as `t-1` was of its old.
     runs("t-1", 2).await;
-    amqp.task(message("test.effect", "t-2", &json!({ "millis": 15_000 }))).await;
+    amqp.task(message(HELD, "t-2", &Gate::shut(&warren, "t-2").args())).await;
     runs("t-2", 1).await;
-    for by in ["first", "second"] {
-        let result = results.result().soon("both executions end").await;
-        assert_eq!((result.id.as_str(), &*result.worker), ("t-1", by));
+    // Only the first one has room for `t-3`, and it acknowledges `t-1` before, or believes so.
+    gate.open_for(1);
+    for id in ["t-1", "t-3"] {
+        let result = results.result().soon("it ends").await;
+        assert_eq!((result.id.as_str(), &*result.worker), (id, "first"));
+        if id == "t-1" {
+            amqp.task(message("garenne.echo", "t-3", &json!(3))).await;
+        }
     }
     first.kill().await;
+    gate.open();
+    let result = results.result().soon("the other execution ends").await;
+    assert_eq!((result.id.as_str(), &*result.worker), ("t-1", "second"));
     runs("t-2", 2).await;
 }
 
@@ -166,11 +178,13 @@ async fn a_task_without_an_id_keeps_the_one_it_got_when_its_worker_is_killed() {
     let toml = effects::command(&warren);
     let first = warren.worker().toml(&toml).start().await;
     let amqp = warren.amqp().await;
-    let mut task = message("test.effect", "", &json!({ "millis": 1_000 }));
+    let gate = Gate::shut(&warren, "task");
+    let mut task = message(HELD, "", &gate.args());
     task.properties.message_id = None;
     amqp.task(task).await;
-    soon("it runs", async || (effects::done(&warren).len() == 1).then_some(())).await;
+    effects::begun(&warren, 1).await;
     first.kill().await;
+    gate.open();
     let _second = warren.worker().toml(&toml).start().await;
     let result = amqp.results().await.result().soon("it ends elsewhere").await;
     let run = format!("{} 1", result.id);
@@ -184,10 +198,11 @@ async fn a_killed_worker_s_task_runs_elsewhere_and_costs_no_attempt() {
     let worker = |name: &str| warren.worker().toml(&toml).arg("--name").arg(name);
     let first = worker("first").start().await;
     let producer = warren.producer().await;
-    let task = Submission::dynamic("test.effect", json!({ "millis": 2_000 })).unwrap();
-    let handle = producer.submit(task.retry_policy(RetryPolicy::NONE)).await.unwrap();
-    soon("the task runs", async || (effects::done(&warren).len() == 1).then_some(())).await;
+    let gate = Gate::shut(&warren, "task");
+    let handle = producer.submit(gate.task()).await.unwrap();
+    effects::begun(&warren, 1).await;
     first.kill().await;
+    gate.open();
     let _second = worker("second").start().await;
     let result = handle.result().soon("it ends elsewhere").await.unwrap();
     assert_eq!((&*result.worker, result.attempt, result.redelivered), ("second", 1, true));
@@ -198,15 +213,17 @@ async fn a_killed_worker_s_task_runs_elsewhere_and_costs_no_attempt() {
 async fn a_lost_reply_is_made_up_for_by_the_collector() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
-    let _crew = warren.crew().await;
+    let worker = warren.worker().toml(&effects::command(&warren));
+    let _crew = tokio::join!(worker.start(), warren.collector().start());
     let mut config = warren.config();
     let url = line.url(warren.url());
     config.broker.urls = vec![garenne_common::config::BrokerUrl::parse(&url).unwrap()];
     let producer = Producer::connect(&config).await.unwrap();
-    let task = Submission::dynamic("garenne.sleep", json!({ "millis": 500 })).unwrap();
-    let handle = producer.submit(task).await.unwrap();
+    let gate = Gate::shut(&warren, "task");
+    let handle = producer.submit(gate.task()).await.unwrap();
     // The reply queue is exclusive: it is gone with this connection.
-    line.cut();
-    let result = handle.result().within(Duration::from_secs(30), "the result arrives nevertheless");
-    assert_eq!(result.await.unwrap().output.unwrap().to_json_value()["slept_millis"], 500);
+    line.sever().await;
+    gate.open();
+    let result = handle.result().within(Duration::from_mins(2), "the result arrives nevertheless");
+    assert_eq!(result.await.unwrap().output.unwrap().to_json_value(), "done");
 }

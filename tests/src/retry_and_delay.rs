@@ -11,7 +11,7 @@ use garenne_worker::{Context, TaskError, Worker};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::harness::{Soon, Warren, message, soon};
+use crate::harness::{SOON, Soon, Warren, message, soon};
 
 fn quick(attempts: u32) -> RetryPolicy {
     let base = Duration::from_millis(50);
@@ -174,8 +174,8 @@ async fn a_blocking_handler_fails_panics_and_overruns_like_an_async_one() {
         ("hang", Some(DeadReason::TimedOut)),
         ("work", None),
     ] {
-        let submission = Submission::new(Grind(how.to_owned())).retries(0);
-        let submission = submission.timeout(Duration::from_secs(2));
+        let limit = if how == "hang" { Duration::from_millis(500) } else { SOON };
+        let submission = Submission::new(Grind(how.to_owned())).retries(0).timeout(limit);
         let result =
             producer.submit(submission).await.unwrap().result().soon("it ends").await.unwrap();
         assert_eq!(result.reason, reason, "{how}: {result:?}");

@@ -110,6 +110,20 @@ fn pure_modules_stay_pure() {
     none(&impure, "What a task is and how it travels does no IO and knows no runtime. But:");
 }
 
+/// A test that sleeps assumes how quick the machine is. Soak runs and the cluster are about durations.
+#[test]
+fn tests_wait_for_states_and_never_for_durations() {
+    let exempt = ["harness/eventually.rs", "soak", "cluster.rs", "tidy.rs"];
+    let tests = files("tests/src", ".rs").into_iter().filter(|path| {
+        !exempt.iter().any(|part| path.starts_with(Path::new("tests/src").join(part)))
+    });
+    let sleeping = tests.filter(|path| {
+        ["time::sleep(", "thread::sleep("].iter().any(|sleep| code(path).contains(sleep))
+    });
+    let sleeping: Vec<_> = sleeping.map(|path| path.display().to_string()).collect();
+    none(&sleeping, "Tests wait for states: `soon`, a `Gate`, or what a process logs. But:");
+}
+
 #[test]
 fn roles_never_depend_on_each_other() {
     let roles = ["producer", "worker", "collector"];

@@ -19,6 +19,9 @@ argv = ["python3", "-S", "-c", "import signal, sys, time; signal.signal(signal.S
 argv = ["python3", "-S", "-c", "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1], 'a').write('asked ')); open(sys.argv[1], 'a').write('%d ' % os.getpid())\nwhile True: time.sleep(1)", "{file}"]
 "#;
 
+/// A limit that is not reached before a command has said how it takes signals.
+const COMMAND_STARTS: Duration = Duration::from_secs(8);
+
 fn task(name: &str, args: Value) -> Submission<Value> {
     Submission::dynamic(name, args).unwrap().retries(0)
 }
@@ -29,7 +32,7 @@ async fn a_command_is_asked_at_its_soft_limit_and_may_still_answer() {
     let (_worker, producer) =
         tokio::join!(warren.worker().toml(COMMANDS).start(), warren.producer());
     let polite = task("polite", json!({ "file": warren.path("polite") }));
-    let polite = polite.soft_timeout(Duration::from_secs(2)).timeout(Duration::from_mins(5));
+    let polite = polite.soft_timeout(COMMAND_STARTS).timeout(Duration::from_mins(5));
     let result = producer.submit(polite).await.unwrap().result().soon("it ends").await.unwrap();
     assert_eq!(result.status, Status::Succeeded, "{result:?}");
     assert_eq!(result.output.unwrap().to_json_value(), "asked to end");
@@ -41,7 +44,7 @@ async fn a_command_that_ignores_its_limit_is_killed_after_a_grace() {
     let worker = warren.worker().toml(COMMANDS).set("worker.kill_grace", "500ms");
     let (_worker, producer) = tokio::join!(worker.start(), warren.producer());
     let file = warren.path("stubborn");
-    let stubborn = task("stubborn", json!({ "file": file })).timeout(Duration::from_secs(2));
+    let stubborn = task("stubborn", json!({ "file": file })).timeout(COMMAND_STARTS);
     let result = producer.submit(stubborn).await.unwrap().result().soon("it ends").await.unwrap();
     assert_eq!(result.reason, Some(DeadReason::TimedOut));
     let said = std::fs::read_to_string(&file).unwrap();
@@ -71,7 +74,7 @@ async fn async_and_blocking_handlers_hear_of_their_soft_limit() {
     };
     let firm = |context: &Context, Wait| {
         while !context.is_cancelled() {
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::park_timeout(Duration::from_millis(10));
         }
         Ok::<_, TaskError>("blocking".to_owned())
     };

@@ -11,9 +11,9 @@ use garenne_common::{QueueName, TaskId};
 use garenne_producer::{Producer, Submission};
 use serde_json::Value;
 
-use crate::harness::{Process, Service, Soon, Warren, eventually, soon};
+use crate::harness::{Process, SOON, Service, Soon, Warren, eventually, soon, time_passes};
 
-const COMES_BACK: Duration = Duration::from_secs(30);
+const COMES_BACK: Duration = Duration::from_mins(2);
 
 fn echo(args: impl serde::Serialize) -> Submission<Value> {
     Submission::dynamic("garenne.echo", args).unwrap()
@@ -186,7 +186,7 @@ async fn a_conflicting_object_is_named_with_what_differs_and_what_to_do() {
         let object = format!("{what} {}", wanted.name());
 
         for service in [warren.worker(), warren.collector()] {
-            let ended = service.fail(Duration::from_secs(20)).await;
+            let ended = service.fail(SOON).await;
             assert_eq!(ended.code, Some(2), "{ended:#?}");
             for said in [&object, argument, "delete it"] {
                 assert!(ended.stderr.contains(said), "{said}: {ended:#?}");
@@ -220,11 +220,8 @@ async fn a_conflict_that_appears_under_a_worker_is_said_once_and_waited_out() {
     .await;
     // The broker may move the consumer to the new queue without a word; its own look finds out.
     worker.logged("exists with other properties").await;
-    soon("some more attempts fail", async || {
-        tokio::time::sleep(Duration::from_secs(5)).await;
-        Some(())
-    })
-    .await;
+    // Some more attempts fail.
+    time_passes(Duration::from_secs(5)).await;
     let said = worker.stderr().matches("exists with other properties").count();
     assert!(said <= 4, "not once per attempt, but {said} times");
     amqp.admin.delete(&queue).await.unwrap();

@@ -9,7 +9,8 @@ use garenne_common::{Status, TaskId};
 use garenne_producer::{Handle, Producer, Submission};
 use serde_json::{Value, json};
 
-use crate::harness::{Soon, Warren, eventually, soon};
+use crate::harness::effects::{self, Gate, HELD};
+use crate::harness::{Soon, Warren, message, soon};
 
 /// A command task that older workers do not know.
 const NEWER: &str = r#"
@@ -88,7 +89,7 @@ async fn in_a_mixed_fleet_tasks_find_their_worker_without_a_hot_loop() {
     }
     let mut most = 0;
     for handle in handles {
-        let patience = Duration::from_secs(100);
+        let patience = Duration::from_mins(4);
         let result = handle.result().within(patience, "it finds its worker").await.unwrap();
         assert_eq!((result.status, result.attempt), (Status::Succeeded, 1), "{result:?}");
         let releases = warren.rows::<i64>("SELECT COALESCE(MAX(releases), 0) FROM parked");
@@ -127,17 +128,18 @@ async fn a_cancelled_parked_task_ends_at_once_and_its_producer_hears_of_it() {
 async fn workers_say_what_they_serve_and_that_they_drain() {
     let warren = Warren::new().await;
     let mut heartbeats = warren.amqp().await.heartbeats().await;
-    let worker = warren.worker().arg("--name=w").set("worker.heartbeat", "300ms").start().await;
-    let message = heartbeats.next().await;
-    assert_eq!(message.properties.kind.as_deref(), Some(HEARTBEAT_KIND));
-    let first = Heartbeat::decode(&message).unwrap();
+    let worker = warren.worker().toml(&effects::command(&warren)).arg("--name=w");
+    let worker = worker.set("worker.heartbeat", "300ms").start().await;
+    let beat = heartbeats.next().await;
+    assert_eq!(beat.properties.kind.as_deref(), Some(HEARTBEAT_KIND));
+    let first = Heartbeat::decode(&beat).unwrap();
     assert_eq!((first.worker.as_str(), first.slots, first.draining), ("w", 4, false));
     assert!(first.tasks.iter().any(|task| task.as_str() == "text.count_words"), "{first:?}");
     let amqp = warren.amqp().await;
-    let task = crate::harness::message("garenne.sleep", "t-1", &json!({ "millis": 3_000 }));
-    amqp.task(task).await;
+    let gate = Gate::shut(&warren, "task");
+    amqp.task(message(HELD, "t-1", &gate.args())).await;
     let mut until = async |what: &str, wanted: fn(&Heartbeat) -> bool| {
-        eventually(Duration::from_secs(20), what, async || {
+        soon(what, async || {
             wanted(&Heartbeat::decode(&heartbeats.next().await).unwrap()).then_some(())
         })
         .await;
@@ -145,4 +147,5 @@ async fn workers_say_what_they_serve_and_that_they_drain() {
     until("it says that it runs a task", |beat| beat.running == 1).await;
     worker.signal(nix::sys::signal::Signal::SIGTERM);
     until("it says that it drains", |beat| beat.draining && beat.running == 1).await;
+    gate.open();
 }

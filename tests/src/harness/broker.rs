@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::{Mutex, MutexGuard};
 
+use super::process::freeze;
 use super::{root, soon};
 
 /// The URL of the broker that tests share and must not harm.
@@ -85,7 +86,7 @@ impl PrivateNode {
 
     /// Freezes the broker: connections stay open and nobody answers.
     pub(crate) fn freeze(&self) {
-        self.signal(Signal::SIGSTOP);
+        freeze(self.pid());
     }
 
     /// Lets a frozen broker go on.
@@ -121,9 +122,13 @@ impl PrivateNode {
         self.ctl(&["set_vm_memory_high_watermark", "absolute", "2GB"]);
     }
 
-    fn signal(&self, signal: Signal) -> Pid {
+    fn pid(&self) -> Pid {
         let pid = self.node().variable("BROKER_PID").parse().expect("a process id");
-        let pid = Pid::from_raw(pid);
+        Pid::from_raw(pid)
+    }
+
+    fn signal(&self, signal: Signal) -> Pid {
+        let pid = self.pid();
         kill(pid, signal).expect("the broker runs");
         pid
     }

@@ -24,10 +24,10 @@ impl Foreign {
     /// tests/foreign/client.py for what a message looks like.
     pub(crate) async fn publish(&self, messages: Value, replies: usize) -> Vec<Value> {
         let order =
-            json!({ "url": self.url, "messages": messages, "replies": replies, "seconds": 20 });
+            json!({ "url": self.url, "messages": messages, "replies": replies, "seconds": 60 });
         let mut command = command(python());
         command.arg(root().join("tests/foreign/client.py"));
-        let done = finish(command, &order.to_string(), Duration::from_secs(30)).await.ok();
+        let done = finish(command, &order.to_string(), Duration::from_secs(90)).await.ok();
         let replies = done.lines().map(|line| serde_json::from_str(line).expect("JSON lines"));
         replies.collect()
     }

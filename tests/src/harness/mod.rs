@@ -17,9 +17,9 @@ mod warren;
 
 pub(crate) use amqp::{Amqp, Tap, message};
 pub(crate) use broker::PrivateNode;
-pub(crate) use eventually::{Soon, eventually, soon};
+pub(crate) use eventually::{SOON, Soon, eventually, soon, time_passes};
 pub(crate) use foreign::Foreign;
-pub(crate) use process::{Ended, GUARDS_OFF, Process, finish};
+pub(crate) use process::{Ended, GUARDS_OFF, Process, binary, finish};
 pub(crate) use proxy::{Proxy, Sends};
 pub(crate) use supervisor::supervise;
 pub(crate) use warren::{Service, Warren};

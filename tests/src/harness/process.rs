@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin};
 
-use super::{Soon, eventually};
+use super::{Soon, soon};
 
 /// How much of a log is shown.
 const SHOWN_LINES: usize = 60;
@@ -45,6 +45,21 @@ pub(crate) fn command(program: &Path) -> Command {
         command.env(GUARDS_OFF, guards);
     }
     command
+}
+
+/// Stops a process, and waits until every thread of it stands still: on a busy machine some of them run
+/// on for a while after the signal.
+pub(crate) fn freeze(process: Pid) {
+    kill(process, Signal::SIGSTOP).expect("the process runs");
+    let stands_still = |thread: PathBuf| {
+        let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
+        // A thread that is gone by now does not run either.
+        stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 'Z', 'X']))
+    };
+    let threads = || fs::read_dir(format!("/proc/{process}/task")).expect("the process is there");
+    while !threads().flatten().all(|thread| stands_still(thread.path())) {
+        std::thread::yield_now();
+    }
 }
 
 /// A process that runs until it is told otherwise.
@@ -95,6 +110,11 @@ impl Process {
         kill(self.id(), signal).expect("the process runs");
     }
 
+    /// Stops it in mid-use, until SIGCONT.
+    pub(crate) fn freeze(&self) {
+        freeze(self.id());
+    }
+
     /// Kills it as the kernel would, and waits until it is gone.
     pub(crate) async fn kill(mut self) {
         self.signal(Signal::SIGKILL);
@@ -133,7 +153,7 @@ impl Process {
     /// Waits until it has logged a line that contains `text`.
     pub(crate) async fn logged(&mut self, text: &str) -> String {
         let what = format!("{} logs {text:?}", self.name);
-        eventually(Duration::from_secs(30), &what, async || {
+        soon(&what, async || {
             let log = self.stderr();
             let line = log.lines().find(|line| line.contains(text)).map(str::to_owned);
             let gone = self.child.try_wait().expect("a child can be waited for");

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -54,6 +54,8 @@ struct Line {
     silenced: watch::Sender<u64>,
     /// How many connections there were.
     accepted: AtomicU64,
+    /// The numbers of those that are open.
+    open: Mutex<HashSet<u64>>,
     /// Whether deliveries are swallowed on their way to the client.
     mute: AtomicBool,
     /// Whether new connections are refused.
@@ -72,6 +74,7 @@ impl Proxy {
             caught: AtomicU64::new(0),
             silenced: watch::Sender::new(0),
             accepted: AtomicU64::new(0),
+            open: Mutex::default(),
             mute: AtomicBool::new(false),
             down: AtomicBool::new(false),
         });
@@ -88,6 +91,14 @@ impl Proxy {
     pub(crate) fn cut(&self) {
         self.line.hold(None);
         self.line.cuts.send_modify(|count| *count += 1);
+    }
+
+    /// [Cuts](Self::cut) all connections, and waits until none of them passes anything any more.
+    pub(crate) async fn sever(&self) {
+        let last = self.accepted();
+        self.cut();
+        let gone = async || self.line.open().iter().all(|number| *number > last).then_some(());
+        soon("the old connections are gone", gone).await;
     }
 
     /// Lets nothing pass any more, in neither direction, on the connections of the moment; they stay
@@ -127,6 +138,10 @@ impl Proxy {
 }
 
 impl Line {
+    fn open(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn hold(&self, what: Option<Sends>) {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = what;
     }
@@ -150,13 +165,16 @@ async fn accept(listener: TcpListener, line: Arc<Line>) {
         if line.down.load(Ordering::SeqCst) {
             continue;
         }
-        let number = line.accepted.fetch_add(1, Ordering::SeqCst) + 1;
         let (line, mut cut) = (Arc::clone(&line), line.cuts.subscribe());
+        let number = line.accepted.load(Ordering::SeqCst) + 1;
+        line.open().insert(number);
+        line.accepted.store(number, Ordering::SeqCst);
         connections.spawn(async move {
             tokio::select! {
                 () = forward(client, &line, number) => {}
                 _ = cut.changed() => {}
             }
+            line.open().remove(&number);
         });
     }
 }

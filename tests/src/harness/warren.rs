@@ -19,12 +19,10 @@ use tempfile::TempDir;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::process::{Ended, Process, binary, command, finish};
-use super::{Amqp, Soon, broker};
+use super::{Amqp, SOON, Soon, broker};
 
 /// A namespace is some 30 queues, and one broker serves all tests at once.
 const AT_ONCE: usize = 4;
-/// For commands of which no test says otherwise.
-const COMMAND: Duration = Duration::from_secs(40);
 
 /// A namespace with its processes.
 pub(crate) struct Warren {
@@ -163,7 +161,7 @@ impl Warren {
     pub(crate) async fn garenne_reading(&self, stdin: &str, arguments: &[&str]) -> Ended {
         let mut command = self.command("garenne");
         command.args(arguments);
-        finish(command, stdin, COMMAND).await
+        finish(command, stdin, SOON).await
     }
 
     /// Starts the `garenne` command and leaves it running.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use self::kinds::{End, Sent, make, sound};
-use crate::harness::{Foreign, Process, Warren, eventually};
+use crate::harness::{Foreign, Process, SOON, Warren, eventually};
 
 /// What the foreign client publishes in one go.
 const AT_ONCE: usize = 200;
@@ -18,7 +18,7 @@ const AT_ONCE: usize = 200;
 /// than 0.6 MiB, and the prefetch holds a few of them.
 const MOST_KIB: u64 = 96 * 1024;
 /// How long the last message may take once all are published.
-const PATIENCE: Duration = Duration::from_mins(2);
+const PATIENCE: Duration = Duration::from_mins(4);
 
 /// How a run went.
 #[derive(Debug)]
@@ -116,8 +116,8 @@ pub(crate) async fn run(count: usize) -> Figures {
     let figures = Figures { runs, dead, publishing, rest, worker_kib, collector_kib };
     assert!(worker_kib.max(collector_kib) <= MOST_KIB, "{figures:?}");
     // Both were at work all the time, and stop in order.
-    assert!(worker.terminate(Duration::from_secs(30)).await.success());
-    assert!(collector.terminate(Duration::from_secs(30)).await.success());
+    assert!(worker.terminate(SOON).await.success());
+    assert!(collector.terminate(SOON).await.success());
     let log = worker.stderr();
     assert!(!log.contains(['\u{1b}', '\u{7}', '\u{9b}']), "a log commands a terminal");
     figures
@@ -187,19 +187,17 @@ async fn ten_unreadable_messages_are_put_aside_at_once() {
         message
     };
     let messages: Vec<_> = (0..110).map(message).collect();
-    let begun = Instant::now();
     Foreign::new(warren.url()).publish(json!(messages), 0).await;
     let count = |query: &str| warren.rows::<i64>(query)[0];
-    eventually(PATIENCE, "a hundred run, ten are dead letters", async || {
+    // Without their screening each of them ends a connection, for minutes.
+    eventually(PATIENCE / 2, "a hundred run, ten are dead letters", async || {
         let succeeded = count("SELECT COUNT(*) FROM results WHERE status = 'succeeded'");
         let dead = count("SELECT COUNT(*) FROM dead_letters WHERE reason = 'malformed'");
         (succeeded == 100 && dead == 10).then_some(())
     })
     .await;
-    // One after the other they took a minute when each of them ended a connection.
-    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     assert_eq!(warren.amqp().await.unreadable().await, 0);
     // Nothing was delivered twice: no connection ended over them.
     assert_eq!(count("SELECT COUNT(*) FROM results WHERE redelivered"), 0);
-    assert!(worker.terminate(Duration::from_secs(30)).await.success());
+    assert!(worker.terminate(SOON).await.success());
 }
