@@ -31,6 +31,8 @@ mod release;
 mod resends;
 mod retention;
 mod service;
+mod state;
 pub mod store;
 
 pub use service::{Collector, StartError};
+pub use state::CollectorState;

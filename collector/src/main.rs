@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use clap::Parser;
 use garenne_collector::Collector;
-use garenne_common::config::{Config, Sources};
+use garenne_common::config::{Config, Sources, without_arguments};
+use garenne_common::signals::Signals;
 use garenne_common::telemetry;
 use garenne_common::wire::Notice;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 /// See docs/decisions/0021-mimalloc.md.
@@ -31,6 +31,7 @@ For instance GARENNE__COLLECTOR__RETENTION=30days and GARENNE__LOG__FILTER=debug
 
 The store is a SQLite file of this host; several collectors of one host may share it.
 SIGTERM and SIGINT finish what was received and exit with 0; a second one exits at once.
+SIGUSR1 logs what is gathered, stored and still to be sent. SIGHUP does not end a collector.
 
 Exit codes: 0 stopped as told; 1 an inner failure; 2 configuration, store or broker cannot be used";
 
@@ -77,7 +78,10 @@ impl Flags {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let flags = Flags::parse();
+    let flags = match Flags::try_parse() {
+        Ok(flags) => flags,
+        Err(error) => return usage(&error),
+    };
     if let Some(Err(error)) = flags.die_with.map(garenne_common::lifeline::die_with) {
         return refuse(&error);
     }
@@ -85,33 +89,40 @@ async fn main() -> ExitCode {
         Ok(config) => config,
         Err(error) => return refuse(&error),
     };
-    telemetry::init(&config.log);
-    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
-    match signals {
-        (Ok(terminate), Ok(interrupt)) => {
-            run(&config, flags.notify_stdout, Signals { terminate, interrupt }).await
-        }
-        (Err(error), _) | (_, Err(error)) => refuse(&error),
-    }
+    let lines = telemetry::init(&config.log);
+    let ended = match Signals::catch() {
+        Ok(signals) => run(&config, flags.notify_stdout, signals).await,
+        Err(error) => Err(error.into()),
+    };
+    // The last log lines come before a complaint.
+    drop(lines);
+    ended.unwrap_or_else(|error| refuse(&*error))
 }
 
-async fn run(config: &Config, notify_stdout: bool, mut signals: Signals) -> ExitCode {
+type Failure = Box<dyn std::error::Error>;
+
+async fn run(
+    config: &Config,
+    notify_stdout: bool,
+    mut signals: Signals,
+) -> Result<ExitCode, Failure> {
     let (copies, printed) = if notify_stdout {
         let (copies, printed) = print_notices();
         (Some(copies), Some(printed))
     } else {
         (None, None)
     };
-    let started = tokio::select! {
-        started = Collector::start(config, copies) => started,
-        () = signals.next() => return ExitCode::SUCCESS,
+    let mut collector = tokio::select! {
+        started = Collector::start(config, copies) => started?,
+        () = signals.stop() => return Ok(ExitCode::SUCCESS),
     };
-    let mut collector = match started {
-        Ok(collector) => collector,
-        Err(error) => return refuse(&error),
-    };
+    let state = collector.state();
+    signals.on_state(move || {
+        let state = state.clone();
+        async move { state.log().await }
+    });
     let code = tokio::select! {
-        () = signals.next() => ExitCode::SUCCESS,
+        () = signals.stop() => ExitCode::SUCCESS,
         () = collector.broken() => {
             tracing::error!("a part of the collector ended by itself; stopping");
             ExitCode::FAILURE
@@ -120,29 +131,14 @@ async fn run(config: &Config, notify_stdout: bool, mut signals: Signals) -> Exit
     tracing::info!("stopping");
     tokio::select! {
         () = collector.stop() => {}
-        () = signals.next() => return ExitCode::FAILURE,
+        () = signals.stop() => return Ok(ExitCode::FAILURE),
     }
     if let Some(printed) = printed {
         // A reader that has stopped reading must not keep us; its notices were published.
         let finished = tokio::time::timeout(Duration::from_secs(1), printed).await;
         tracing::debug!(finished = finished.is_ok(), "printing notices");
     }
-    code
-}
-
-/// Both ways of being told to stop.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
-    }
+    Ok(code)
 }
 
 /// A thread of its own prints: a pipe that nobody reads blocks whoever writes to it.
@@ -171,9 +167,17 @@ fn print(notice: &Notice) -> io::Result<()> {
 
 /// One sentence, and the exit code of what a person has to mend.
 fn refuse(error: &dyn std::error::Error) -> ExitCode {
-    let line = format!("garenne-collector: {error}\n");
-    if io::stderr().lock().write_all(line.as_bytes()).is_err() {
-        return ExitCode::FAILURE;
+    telemetry::complain(&error.to_string());
+    ExitCode::from(2)
+}
+
+/// Explains wrong arguments, which may hold a password; help and version go to standard output.
+fn usage(error: &clap::Error) -> ExitCode {
+    let text = error.render().to_string();
+    let shown = without_arguments(&text, std::env::args_os());
+    if shown == text || !error.use_stderr() {
+        error.exit();
     }
+    telemetry::complain(shown.trim_start_matches("error: ").trim_end());
     ExitCode::from(2)
 }

@@ -71,12 +71,30 @@ pub(crate) struct Sources {
 pub(crate) struct Progress {
     begun: AtomicU64,
     finished: AtomicU64,
+    /// When the last group was committed, in milliseconds; 0 before the first.
+    committed_at: AtomicU64,
 }
 
 impl Progress {
     /// What was delivered before a parcel and is not in it goes into one of the next so many: the
     /// prefetch holds no more.
     const BEHIND: u64 = 3;
+
+    fn finish(&self) {
+        self.committed_at.store(Timestamp::now().as_millis(), Ordering::Relaxed);
+        self.finished.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How many groups were begun, and how many are committed.
+    pub(crate) fn groups(&self) -> (u64, u64) {
+        (self.mark(), self.finished.load(Ordering::Acquire))
+    }
+
+    /// When the last group was committed.
+    pub(crate) fn last_commit(&self) -> Option<Timestamp> {
+        let at = self.committed_at.load(Ordering::Relaxed);
+        (at > 0).then(|| Timestamp::from_millis(at))
+    }
 
     /// A mark that [`has_passed`](Self::has_passed) understands.
     pub(crate) fn mark(&self) -> u64 {
@@ -94,6 +112,16 @@ impl Progress {
 type Received = (Source, Settler, Delivery);
 
 impl Sources {
+    /// What settles each consumer's deliveries, by name.
+    pub(crate) fn settlers(&self, questions: &Consumer) -> Vec<(&'static str, Settler)> {
+        vec![
+            ("results", self.results.settler()),
+            ("dead letters", self.dead.settler()),
+            ("unrouted", self.unrouted.settler()),
+            ("questions", questions.settler()),
+        ]
+    }
+
     /// What is here already. The rare kinds come first: there are few of them per group, because few
     /// may be unacknowledged, so they cannot keep results waiting, but results could starve them.
     fn try_next(&mut self) -> Option<Received> {
@@ -244,7 +272,7 @@ impl<S: Store> Committer<S> {
             }
         }
         let Some(committed) = self.commit(&group).await else { return false };
-        self.progress.finished.fetch_add(1, Ordering::AcqRel);
+        self.progress.finish();
         for (_, settler, tag) in parcel.newest {
             if !settler.ack(tag, true) {
                 // The group comes again, and changes nothing then.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use garenne_common::VERSION;
 use garenne_common::broker::{
-    Admin, BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource,
+    Admin, BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource, Settler,
 };
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
@@ -19,7 +19,7 @@ use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
 use crate::deadlines::Deadlines;
 use crate::keeper::Keeper;
 use crate::letters::Letters;
-use crate::notices::Notices;
+use crate::notices::{Copies, Notices};
 use crate::pipeline::{
     Committer, DEAD_PREFETCH, Intake, Progress, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
 };
@@ -27,6 +27,7 @@ use crate::relay::Relay;
 use crate::release::{HEARTBEATS_BUFFER, Releaser};
 use crate::resends::Resends;
 use crate::retention::Retention;
+use crate::state::CollectorState;
 use crate::store::{SqliteStore, StoreError};
 
 /// How long a stopping collector waits for the broker's last confirms.
@@ -35,6 +36,8 @@ const CLOSING: Duration = Duration::from_secs(2);
 /// A running collector. Dropping it ends it without order; [`stop`](Self::stop) loses no time later.
 pub struct Collector {
     store: SqliteStore,
+    progress: Arc<Progress>,
+    settlers: Vec<(&'static str, Settler)>,
     publisher: Publisher,
     consuming: Link,
     /// Intake and committing: everything that takes deliveries.
@@ -60,7 +63,8 @@ impl Collector {
     /// Opens the store, connects, and returns when all queues are being consumed.
     ///
     /// A broker that is merely down is waited for, however long it takes. Every published notice is
-    /// also sent to `copies`, if there is one; a slow reader slows the notices down.
+    /// also sent to `copies`, if there is one; a slow reader slows the notices
+    /// down, and one that takes none for ten seconds misses some.
     pub async fn start(
         config: &Config,
         copies: Option<mpsc::Sender<Notice>>,
@@ -77,6 +81,8 @@ impl Collector {
         let publisher = Publisher::start(publishing, topology.core(), &config.broker);
         let mut collector = Self {
             store,
+            progress: Arc::default(),
+            settlers: sources.settlers(&questions),
             publisher,
             consuming,
             pipeline: JoinSet::new(),
@@ -104,7 +110,7 @@ impl Collector {
         let (to_committer, parcels) = mpsc::channel(1);
         let reading = sources.results.queue();
 
-        let progress = Arc::<Progress>::default();
+        let progress = Arc::clone(&self.progress);
         let intake = Intake {
             sources,
             progress: Arc::clone(&progress),
@@ -129,7 +135,7 @@ impl Collector {
             outbox: Notices {
                 store: self.store.clone(),
                 exchange: topology.notices_exchange(),
-                copies,
+                copies: copies.map(Copies::new),
             },
             publisher: self.publisher.clone(),
             filled: Arc::clone(&outbox_filled),
@@ -206,6 +212,16 @@ impl Collector {
         tokio::select! {
             Some(_) = self.pipeline.join_next() => {}
             Some(_) = self.background.join_next() => {}
+        }
+    }
+
+    /// What reports the state of this collector, also while it stops.
+    pub fn state(&self) -> CollectorState {
+        CollectorState {
+            store: self.store.downgrade(),
+            publisher: self.publisher.clone(),
+            progress: Arc::clone(&self.progress),
+            settlers: self.settlers.clone(),
         }
     }
 

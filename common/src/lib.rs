@@ -2,7 +2,7 @@
 //!
 //! The pure half ([`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`retry`],
 //! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`],
-//! [`lifeline`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
+//! [`lifeline`], [`signals`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
 //! the tests. Nothing lives here that only one crate needs.
 
 pub mod broker;
@@ -15,6 +15,7 @@ pub mod names;
 pub mod outcome;
 pub mod printable;
 pub mod retry;
+pub mod signals;
 pub mod task;
 pub mod telemetry;
 pub mod timestamp;

@@ -20,6 +20,7 @@ mod bench_beside;
 mod broker_outage;
 mod bundles;
 mod cancel;
+mod ceilings;
 mod cli;
 #[cfg(feature = "cluster")]
 mod cluster;
@@ -47,11 +48,14 @@ mod redelivery;
 mod reruns;
 mod retry_and_delay;
 mod round_trip;
+mod secrets;
 mod several_urls;
 mod shutdown;
+mod signals;
 mod simulation;
 #[cfg(feature = "soak")]
 mod soak;
+mod standard_error;
 mod tidy;
 mod time_limits;
 mod topology_loss;

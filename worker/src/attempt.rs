@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use garenne_common::broker::Delivery;
 use garenne_common::bundling::Pace;
 use garenne_common::health::STALL_TIMEOUT;
-use garenne_common::wire::Fence;
+use garenne_common::wire::{self, Fence};
 use garenne_common::{DeadReason, Options, ProcessHealth, TaskMessage, Timestamp};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -15,6 +15,7 @@ use tracing::Instrument;
 
 use crate::admit::{Admission, admit, admit_member};
 use crate::cancels::Cancels;
+use crate::ceilings::Ceilings;
 use crate::context::{Context, Facts};
 use crate::decide::{decide, heed};
 use crate::doors::{Doors, Entered, Entry};
@@ -49,6 +50,7 @@ pub(crate) struct Pipeline {
     /// How long a process may take to end after it was told to.
     pub(crate) kill_grace: Duration,
     pub(crate) lease: LeaseTerms,
+    pub(crate) ceilings: Ceilings,
     /// No more tasks are begun.
     pub(crate) stop: CancellationToken,
     /// Running tasks are given up.
@@ -181,6 +183,7 @@ impl Pipeline {
             ended.carrier = Carrier::Alone(Box::new(message));
         }
         let decided = decide(outcome, task.attempt, &task.options.retry, fastrand::f64());
+        let decided = self.ceilings.bound(decided, task.attempt, || age(ended));
         let disposition = match self.cancels.wish(&task) {
             Some(reason) => heed(decided, &reason),
             None => decided,
@@ -260,6 +263,16 @@ impl Pipeline {
             tracing::error!("nobody settles any more; the broker will deliver the task again");
         }
     }
+}
+
+/// How long ago the first attempt began.
+fn age(ended: &Ended) -> Duration {
+    let first = match &ended.carrier {
+        Carrier::Alone(message) => wire::task::first_attempt_at(message),
+        // A retry never comes in a bundle.
+        Carrier::Bundle { .. } => None,
+    };
+    Timestamp::now().since(first.unwrap_or(ended.started_at).min(ended.started_at))
 }
 
 fn log(task: &TaskMessage, outcome: &Outcome, took: Duration) {

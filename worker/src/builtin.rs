@@ -1,7 +1,7 @@
 //! The built-in tasks, which make the shipped worker useful and testable without any Rust.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::announce;
 use crate::context::Context;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler};
 use crate::outcome::TaskError;
@@ -25,7 +26,7 @@ pub(crate) fn handlers() -> Result<Vec<Named>, InvalidName> {
         (TaskName::new(Sleep::NAME)?, Arc::new(AsyncHandler::<Sleep, _>::new(sleep))),
         (TaskName::new(Spin::NAME)?, Arc::new(BlockingHandler::<Spin, _>::new(spin))),
         (TaskName::new(Fail::NAME)?, Arc::new(AsyncHandler::<Fail, _>::new(fail))),
-        (TaskName::new(Announce::NAME)?, Arc::new(AsyncHandler::<Announce, _>::new(announce))),
+        (TaskName::new(Announce::NAME)?, Arc::new(AsyncHandler::<Announce, _>::new(announce_task))),
         (
             TaskName::new(CountWords::NAME)?,
             Arc::new(BlockingHandler::<CountWords, _>::new(count_words)),
@@ -161,11 +162,11 @@ impl Task for Announce {
     type Output = String;
 }
 
-async fn announce(context: Context, task: Announce) -> Result<String, TaskError> {
+async fn announce_task(context: Context, task: Announce) -> Result<String, TaskError> {
     // Text without the quotation marks that JSON would put around it.
     let which = task.task.as_str().map_or_else(|| task.task.to_string(), str::to_owned);
     let line = format!("{} is processing task {which}", context.worker());
-    writeln!(std::io::stdout().lock(), "{line}")?;
+    announce::print(line.clone()).await?;
     pause(&context, task.millis).await?;
     Ok(line)
 }

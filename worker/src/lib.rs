@@ -41,9 +41,11 @@
 mod acks;
 mod admit;
 mod aides;
+mod announce;
 mod attempt;
 mod builtin;
 mod cancels;
+mod ceilings;
 mod command;
 mod context;
 mod control;
@@ -63,14 +65,17 @@ mod outcome;
 mod register;
 mod settle;
 mod slots;
+mod state;
 mod suspect;
 mod verify;
 mod watchdog;
 mod worker;
 
+pub use ceilings::Ceilings;
 pub use context::Context;
 pub use decide::{decide, heed};
 pub use outcome::{Crash, Disposition, Outcome, Retryable, TaskError};
+pub use state::WorkerState;
 pub use worker::{Builder, Running, Worker, WorkerError};
 
 /// What a worker decides, without its IO: what the pipeline above is made of.

@@ -115,6 +115,12 @@ impl Line {
         state.open.is_empty() && state.closed.is_empty()
     }
 
+    /// How many tasks of open bundles and how many messages, bundles among them, wait.
+    pub(crate) fn len(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.open.len(), state.closed.len())
+    }
+
     /// The next in line.
     pub(crate) fn next(&self, lane: &Lane) -> Option<Work> {
         let (delivery, arrived) = {

@@ -3,11 +3,11 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use garenne_common::config::{Config, Sources};
+use garenne_common::config::{Config, Sources, without_arguments};
 use garenne_common::lifeline;
+use garenne_common::signals::Signals;
 use garenne_common::telemetry;
 use garenne_worker::Worker;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// See docs/decisions/0021-mimalloc.md.
 #[global_allocator]
@@ -71,17 +71,33 @@ Examples:
       argv = [\"convert\", \"{src}\", \"-resize\", \"200x200\", \"{dst}\"]
 
 SIGTERM or Ctrl-C drains: running tasks finish, the rest goes back. A second one does not wait.
+SIGUSR1 logs what runs and what waits for what. SIGHUP does not end a worker.
 Exit codes: 0 after draining, 2 when the configuration or the broker refuses.";
 
 fn main() -> ExitCode {
-    match run(Arguments::parse()) {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return usage(&error),
+    };
+    match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Before logging is set up, and for people: one sentence.
-            garenne_common::telemetry::complain(&error.to_string());
+            telemetry::complain(&error.to_string());
             ExitCode::from(2)
         }
     }
+}
+
+/// Explains wrong arguments, which may hold a password; help and version go to standard output.
+fn usage(error: &clap::Error) -> ExitCode {
+    let text = error.render().to_string();
+    let shown = without_arguments(&text, std::env::args_os());
+    if shown == text || !error.use_stderr() {
+        error.exit();
+    }
+    telemetry::complain(shown.trim_start_matches("error: ").trim_end());
+    ExitCode::from(2)
 }
 
 fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
@@ -102,7 +118,8 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         .set("log.format", arguments.log_format)
         .set("log.filter", arguments.log);
     let config = Config::load(&sources)?;
-    telemetry::init(&config.log);
+    // Dropped, it writes the last lines, before a complaint.
+    let _lines = telemetry::init(&config.log);
     // Every slot may hold a blocking handler; tokio's own limit of 512 would keep the others waiting.
     let blocking = config.worker.slots + OTHER_BLOCKING;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -114,23 +131,26 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Before anything is begun that a signal should not cut short.
+    let mut signals = Signals::catch()?;
     let Some(worker) = Worker::builder(config).build()?.isolate().await else {
         return Ok(());
     };
     let running = tokio::select! {
         running = worker.start() => running?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+        () = signals.stop() => return Ok(()),
     };
-    tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+    let state = running.state();
+    signals.on_state(move || {
+        let state = state.clone();
+        async move { state.log() }
+    });
+    signals.stop().await;
     let abort = running.abort_token();
     let mut draining = std::pin::pin!(running.drain());
     tokio::select! {
         () = &mut draining => return Ok(()),
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.stop() => {}
     }
     abort.cancel();
     draining.await;

@@ -19,6 +19,7 @@ use crate::aides::Aides;
 use crate::attempt::Pipeline;
 use crate::builtin;
 use crate::cancels::Cancels;
+use crate::ceilings::Ceilings;
 use crate::command::CommandHandler;
 use crate::context::Context;
 use crate::doors::Doors;
@@ -32,6 +33,7 @@ use crate::line::Line;
 use crate::outcome::TaskError;
 use crate::register::Register;
 use crate::settle::{Lane, SettleCore, SettleGauge, SettleTask, Signature};
+use crate::state::WorkerState;
 use crate::verify;
 
 /// How long the last confirms may take after all tasks have ended.
@@ -182,6 +184,7 @@ impl Worker {
                 patience: config.broker.consumer_timeout,
                 link: Some(consume.clone()),
             },
+            ceilings: Ceilings::of(worker),
             stop: stop.clone(),
             abort: abort.clone(),
             attempts: TaskTracker::new(),
@@ -325,6 +328,15 @@ impl Running {
     /// What cuts the grace period short when cancelled, for a second signal.
     pub fn abort_token(&self) -> CancellationToken {
         self.abort.clone()
+    }
+
+    /// What reports the state of this worker, also while it drains.
+    pub fn state(&self) -> WorkerState {
+        WorkerState {
+            pipeline: Arc::downgrade(&self.pipeline),
+            settlers: self.settlers.clone(),
+            publisher: self.publisher.clone(),
+        }
     }
 
     /// Tasks that are running now.

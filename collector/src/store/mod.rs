@@ -28,6 +28,7 @@ use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp
 pub use envelope::{EnvelopeError, open_envelope, seal_envelope};
 pub use error::StoreError;
 pub use sqlite::SqliteStore;
+pub(crate) use sqlite::WeakStore;
 
 use crate::aggregate::{Committed, Resend};
 use crate::group::{Group, Letter};

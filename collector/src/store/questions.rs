@@ -89,6 +89,13 @@ pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
     Ok(totals)
 }
 
+/// Entries of both outboxes.
+pub(super) fn backlog(connection: &Connection) -> Result<(u64, u64), StoreError> {
+    let mut select = connection
+        .prepare_cached("SELECT (SELECT COUNT(*) FROM outbox), (SELECT COUNT(*) FROM resends)")?;
+    Ok(select.query_row([], |row| Ok((to_count(row.get(0)?), to_count(row.get(1)?))))?)
+}
+
 pub(super) fn outbox(
     connection: &Connection,
     after: u64,

@@ -7,7 +7,7 @@
 //! system. Several collectors on that host may share it.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -38,6 +38,16 @@ const OPEN_PAUSE: Duration = Duration::from_millis(200);
 #[derive(Clone)]
 pub struct SqliteStore(Arc<Inner>);
 
+/// A handle that does not keep the store open.
+#[derive(Clone)]
+pub(crate) struct WeakStore(Weak<Inner>);
+
+impl WeakStore {
+    pub(crate) fn upgrade(&self) -> Option<SqliteStore> {
+        self.0.upgrade().map(SqliteStore)
+    }
+}
+
 struct Inner {
     writer: Lane,
     reader: Lane,
@@ -65,6 +75,16 @@ impl SqliteStore {
             reader: Lane::start("store reader", reader)?,
             rules,
         })))
+    }
+
+    /// A handle that does not keep the store open.
+    pub(crate) fn downgrade(&self) -> WeakStore {
+        WeakStore(Arc::downgrade(&self.0))
+    }
+
+    /// How many notices, and how many tasks that go back, are not known to be published.
+    pub(crate) async fn backlog(&self) -> Result<(u64, u64), StoreError> {
+        self.read(questions::backlog).await
     }
 
     async fn write<T: Send + 'static>(

@@ -217,6 +217,11 @@ impl Settler {
     pub fn health(&self) -> Health {
         self.0.health()
     }
+
+    /// How many deliveries of the current channel are neither acknowledged nor handed back.
+    pub fn unsettled(&self) -> usize {
+        self.0.lock().flow.unsettled()
+    }
 }
 
 /// Hands something over to lapin, which writes it in its turn; `false` if the channel takes nothing.

@@ -226,6 +226,11 @@ impl Publisher {
         self.jobs.try_send(Job::new(outgoing, None)).is_ok()
     }
 
+    /// How many messages wait for the publishing task, beside those that wait for their confirms.
+    pub fn queued(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
     /// How long [`publish`](Self::publish) waits.
     pub fn deadline(&self) -> Duration {
         self.shared.deadline

@@ -10,6 +10,7 @@
 //! broker's consumer timeout is built anew as well, which gives them back.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 use lapin::Channel;
@@ -37,6 +38,16 @@ impl Health {
         match self {
             Self::Flowing(_) => true,
             Self::Down(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flowing(since) => write!(f, "flowing, as seen {} s ago", since.as_secs()),
+            Self::Down(None) => f.write_str("down"),
+            Self::Down(Some(error)) => write!(f, "down: {error}"),
         }
     }
 }
@@ -69,6 +80,10 @@ impl Flow {
         } else {
             self.unsettled.remove(&number);
         }
+    }
+
+    pub(super) fn unsettled(&self) -> usize {
+        self.unsettled.len()
     }
 
     /// Whether the broker may send more.

@@ -16,9 +16,11 @@ use crate::names::{Namespace, QueueName, TaskName};
 use crate::topology::Topology;
 use crate::wire::Codec;
 
+mod problem;
 mod raw;
 mod url;
 
+pub use problem::{without_arguments, without_logins};
 pub use url::BrokerUrl;
 
 use raw::{RawConfig, Surroundings};
@@ -102,6 +104,12 @@ pub struct WorkerConfig {
     pub kill_grace: Duration,
     /// How often the process that runs a task may die before the task is given up.
     pub crash_budget: u32,
+    /// No task is retried after this attempt, whatever its policy says.
+    pub max_attempts: u32,
+    /// The least pause after the tenth attempt and later ones.
+    pub min_retry_delay: Duration,
+    /// How long after the beginning of its first attempt a task may be retried.
+    pub max_task_age: Duration,
     /// Whether `garenne.crash` is served, with which anybody who submits can kill this worker.
     pub faults: bool,
     /// Whether `garenne.*`, `text.*` and `file.*` are served.
@@ -113,7 +121,7 @@ pub struct WorkerConfig {
 }
 
 /// A task that is an external command.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct CommandConfig {
     /// Program and arguments; `{key}` stands for the task argument of that name.
     pub argv: Vec<String>,
@@ -125,6 +133,16 @@ pub struct CommandConfig {
     pub env: BTreeMap<String, String>,
     /// Where it runs.
     pub directory: Option<PathBuf>,
+}
+
+/// Without the values of `env` and the arguments, which may be secrets.
+impl fmt::Debug for CommandConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CommandConfig")
+            .field("program", &self.argv.first())
+            .field("env", &self.env.keys())
+            .finish_non_exhaustive()
+    }
 }
 
 /// How standard output becomes a task's output.
@@ -205,13 +223,13 @@ pub struct ConfigError {
 impl Config {
     /// Reads all layers and checks the result.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
-        RawConfig::read(sources, Surroundings::of_process())?.check()
+        RawConfig::read(sources, Surroundings::of_process()?)?.check()
     }
 
     /// [`load`](Self::load) with other defaults for some keys: dotted key and value. They lie below
     /// every other layer.
     pub fn load_over(defaults: &[(&str, &str)], sources: &Sources) -> Result<Self, ConfigError> {
-        RawConfig::read_over(defaults, sources, Surroundings::of_process())?.check()
+        RawConfig::read_over(defaults, sources, Surroundings::of_process()?)?.check()
     }
 
     /// How a process signs: its configured name, else host and process id.

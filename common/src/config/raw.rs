@@ -5,15 +5,17 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use config::{Environment, File, FileFormat};
+use config::{Environment, File, FileFormat, Source};
 use serde::Deserialize;
 
+use super::problem::{self, without_logins};
 use super::{
     BrokerConfig, BrokerUrl, CollectorConfig, CommandConfig, CommandOutput, Config, ConfigError,
     LogConfig, LogFormat, ProducerConfig, Sources, WorkerConfig,
 };
 use crate::bundling::Limits;
 use crate::names::{Namespace, QueueName, TaskName};
+use crate::topology::MAX_DELAY;
 use crate::wire::Codec;
 use crate::wire::bundle::MAX_TASKS;
 
@@ -102,6 +104,11 @@ struct RawWorker {
     #[serde(with = "humantime_serde")]
     kill_grace: Duration,
     crash_budget: u32,
+    max_attempts: u32,
+    #[serde(with = "humantime_serde")]
+    min_retry_delay: Duration,
+    #[serde(with = "humantime_serde")]
+    max_task_age: Duration,
     faults: bool,
     builtins: bool,
     commands: BTreeMap<String, RawCommand>,
@@ -123,6 +130,9 @@ impl Default for RawWorker {
             heartbeat: Duration::from_secs(2),
             kill_grace: Duration::from_secs(5),
             crash_budget: 3,
+            max_attempts: 1_000,
+            min_retry_delay: Duration::from_secs(1),
+            max_task_age: Duration::from_hours(7 * 24),
             faults: false,
             builtins: true,
             commands: BTreeMap::new(),
@@ -198,27 +208,27 @@ impl RawConfig {
     ) -> Result<Self, ConfigError> {
         let mut builder = config::Config::builder();
         for (key, value) in defaults {
-            builder =
-                builder.set_default(*key, *value).map_err(|error| ConfigError::one(&error))?;
+            builder = builder.set_default(*key, *value).map_err(|error| ConfigError::of(&error))?;
         }
         if let Some(file) = &sources.file {
-            builder = builder.add_source(File::from(file.as_path()).format(FileFormat::Toml));
+            problem::check_file(file)?;
+            let file = File::from(file.as_path()).format(FileFormat::Toml);
+            builder = builder.add_source(layer(file)?);
         }
         let all = builder
             .set_override_option("broker.url", around.amqp_url)
             .and_then(config::ConfigBuilder::<config::builder::DefaultState>::build)
-            .map_err(|error| ConfigError::one(&error))?;
+            .map_err(|error| ConfigError::of(&error))?;
         // AMQP_URL must lie between file and environment, hence the two steps.
-        let mut builder = config::Config::builder().add_source(all).add_source(
-            around
-                .environment
-                .prefix("GARENNE")
-                .prefix_separator("__")
-                .separator("__")
-                .list_separator(",")
-                .with_list_parse_key("worker.queues")
-                .try_parsing(true),
-        );
+        let environment = around
+            .environment
+            .prefix("GARENNE")
+            .prefix_separator("__")
+            .separator("__")
+            .list_separator(",")
+            .with_list_parse_key("worker.queues")
+            .try_parsing(true);
+        let mut builder = config::Config::builder().add_source(all).add_source(layer(environment)?);
         for (key, value) in &sources.overrides {
             let queues = key == "worker.queues";
             let value = if queues {
@@ -226,10 +236,10 @@ impl RawConfig {
             } else {
                 config::Value::from(value.as_str())
             };
-            builder = builder.set_override(key, value).map_err(|error| ConfigError::one(&error))?;
+            builder = builder.set_override(key, value).map_err(|error| ConfigError::of(&error))?;
         }
-        let all = builder.build().map_err(|error| ConfigError::one(&error))?;
-        all.try_deserialize().map_err(|error| ConfigError::one(&error))
+        let all = builder.build().map_err(|error| ConfigError::of(&error))?;
+        all.try_deserialize().map_err(|error| ConfigError::of(&error))
     }
 
     pub(super) fn check(self) -> Result<Config, ConfigError> {
@@ -241,8 +251,19 @@ impl RawConfig {
             collector: self.collector.check(&mut problems),
             log: self.log.check(&mut problems),
         };
-        if problems.0.is_empty() { Ok(config) } else { Err(ConfigError { problems: problems.0 }) }
+        // Names that are refused are quoted, and one may be a URL in the wrong place.
+        let problems: Vec<_> = problems.0.iter().map(|text| without_logins(text)).collect();
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
     }
+}
+
+/// A layer that is sound by itself. Where it has text instead of a table, a later layer would replace
+/// the text silently, and what it says would be ignored.
+fn layer(source: impl Source + Send + Sync + 'static) -> Result<config::Config, ConfigError> {
+    let layer = config::Config::builder().add_source(source).build();
+    let layer = layer.map_err(|error| ConfigError::of(&error))?;
+    layer.clone().try_deserialize::<RawConfig>().map_err(|error| ConfigError::of(&error))?;
+    Ok(layer)
 }
 
 /// What the process was started with; tests bring their own.
@@ -252,9 +273,17 @@ pub(super) struct Surroundings {
 }
 
 impl Surroundings {
-    pub(super) fn of_process() -> Self {
-        let amqp_url = std::env::var("AMQP_URL").ok().filter(|url| !url.is_empty());
-        Self { environment: Environment::default(), amqp_url }
+    pub(super) fn of_process() -> Result<Self, ConfigError> {
+        // The library would quote the value.
+        for (name, value) in std::env::vars_os() {
+            let name = name.to_string_lossy();
+            if name.to_ascii_uppercase().starts_with("GARENNE__") {
+                problem::text(&name, value)?;
+            }
+        }
+        let amqp_url = std::env::var_os("AMQP_URL").filter(|url| !url.is_empty());
+        let amqp_url = amqp_url.map(|url| problem::text("AMQP_URL", url)).transpose()?;
+        Ok(Self { environment: Environment::default(), amqp_url })
     }
 }
 
@@ -351,6 +380,9 @@ impl RawWorker {
         problems.ensure(fine, "worker.lease_term: must be at least 3s");
         let fine = (1..=100).contains(&self.crash_budget);
         problems.ensure(fine, "worker.crash_budget: must be between 1 and 100");
+        problems.ensure(self.max_attempts >= 1, "worker.max_attempts: must be at least 1");
+        let fine = self.min_retry_delay <= MAX_DELAY;
+        problems.ensure(fine, "worker.min_retry_delay: must be at most 38 days");
         let mut commands = BTreeMap::new();
         for (name, command) in self.commands {
             let key = format!("worker.commands.{name:?}");
@@ -373,6 +405,9 @@ impl RawWorker {
             heartbeat: self.heartbeat,
             kill_grace: self.kill_grace,
             crash_budget: self.crash_budget,
+            max_attempts: self.max_attempts,
+            min_retry_delay: self.min_retry_delay,
+            max_task_age: self.max_task_age,
             faults: self.faults,
             builtins: self.builtins,
             commands,

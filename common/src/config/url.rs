@@ -14,12 +14,20 @@ impl BrokerUrl {
             format!("not a URL ({error}); expected amqp://user:password@host:5672/vhost")
         })?;
         if !["amqp", "amqps"].contains(&url.scheme()) {
-            return Err(format!("the scheme is {:?}, expected amqp or amqps", url.scheme()));
+            // Not repeated: in what was meant as `user:password@host` it is the user.
+            return Err("the scheme must be amqp or amqps".to_owned());
         }
         if url.host_str().is_none_or(str::is_empty) {
             return Err(
                 "the host is missing; expected amqp://user:password@host:5672/vhost".to_owned()
             );
+        }
+        // Then a part of the password was read as host, path or query, and would be shown.
+        let tail = [Some(url.path()), url.query()];
+        if url.fragment().is_some() || tail.into_iter().flatten().any(|part| part.contains('@')) {
+            return Err("an @ or # stands behind the host; percent-encode / as %2F, ? as %3F, \
+                        # as %23 and @ as %40 in the user name, the password and the vhost"
+                .to_owned());
         }
         Ok(Self(url))
     }
@@ -95,6 +103,17 @@ mod tests {
         assert_eq!(format!("{url} {url:?}"), "amqp://host:5672/v amqp://host:5672/v");
         assert!(url.expose().contains("s3cret"));
         assert!(!BrokerUrl::parse("amqp//me:s3cret@host").unwrap_err().contains("s3cret"));
+    }
+
+    #[test]
+    fn a_password_that_would_be_read_as_host_and_path_is_refused() {
+        for separator in ["/", "?", "#"] {
+            let url = format!("amqp://me:12{separator}s3cret@host");
+            let refused = BrokerUrl::parse(&url).unwrap_err();
+            assert!(refused.contains("percent-encode") && !refused.contains("s3cret"), "{refused}");
+        }
+        assert!(!BrokerUrl::parse("s3cret:pw@host").unwrap_err().contains("s3cret"));
+        assert!(BrokerUrl::parse("amqp://me:12%2Fs3%40cret@host").is_ok());
     }
 
     #[test]

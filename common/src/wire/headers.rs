@@ -16,6 +16,8 @@ pub(super) const EXPIRES_AT: &str = "x-garenne-expires-at-ms";
 pub(super) const BATCH: &str = "x-garenne-batch";
 pub(super) const REPLY_FORMAT: &str = "x-garenne-reply-format";
 pub(super) const SUBMITTED_AT: &str = "x-garenne-submitted-at-ms";
+/// When the first attempt began; on retries only.
+pub(super) const FIRST_ATTEMPT_AT: &str = "x-garenne-first-attempt-at-ms";
 pub(super) const TRACEPARENT: &str = "traceparent";
 /// How many tasks a bundle has; for people, who see messages only.
 pub(super) const TASKS: &str = "x-garenne-tasks";

@@ -99,6 +99,7 @@ fn begin_anew(message: &mut Message, old: &TaskId, new: &TaskId) {
     let gone = [
         headers::BATCH,
         headers::EXPIRES_AT,
+        headers::FIRST_ATTEMPT_AT,
         headers::CRASHES,
         headers::CRASH_LOG,
         headers::FENCE,
@@ -183,6 +184,7 @@ mod tests {
         message.set_header(headers::ATTEMPT, HeaderValue::Int(4));
         message.set_header(headers::BATCH, HeaderValue::Text("b-1".to_owned()));
         message.set_header(headers::EXPIRES_AT, HeaderValue::Int(1));
+        task::note_first_attempt(&mut message, Timestamp::from_millis(1));
         message.set_header(headers::CRASHES, HeaderValue::Int(3));
         message.set_header("x-mine", HeaderValue::Bool(true));
         DeadLetter::new(&message, "cpu", reason, "no", "w")
@@ -200,6 +202,7 @@ mod tests {
         assert_eq!((task.id, task.attempt, task.batch), (id("new"), 1, None));
         assert_eq!((task.options.expires_at, task.reply), (None, None));
         assert_eq!(replay.message.header(headers::CRASHES), None);
+        assert_eq!(task::first_attempt_at(&replay.message), None);
         assert_eq!(replay.message.header("x-mine"), Some(&HeaderValue::Bool(true)));
         assert_eq!(replay_of(&replay.message), Some(id("old")));
         assert_eq!(replays(&replay.message), 1);

@@ -160,6 +160,19 @@ pub fn next_attempt(message: &Message, attempt: u32) -> Message {
     message
 }
 
+/// When the first attempt began, on a message that asks for a later one. What cannot be read counts as
+/// absent.
+pub fn first_attempt_at(message: &Message) -> Option<Timestamp> {
+    number(message, headers::FIRST_ATTEMPT_AT).ok().flatten().map(Timestamp::from_millis)
+}
+
+/// Notes when an attempt began, unless an earlier one is noted.
+pub fn note_first_attempt(message: &mut Message, began: Timestamp) {
+    let first = first_attempt_at(message).map_or(began, |first| first.min(began)).as_millis();
+    let first = HeaderValue::Int(i64::try_from(first).unwrap_or(i64::MAX));
+    message.set_header(headers::FIRST_ATTEMPT_AT, first);
+}
+
 /// A message that is to arrive after a delay: the marks of its levels set, older marks gone.
 pub fn with_delay_marks(message: &Message, marks: &[String]) -> Message {
     let mut message = for_republish(message);

@@ -36,7 +36,7 @@ pub(crate) struct Context {
     pub(crate) screen: Screen,
     /// How long one step may take.
     pub(crate) deadline: Duration,
-    /// Ctrl-C and SIGTERM.
+    /// Ctrl-C, SIGTERM and SIGHUP.
     pub(crate) stop: Stop,
 }
 
@@ -132,7 +132,7 @@ fn load(globals: &Globals, quiet: &str) -> Result<Config, CliError> {
     Ok(Config::load_over(&[("log.filter", quiet)], &sources)?)
 }
 
-/// The wish to stop: Ctrl-C or SIGTERM. The second one ends the process at once.
+/// The wish to stop: Ctrl-C, SIGTERM or SIGHUP (a terminal that closes). The second one ends the process at once.
 #[derive(Clone)]
 pub(crate) struct Stop {
     token: CancellationToken,
@@ -146,6 +146,7 @@ impl Stop {
         let failed = |error| CliError::unusable(format!("cannot listen to signals: {error}"));
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
         let (token, exit) = (CancellationToken::new(), Arc::new(OnceLock::new()));
         let listener = TaskTracker::new();
         let (told, how) = (token.clone(), Arc::clone(&exit));
@@ -154,6 +155,7 @@ impl Stop {
                 let now = tokio::select! {
                     _ = interrupt.recv() => Exit::Interrupted,
                     _ = terminate.recv() => Exit::Terminated,
+                    _ = hangup.recv() => Exit::HungUp,
                 };
                 if how.set(now).is_err() {
                     // Asked twice: whatever is being cleaned up matters less than the person waiting.

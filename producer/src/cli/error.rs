@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use garenne_common::broker::BrokerError;
-use garenne_common::config::ConfigError;
+use garenne_common::config::{ConfigError, without_logins};
 use garenne_producer::{OutputError, QueryError, SubmitError};
 use serde_json::json;
 
@@ -27,6 +27,8 @@ pub(crate) enum Exit {
     Interrupted,
     /// SIGTERM.
     Terminated,
+    /// SIGHUP: the terminal was closed.
+    HungUp,
     /// Whoever read standard output went away; what a process killed by SIGPIPE would say.
     BrokenPipe,
 }
@@ -45,6 +47,7 @@ impl Exit {
             Self::Failed => 1,
             Self::Unusable => 2,
             Self::NotYet => 3,
+            Self::HungUp => 129,
             Self::Interrupted => 130,
             Self::BrokenPipe => 141,
             Self::Terminated => 143,
@@ -105,7 +108,7 @@ impl CliError {
             Format::Json => self.as_json(),
         };
         // Standard error is the last place to complain; if it is closed there is no other.
-        drop(writeln!(std::io::stderr(), "{}", output::harmless(&text)));
+        drop(writeln!(std::io::stderr(), "{}", output::harmless(&without_logins(&text))));
     }
 
     fn as_text(&self, paint: Paint) -> String {

@@ -5,6 +5,8 @@ use std::ffi::OsString;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
+use garenne_common::config::without_arguments;
+
 use super::error::{CliError, Exit};
 use super::output::Format;
 
@@ -15,9 +17,11 @@ pub(crate) fn usage(error: &clap::Error, arguments: &[OsString]) -> Exit {
         return if error.print().is_ok() { Exit::Success } else { Exit::BrokenPipe };
     }
     if format_of(arguments) == Format::Json {
-        plain(error).print(Format::Json);
+        plain(error, arguments).print(Format::Json);
     } else if let Some(piece) = torn_json(error, arguments) {
         torn(&piece).print(Format::Text);
+    } else if holds_login(error, arguments) {
+        plain(error, arguments).print(Format::Text);
     } else {
         // Standard error is the last place to complain.
         drop(error.print());
@@ -33,9 +37,15 @@ fn format_of(arguments: &[OsString]) -> Format {
     if json { Format::Json } else { Format::Text }
 }
 
-/// The first paragraph of clap's message, as one line.
-fn plain(error: &clap::Error) -> CliError {
+/// Whether clap's message repeats what may be the login of a URL.
+fn holds_login(error: &clap::Error, arguments: &[OsString]) -> bool {
     let text = error.render().to_string();
+    without_arguments(&text, arguments.iter().cloned()) != text
+}
+
+/// The first paragraph of clap's message, as one line.
+fn plain(error: &clap::Error, arguments: &[OsString]) -> CliError {
+    let text = without_arguments(&error.render().to_string(), arguments.iter().cloned());
     let first = text.trim_start_matches("error: ").split("\n\n").next().unwrap_or_default();
     let words: Vec<_> = first.split_whitespace().collect();
     CliError::unusable(words.join(" ")).help("--help lists what is possible")
@@ -82,8 +92,8 @@ mod tests {
 
     #[test]
     fn clap_s_message_becomes_one_sentence() {
-        let (error, _) = error("garenne submit a.b --dellay 5s");
-        let plain = plain(&error);
+        let (error, line) = error("garenne submit a.b --dellay 5s");
+        let plain = plain(&error, &line);
         assert!(plain.message.contains("--dellay"), "{plain:?}");
         assert!(!plain.message.contains('\n'), "{plain:?}");
     }

@@ -50,7 +50,7 @@ Exit codes:
   1  done, and a task failed or a check found a problem
   2  could not be done: usage, input, broker or collector
   3  not ended in the time given, or an id that the collector does not know (yet)
-  130 Ctrl-C, 143 SIGTERM, 141 the reader of standard output went away
+  129 SIGHUP, 130 Ctrl-C, 143 SIGTERM, 141 the reader of standard output went away
 
 Every option can also stand in a file (--config) or in the environment
 (AMQP_URL, GARENNE__BROKER__NAMESPACE, …); flags win.";

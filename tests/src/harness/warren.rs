@@ -262,6 +262,11 @@ impl Service<'_> {
         self.warren.start(self.program, self.command)
     }
 
+    /// The command, for a test that starts it with standard streams of its own.
+    pub(crate) fn into_command(self) -> Command {
+        self.command
+    }
+
     /// Starts it and waits until it is at work.
     pub(crate) async fn start(self) -> Process {
         let at_work = if self.program == "garenne-worker" { "ready" } else { "collecting" };

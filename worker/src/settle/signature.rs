@@ -314,6 +314,7 @@ impl Signature {
         let (task, at) = (&ended.task, ended.finished_at);
         let mut message =
             wire::task::next_attempt(&ended.message(), task.attempt.saturating_add(1));
+        wire::task::note_first_attempt(&mut message, ended.started_at);
         if let Some(fence) = &ended.lease {
             wire::lease::set_fence(&mut message, fence.number);
         }

@@ -86,3 +86,11 @@ fn commands_come_from_the_file() {
     assert_eq!(command.argv, ["convert", "{src}"]);
     assert!(command.stdin);
 }
+
+#[test]
+fn text_in_place_of_a_section_is_refused_and_not_replaced_by_a_later_layer() {
+    let (_file, sources) = file("broker = \"amqp://me:s3cret@host\"\n");
+    let error = RawConfig::read(&sources.set("broker.namespace", Some("x")), environment(&[]));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("broker: ") && !error.contains("s3cret"), "{error}");
+}

@@ -1,0 +1,252 @@
+//! Log lines on their way to standard error, which may be slow, full, closed, or a pipe that is never
+//! read: a thread of its own writes, and what it cannot take in time is dropped and counted.
+//!
+//! Not `tracing-appender`, which prints to standard output when its queue is full at the end.
+
+use std::io::{ErrorKind, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::time::{Duration, Instant};
+
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::config::LogFormat;
+use crate::timestamp::Timestamp;
+
+/// How many lines wait for a slow reader before further ones are dropped.
+const QUEUED_LINES: usize = 4_096;
+/// How long the end of the process waits for the last lines.
+const FLUSH: Duration = Duration::from_secs(1);
+const RETRY_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Lines that were lost and of which no line has told yet.
+static LOST: AtomicU64 = AtomicU64::new(0);
+/// Lines lost since the start.
+static LOST_EVER: AtomicU64 = AtomicU64::new(0);
+
+enum Message {
+    Line(Vec<u8>),
+    /// Answered once everything before it is written.
+    Flush(SyncSender<()>),
+}
+
+/// Queues lines for the thread that writes them. Never blocks and never fails.
+#[derive(Clone)]
+pub(super) struct Lines(SyncSender<Message>);
+
+/// Keeps the last log lines from being lost: dropping it waits until they are written, for a second at
+/// most.
+#[must_use = "the last log lines are lost unless this is dropped at the end of the process"]
+pub struct LogGuard(Option<Lines>);
+
+/// How many log lines this process has lost, because standard error took them too slowly or not at all.
+pub fn lost_lines() -> u64 {
+    LOST_EVER.load(Ordering::Relaxed)
+}
+
+fn lose(lines: u64) {
+    LOST.fetch_add(lines, Ordering::Relaxed);
+    LOST_EVER.fetch_add(lines, Ordering::Relaxed);
+}
+
+impl Lines {
+    /// Starts the thread, which writes to `to`.
+    pub(super) fn start(to: impl Write + Send + 'static, format: LogFormat) -> Self {
+        let (queue, lines) = sync_channel(QUEUED_LINES);
+        let writer = std::thread::Builder::new().name("log".to_owned());
+        // Without a thread every line counts as lost; a process that cannot start one has other worries.
+        drop(writer.spawn(move || write_all(to, &lines, format)));
+        Self(queue)
+    }
+
+    pub(super) fn guard(&self) -> LogGuard {
+        LogGuard(Some(self.clone()))
+    }
+
+    fn flush(&self) {
+        let (done, flushed) = sync_channel(1);
+        let deadline = Instant::now() + FLUSH;
+        let mut message = Message::Flush(done);
+        // A full queue is being written, or nobody reads.
+        while let Err(TrySendError::Full(back)) = self.0.try_send(message) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(RETRY_INTERVAL);
+            message = back;
+        }
+        // Too late, or the thread is gone: either way there is nothing more to wait for.
+        let left = deadline.saturating_duration_since(Instant::now());
+        flushed.recv_timeout(left).unwrap_or_default();
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        if self.0.try_send(Message::Line(line.to_vec())).is_err() {
+            lose(1);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+impl LogGuard {
+    /// For a process whose log lines need no guard.
+    pub(super) fn none() -> Self {
+        Self(None)
+    }
+}
+
+impl Drop for LogGuard {
+    fn drop(&mut self) {
+        if let Some(lines) = &self.0 {
+            lines.flush();
+        }
+    }
+}
+
+fn write_all(mut to: impl Write, lines: &Receiver<Message>, format: LogFormat) {
+    for message in lines {
+        match message {
+            Message::Line(line) => write_line(&mut to, &line, format),
+            Message::Flush(done) => {
+                tell_of_lost(&mut to, format);
+                // The other side may have stopped waiting.
+                done.send(()).unwrap_or_default();
+            }
+        }
+    }
+}
+
+fn write_line(to: &mut impl Write, line: &[u8], format: LogFormat) {
+    if put(to, line) { tell_of_lost(to, format) } else { lose(1) }
+}
+
+fn tell_of_lost(to: &mut impl Write, format: LogFormat) {
+    let lost = LOST.swap(0, Ordering::Relaxed);
+    if lost > 0 && !put(to, notice(lost, Timestamp::now(), format).as_bytes()) {
+        LOST.fetch_add(lost, Ordering::Relaxed);
+    }
+}
+
+/// Writes a whole line; `false` if that failed.
+fn put(to: &mut impl Write, mut line: &[u8]) -> bool {
+    while !line.is_empty() {
+        match to.write(line) {
+            Ok(0) => return false,
+            Ok(count) => line = &line[count..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // Somebody who shares standard error has made it non-blocking.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(RETRY_INTERVAL);
+            }
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// The line that tells of lost ones; it does not pass through the subscriber, whose queue was full.
+fn notice(lost: u64, at: Timestamp, format: LogFormat) -> String {
+    let message = format!("{lost} log lines were lost: standard error did not take them");
+    match format {
+        LogFormat::Human => format!("{at}  WARN {message}\n"),
+        LogFormat::Json => {
+            let at = at.to_string();
+            let line = serde_json::json!({
+                "timestamp": at, "level": "WARN", "message": message, "lost": lost,
+                "target": module_path!(),
+            });
+            format!("{line}\n")
+        }
+    }
+}
+
+/// Writes one sentence to standard error, waiting at most a second for one that takes nothing.
+pub(super) fn write_within_limit(sentence: String) {
+    let (done, written) = sync_channel(1);
+    let writer = std::thread::Builder::new().spawn(move || {
+        drop(std::io::stderr().write_all(sentence.as_bytes()));
+        done.send(()).unwrap_or_default();
+    });
+    if writer.is_ok() {
+        written.recv_timeout(FLUSH).unwrap_or_default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    /// Takes nothing while the test holds the lock, and refuses on request.
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<(Vec<u8>, bool)>>);
+
+    impl Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if state.1 {
+                return Err(ErrorKind::StorageFull.into());
+            }
+            state.0.extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    // One test, since the counters belong to the process.
+    #[test]
+    fn lines_that_are_not_taken_are_dropped_counted_and_told_of_later() {
+        let sink = Sink::default();
+        let mut lines = Lines::start(sink.clone(), LogFormat::Human);
+        let held = sink.0.lock().unwrap();
+        // One more than fits, and one that the thread may have taken out already.
+        for n in 0..QUEUED_LINES + 2 {
+            lines.write_all(format!("line {n}\n").as_bytes()).unwrap();
+        }
+        let dropped = lost_lines();
+        assert!((1..=2).contains(&dropped), "{dropped}");
+        drop(held);
+        drop(lines.guard());
+        let text = String::from_utf8(sink.0.lock().unwrap().0.clone()).unwrap();
+        assert!(text.starts_with("line 0\n"), "{text}");
+        let notice = format!("WARN {dropped} log lines were lost");
+        assert!(text.contains(&notice) && text.contains("line 4000\n"), "{notice}: {text}");
+
+        sink.0.lock().unwrap().1 = true;
+        lines.write_all(b"refused\n").unwrap();
+        drop(lines.guard());
+        assert_eq!(lost_lines(), dropped + 1);
+        sink.0.lock().unwrap().1 = false;
+        lines.write_all(b"taken\n").unwrap();
+        drop(lines.guard());
+        let text = String::from_utf8(sink.0.lock().unwrap().0.clone()).unwrap();
+        assert!(text.ends_with("standard error did not take them\n"), "{text}");
+        assert!(text.contains("taken\n") && !text.contains("refused"), "{text}");
+    }
+
+    #[test]
+    fn the_notice_is_a_line_of_either_format() {
+        let at = Timestamp::from_millis(0);
+        let line = notice(3, at, LogFormat::Json);
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!((&value["lost"], &value["level"]), (&3.into(), &"WARN".into()));
+        assert!(notice(3, at, LogFormat::Human).contains(" WARN 3 log lines"));
+    }
+}
