@@ -76,8 +76,12 @@ impl Flags {
     }
 }
 
+fn main() -> ExitCode {
+    garenne_common::init::run(service)
+}
+
 #[tokio::main]
-async fn main() -> ExitCode {
+async fn service() -> ExitCode {
     let flags = match Flags::try_parse() {
         Ok(flags) => flags,
         Err(error) => return usage(&error),

@@ -2,7 +2,7 @@
 //!
 //! The pure half ([`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`retry`],
 //! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`],
-//! [`lifeline`], [`signals`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
+//! [`init`], [`lifeline`], [`signals`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
 //! the tests. Nothing lives here that only one crate needs.
 
 pub mod broker;
@@ -10,6 +10,7 @@ pub mod bundling;
 pub mod config;
 pub mod guards;
 pub mod health;
+pub mod init;
 pub mod lifeline;
 pub mod names;
 pub mod outcome;

@@ -4,9 +4,12 @@ use std::time::Duration;
 
 use garenne_common::{DeadReason, RetryPolicy, Status, TaskResult};
 use garenne_producer::{Producer, Submission};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::harness::{Process, SOON, Soon, Warren, soon};
+use crate::process_one::children;
 
 const COMMANDS: &str = r#"
 [worker.commands."say"]
@@ -32,8 +35,11 @@ output = "text"
 [worker.commands."linger"]
 argv = ["python3", "-S", "-c", "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '600']); open(sys.argv[1], 'w').write('%d %d ' % (os.getpid(), child.pid)); time.sleep(600)", "{file}"]
 
-[worker.commands."missing"]
-argv = ["/nowhere/at/all"]
+[worker.commands."desert"]
+argv = ["python3", "-S", "-c", "import os, subprocess, sys, time; child = subprocess.Popen(['sleep', '600'], start_new_session=True); open(sys.argv[1], 'w').write('%d %d ' % (os.getpid(), child.pid)); time.sleep(600)", "{file}"]
+
+[worker.commands."daemon"]
+argv = ["python3", "-S", "-c", "import subprocess, sys; child = subprocess.Popen(['sleep', '600'], start_new_session=True); open(sys.argv[1], 'w').write('%d %d ' % (child.pid, child.pid)); print('started'); sys.exit(int(sys.argv[2]))", "{file}", "{code}"]
 
 [worker.commands."chatter"]
 argv = ["python3", "-S", "-c", "import sys; sys.stdout.write('x' * 9_000_000)"]
@@ -117,10 +123,27 @@ async fn the_exit_code_says_whether_to_try_again() {
     let failed = run(&producer, exit(0, 1)).await;
     assert_eq!((failed.reason, failed.attempt), (Some(DeadReason::Fatal), 1));
     assert!(failed.error.as_ref().unwrap().contains("it says why"), "{failed:?}");
-    for (name, names) in [("missing", "/nowhere/at/all"), ("chatter", "more than")] {
-        let failed = run(&producer, task(name, json!({}))).await;
-        assert_eq!(failed.reason, Some(DeadReason::Fatal));
-        assert!(failed.error.as_ref().unwrap().contains(names), "{failed:?}");
+    let failed = run(&producer, task("chatter", json!({}))).await;
+    assert_eq!(failed.reason, Some(DeadReason::Fatal));
+    assert!(failed.error.as_ref().unwrap().contains("more than"), "{failed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_leaves_a_daemon_at_its_pipes_ends_with_its_own_exit_code() {
+    let warren = Warren::new().await;
+    let (_worker, producer) = start(&warren).await;
+    for code in [0, 3] {
+        let daemon = task("daemon", json!({ "file": warren.path("pids"), "code": code }));
+        let result = run(&producer, daemon.timeout(Duration::from_mins(10))).await;
+        let pids = lingering(&warren).await;
+        let still = std::fs::exists(format!("/proc/{}", pids[0])).unwrap();
+        assert!(still, "the daemon holds the pipe all the time");
+        kill(Pid::from_raw(pids[0].parse().unwrap()), Signal::SIGKILL).unwrap();
+        if code == 0 {
+            assert_eq!(output(result), "started");
+        } else {
+            assert_eq!(result.reason, Some(DeadReason::Fatal), "{result:?}");
+        }
     }
 }
 
@@ -172,6 +195,50 @@ async fn the_time_limit_kills_the_command_and_what_it_has_started() {
     let result = endless.result().soon("the command ends").await.unwrap();
     assert_eq!(result.reason, Some(DeadReason::TimedOut));
     gone(&pids).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_takes_its_commands_with_it() {
+    for name in ["linger", "desert"] {
+        let warren = Warren::new().await;
+        let (worker, producer) = start(&warren).await;
+        let endless = task(name, json!({ "file": warren.path("pids") }));
+        producer.submit_detached(endless).await.unwrap();
+        let pids = lingering(&warren).await;
+        worker.kill().await;
+        gone(&pids).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_ends_the_commands_of_a_killed_worker_is_started_again() {
+    let warren = Warren::new().await;
+    let (worker, producer) = start(&warren).await;
+    let running = || children(worker.id()).into_iter().filter(|(_, state)| *state != 'Z');
+    let (first, _) = running().next().expect("it is started with the worker");
+    kill(first, Signal::SIGKILL).unwrap();
+    soon("it is gone", async || running().all(|(pid, _)| pid != first).then_some(())).await;
+    let endless = task("linger", json!({ "file": warren.path("pids") }));
+    producer.submit_detached(endless).await.unwrap();
+    let pids = lingering(&warren).await;
+    worker.kill().await;
+    gone(&pids).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_leaves_the_daemons_of_ended_commands_alone() {
+    let warren = Warren::new().await;
+    let (worker, producer) = start(&warren).await;
+    let daemon = task("daemon", json!({ "file": warren.path("daemon"), "code": 0 }));
+    run(&producer, daemon).await;
+    let daemon = std::fs::read_to_string(warren.path("daemon")).unwrap();
+    let daemon = daemon.split(' ').next().unwrap().to_owned();
+    let endless = task("desert", json!({ "file": warren.path("pids") }));
+    producer.submit_detached(endless).await.unwrap();
+    let pids = lingering(&warren).await;
+    worker.kill().await;
+    gone(&pids).await;
+    kill(Pid::from_raw(daemon.parse().unwrap()), Signal::SIGKILL).expect("it runs on");
 }
 
 #[tokio::test(flavor = "multi_thread")]

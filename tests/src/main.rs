@@ -43,6 +43,7 @@ mod malformed;
 mod options;
 mod permissions;
 mod poison;
+mod process_one;
 mod random_configurations;
 mod redelivery;
 mod reruns;
@@ -51,6 +52,7 @@ mod round_trip;
 mod secrets;
 mod several_urls;
 mod shutdown;
+mod sick_worker;
 mod signals;
 mod simulation;
 #[cfg(feature = "soak")]

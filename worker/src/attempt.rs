@@ -20,6 +20,7 @@ use crate::context::{Context, Facts};
 use crate::decide::{decide, heed};
 use crate::doors::{Doors, Entered, Entry};
 use crate::execute::{Limits, Stops, execute};
+use crate::fitness::{Concern, Fitness};
 use crate::handler::{Handler, Registry, Slot};
 use crate::inflight::{DeliveryRef, Inflight};
 use crate::lease::LeaseTerms;
@@ -61,6 +62,8 @@ pub(crate) struct Pipeline {
     pub(crate) register: Arc<Register>,
     /// What is wrong with this worker now.
     pub(crate) health: ProcessHealth,
+    /// Whether trouble of its own keeps it from running tasks.
+    pub(crate) fitness: Fitness,
     pub(crate) cancels: Arc<Cancels>,
     /// How long a cancelled attempt may take to end.
     pub(crate) cancel_grace: Duration,
@@ -93,10 +96,11 @@ impl Pipeline {
             // A bundle that came before does not get here.
             Carrier::Bundle { .. } => Standing::default(),
         };
+        let concern = self.concern(&task, slot.as_ref(), &*handler);
         let entry = tokio::select! {
             biased;
             () = place.cancel.cancelled() => None,
-            entry = self.enter(slot, &standing, handler) => Some(entry),
+            entry = self.enter(slot, (&standing, concern.as_ref()), handler) => Some(entry),
         };
         let started_at = Timestamp::now();
         let mut ended =
@@ -113,10 +117,20 @@ impl Pipeline {
             Entry::Run(entered) => {
                 place.begin();
                 let disposition;
-                (disposition, free) = self.run(&mut ended, &standing, entered, &place).await;
+                let concern = concern.as_ref();
+                (disposition, free) =
+                    self.run(&mut ended, (&standing, concern), entered, &place).await;
                 disposition
             }
-            Entry::Renew(after) => Disposition::Again { after },
+            Entry::Renew(after) => {
+                ended.keep_suspect(&standing);
+                Disposition::Again { after }
+            }
+            Entry::Refused(after, slot) => {
+                free = slot;
+                ended.keep_suspect(&standing);
+                Disposition::Again { after }
+            }
             Entry::HandBack => Disposition::Requeue,
             Entry::GiveUp(error) => {
                 tracing::error!(id = %ended.task.id, name = %ended.task.name, error, "given up");
@@ -126,6 +140,20 @@ impl Pipeline {
         ended.finished_at = Timestamp::now();
         self.settle(self.signature.settlement(&ended, disposition)).await;
         free
+    }
+
+    /// Publishes the attempt that a task asks for again with a delay, without making it.
+    pub(crate) async fn put_off(&self, queue: usize, work: Work, after: Duration) {
+        let (admission, carrier, redelivered) = self.admit(queue, work);
+        let task = match admission {
+            Admission::Run(task, _) => task,
+            Admission::Adopted => return,
+            Admission::Settle(settlement) => return self.settle(*settlement).await,
+        };
+        let at = Timestamp::now();
+        let (started_at, finished_at) = (at, at);
+        let ended = Ended { task, carrier, redelivered, started_at, finished_at, lease: None };
+        self.settle(self.signature.settlement(&ended, Disposition::Again { after })).await;
     }
 
     fn admit(&self, queue: usize, work: Work) -> (Admission<Arc<dyn Handler>>, Carrier, bool) {
@@ -147,15 +175,38 @@ impl Pipeline {
         }
     }
 
+    /// What this attempt needs to begin, beside room in the worker.
+    fn concern(
+        &self,
+        task: &TaskMessage,
+        slot: Option<&Slot>,
+        handler: &dyn Handler,
+    ) -> Option<Concern> {
+        if handler.is_process() {
+            Some(Concern::Command(task.name.clone()))
+        } else if slot.is_none() && self.doors.isolates() {
+            Some(Concern::Isolation)
+        } else {
+            None
+        }
+    }
+
     async fn enter(
         &self,
         slot: Option<Slot>,
-        standing: &Standing,
+        (standing, concern): (&Standing, Option<&Concern>),
         handler: Arc<dyn Handler>,
     ) -> Entry {
-        match slot {
-            Some(slot) => Entry::Run(Entered { handler, slot, trial: None }),
-            None => self.doors.enter(standing, handler, &self.stop).await,
+        if let Some(after) = concern.and_then(|concern| self.fitness.refusal(concern)) {
+            return Entry::Refused(after, slot);
+        }
+        if let Some(slot) = slot {
+            return Entry::Run(Entered { handler, slot, trial: None });
+        }
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Entry::HandBack,
+            () = self.fitness.ready() => self.doors.enter(standing, handler, &self.stop).await,
         }
     }
 
@@ -163,7 +214,7 @@ impl Pipeline {
     async fn run(
         &self,
         ended: &mut Ended,
-        standing: &Standing,
+        (standing, concern): (&Standing, Option<&Concern>),
         entered: Entered,
         place: &Place,
     ) -> (Disposition, Option<Slot>) {
@@ -177,10 +228,16 @@ impl Pipeline {
         ended.lease = lease;
         let context = self.context(ended, standing);
         let lease = ended.lease.as_ref();
-        let (outcome, free) = self.execute(&context, entered, (place, lease)).await;
+        let (mut outcome, free) = self.execute(&context, entered, (place, lease)).await;
         if let Outcome::Crashed(crash) = &outcome {
             let message = crash.record.write(&ended.carrier.message(&task));
             ended.carrier = Carrier::Alone(Box::new(message));
+        }
+        if let Outcome::Unable(trouble) = &mut outcome {
+            trouble.after = self.fitness.failed(&task.name, trouble);
+            ended.keep_suspect(standing);
+        } else {
+            self.fitness.worked(concern);
         }
         let decided = decide(outcome, task.attempt, &task.options.retry, fastrand::f64());
         let decided = self.ceilings.bound(decided, task.attempt, || age(ended));
@@ -213,7 +270,9 @@ impl Pipeline {
             }
         };
         let took = begun.elapsed();
-        self.pace.note(&task.name, took);
+        if !matches!(outcome, Outcome::Unable(_)) {
+            self.pace.note(&task.name, took);
+        }
         span.in_scope(|| log(task, &outcome, took));
         (outcome, self.regain(context, slot))
     }
@@ -275,11 +334,24 @@ fn age(ended: &Ended) -> Duration {
     Timestamp::now().since(first.unwrap_or(ended.started_at).min(ended.started_at))
 }
 
+impl Ended {
+    /// A task that is published again arrives without the broker's mark of what it delivers again.
+    fn keep_suspect(&mut self, standing: &Standing) {
+        if standing.is_suspect() {
+            let mut message = self.carrier.message(&self.task).into_owned();
+            wire::crash::mark_returned(&mut message);
+            self.carrier = Carrier::Alone(Box::new(message));
+        }
+    }
+}
+
 fn log(task: &TaskMessage, outcome: &Outcome, took: Duration) {
     let last = !task.options.retry.allows_another(task.attempt);
     match outcome {
         Outcome::Succeeded(_) => tracing::debug!(?took, "succeeded"),
         Outcome::Interrupted => tracing::warn!(?took, "interrupted; it goes back to its queue"),
+        // `ProcessHealth` logs it, once for all tasks.
+        Outcome::Unable(trouble) => tracing::debug!(detail = trouble.detail, "could not begin"),
         Outcome::Cancelled => tracing::warn!(?took, "cancelled, and did not end by itself"),
         Outcome::BadArguments(error) => tracing::warn!(error, "wrong arguments"),
         Outcome::Failed(error) => tracing::warn!(?took, last, error = error.message(), "failed"),

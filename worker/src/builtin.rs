@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::announce;
 use crate::context::Context;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler};
-use crate::outcome::TaskError;
+use crate::outcome::{TaskError, is_shortage};
 
 /// A handler and the name that finds it.
 pub(crate) type Named = (TaskName, Arc<dyn Handler>);
@@ -255,9 +255,17 @@ fn digest(context: &Context, FileDigest { path }: FileDigest) -> Result<DigestOf
     Ok(DigestOf { sha256, bytes })
 }
 
-/// A file that is not there, not readable or no file will not be there a second later either.
+/// A file that is not there, not readable or no file will not be there a second later either. That this
+/// worker cannot open one more is no word on the file.
 fn open(path: &str) -> Result<File, TaskError> {
-    let fatal = |error: std::io::Error| TaskError::fatal(format!("{path}: {error}"));
+    let fatal = |error: std::io::Error| {
+        let message = format!("{path}: {error}");
+        if is_shortage(&error) {
+            TaskError::out_of_resources(message)
+        } else {
+            TaskError::fatal(message)
+        }
+    };
     let file = File::open(path).map_err(fatal)?;
     if file.metadata().map_err(fatal)?.is_file() {
         Ok(file)

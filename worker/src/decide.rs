@@ -16,6 +16,7 @@ pub fn decide(outcome: Outcome, attempt: u32, policy: &RetryPolicy, jitter: f64)
     match outcome {
         Outcome::Succeeded(output) => Disposition::Complete(output),
         Outcome::Interrupted => Disposition::Requeue,
+        Outcome::Unable(trouble) => Disposition::Again { after: trouble.after },
         Outcome::Cancelled => Disposition::Cancel { reason: "cancelled".to_owned() },
         Outcome::BadArguments(error) => {
             Disposition::DeadLetter { reason: DeadReason::Malformed, error }
@@ -65,6 +66,8 @@ fn failed(failure: &TaskError, attempt: u32, policy: &RetryPolicy, wait: Duratio
         Retryable::ByPolicy => wait,
         // No longer than the delay queues reach: to come back early is better than never.
         Retryable::After(wait) => wait.min(MAX_DELAY),
+        // `execute` makes an `Outcome::Unable` of it.
+        Retryable::OutOfResources => return Disposition::Again { after: wait },
     };
     again(attempt, policy, wait, DeadReason::RetriesExhausted, error)
 }
@@ -87,6 +90,7 @@ fn again(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::outcome::{Trouble, TroubleKind};
     use garenne_common::wire::CrashRecord;
     use garenne_common::{Codec, Payload};
 
@@ -172,6 +176,16 @@ mod tests {
             assert_eq!(reason, DeadReason::Crashed);
             assert!(error.contains("died 3 times") && error.contains("SIGABRT"), "{error}");
         }
+    }
+
+    #[test]
+    fn trouble_of_the_worker_costs_no_attempt() {
+        let trouble = Trouble::new(TroubleKind::Command, "cannot start x".to_owned());
+        let after = trouble.after;
+        let again = decide(Outcome::Unable(trouble), 2, &POLICY, 1.0);
+        assert_eq!(again, Disposition::Again { after });
+        let short = Outcome::Failed(TaskError::out_of_resources("no file"));
+        assert!(matches!(decide(short, 2, &POLICY, 1.0), Disposition::Again { .. }));
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub(crate) enum Entry {
     Run(Entered),
     /// It comes again, after this time and without a count of deliveries.
     Renew(Duration),
+    /// What it needs cannot be started here now; it comes again after this time. The slot is free.
+    Refused(Duration, Option<Slot>),
     /// The worker stops.
     HandBack,
     /// It was delivered too often.
@@ -47,6 +49,11 @@ impl Doors {
     pub(crate) fn new(slots: usize, isolation: Option<Arc<Isolation>>, crash_budget: u32) -> Self {
         let (slots, trial) = (Arc::new(Slots::new(slots)), Arc::new(Semaphore::new(1)));
         Self { slots, isolation, trial, crash_budget }
+    }
+
+    /// Whether suspects run in child processes.
+    pub(crate) fn isolates(&self) -> bool {
+        self.isolation.is_some()
     }
 
     /// Waits until this suspect may run, or until `stop`.

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::handler::{Fault, Handler, Slot, panic_message};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Retryable, Trouble, TroubleKind};
 
 /// How long a process may take to end when its whole worker is giving up waiting.
 const SHORT_GRACE: Duration = Duration::from_millis(500);
@@ -132,7 +132,14 @@ fn outcome(ended: Ended) -> Outcome {
     match ended {
         Ok(Ok(output)) => Outcome::Succeeded(output),
         Ok(Err(Fault::BadArguments(error))) => Outcome::BadArguments(error),
-        Ok(Err(Fault::Failed(error))) => Outcome::Failed(error),
+        Ok(Err(Fault::Failed(error))) => match error.retryable() {
+            Retryable::OutOfResources => {
+                let detail = error.message().to_owned();
+                Outcome::Unable(Trouble::new(TroubleKind::Resources, detail))
+            }
+            Retryable::ByPolicy | Retryable::After(_) | Retryable::Never => Outcome::Failed(error),
+        },
+        Ok(Err(Fault::Unable(trouble))) => Outcome::Unable(trouble),
         Ok(Err(Fault::Panicked(message))) => Outcome::Panicked(message),
         Ok(Err(Fault::Interrupted)) => Outcome::Interrupted,
         Ok(Err(Fault::Crashed(crash))) => Outcome::Crashed(crash),

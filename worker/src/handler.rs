@@ -3,18 +3,24 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::marker::PhantomData;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::context::Context;
-use crate::outcome::{Crash, TaskError};
+use crate::outcome::{Crash, TaskError, Trouble, TroubleKind};
 pub(crate) use crate::slots::Slot;
 use foldhash::fast::RandomState;
 use garenne_common::wire::MAX_BODY_BYTES;
 use garenne_common::{Payload, Task, TaskName};
+use tokio::time::timeout;
 
 /// Results travel in bundles, and a bundle must fit into a message with room for the rest of it.
 const MAX_OUTPUT_BYTES: usize = MAX_BODY_BYTES - 1024 * 1024;
+
+/// How long a blocking handler waits for a thread.
+const THREAD_START: Duration = Duration::from_secs(2);
 
 /// Why a handler gave no output.
 #[derive(Debug, PartialEq)]
@@ -27,6 +33,8 @@ pub(crate) enum Fault {
     Interrupted,
     /// The process that ran it died.
     Crashed(Crash),
+    /// It could not begin, for a reason that lies with the worker.
+    Unable(Trouble),
 }
 
 pub(crate) type Running = Pin<Box<dyn Future<Output = Result<Payload, Fault>> + Send>>;
@@ -42,6 +50,12 @@ pub(crate) trait Handler: Send + Sync {
     /// it ends by itself when told, and dropping it kills what is left.
     fn is_process(&self) -> bool {
         false
+    }
+
+    /// Whether what it needs on this machine seems to be there, as far as that can be seen without
+    /// running anything.
+    fn is_usable(&self) -> bool {
+        true
     }
 }
 
@@ -125,17 +139,56 @@ where
     fn run(&self, context: Context, slot: Slot) -> Running {
         let function = Arc::clone(&self.function);
         Box::pin(async move {
-            let work = tokio::task::spawn_blocking(move || {
+            on_thread((context, slot), move |(context, slot)| {
                 // A thread cannot be stopped from outside. It keeps its slot until it returns, so a
                 // worker whose handlers hang shows fewer slots instead of more and more threads.
                 let _slot = slot;
                 let args = &context.task().args;
                 let output = function(&context, decode::<T>(args)?).map_err(Fault::Failed)?;
                 encode(args.codec, &output)
-            });
-            work.await.unwrap_or_else(|error| Err(joined(error)))
+            })
+            .await
         })
     }
+}
+
+/// Runs `work` on tokio's blocking pool.
+///
+/// If the system refuses a thread, the pool keeps `work` until a thread is free, which may be never: the
+/// runtime's own threads count, too. So `input` is taken back if nothing has begun with it after a while.
+async fn on_thread<I: Send + 'static>(
+    input: I,
+    work: impl FnOnce(I) -> Result<Payload, Fault> + Send + 'static,
+) -> Result<Payload, Fault> {
+    let input = Arc::new(Mutex::new(Some(input)));
+    let theirs = Arc::clone(&input);
+    let started = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        tokio::task::spawn_blocking(move || match take(&theirs) {
+            Some(input) => work(input),
+            None => Err(Fault::Interrupted),
+        })
+    }));
+    // It panics if the pool has no thread at all.
+    let Ok(mut work) = started else {
+        drop(take(&input));
+        return Err(no_thread());
+    };
+    if let Ok(ended) = timeout(THREAD_START, &mut work).await {
+        return ended.unwrap_or_else(|error| Err(joined(error)));
+    }
+    match take(&input) {
+        Some(_) => Err(no_thread()),
+        None => work.await.unwrap_or_else(|error| Err(joined(error))),
+    }
+}
+
+fn take<I>(input: &Mutex<Option<I>>) -> Option<I> {
+    input.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+fn no_thread() -> Fault {
+    let detail = "no thread for a blocking handler".to_owned();
+    Fault::Unable(Trouble::new(TroubleKind::Resources, detail))
 }
 
 fn joined(error: tokio::task::JoinError) -> Fault {
@@ -172,4 +225,32 @@ pub(crate) fn encode<O: serde::Serialize>(
         )));
     }
     Ok(output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use garenne_common::Codec;
+
+    #[test]
+    fn a_blocking_handler_without_a_thread_never_begins() {
+        // As if the system refused a second thread.
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_time().max_blocking_threads(1).build().unwrap();
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        let output = || Payload::encode(Codec::Json, &1).unwrap();
+        let (begun, ended) = (Arc::new(()), output());
+        runtime.block_on(async {
+            let first = tokio::spawn(on_thread((), move |()| {
+                assert!(held.recv().is_err());
+                Ok(ended)
+            }));
+            tokio::task::yield_now().await;
+            let second = on_thread(Arc::clone(&begun), |_| panic!("it begins"));
+            assert!(matches!(second.await, Err(Fault::Unable(_))));
+            assert_eq!(Arc::strong_count(&begun), 1, "what it was given is free again");
+            drop(release);
+            assert_eq!(first.await.unwrap(), Ok(output()), "one that has begun is waited for");
+        });
+    }
 }

@@ -17,6 +17,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::admit;
 use crate::attempt::Pipeline;
+use crate::fitness::Concern;
 use crate::handler::Slot;
 use crate::inflight::DeliveryRef;
 use crate::line::{Surplus, Waited, Work};
@@ -45,11 +46,15 @@ pub(crate) async fn intake(pipeline: Arc<Pipeline>, queue: usize, mut consumer: 
             biased;
             () = pipeline.stop.cancelled() => break,
             Ok(()) = news.changed() => Pipeline::end_cancelled(&pipeline, queue),
-            Some(slot) = pipeline.doors.slots.one(), if !line.is_empty() => {
+            Some(slot) = pipeline.doors.slots.one(),
+                if !line.is_empty() && pipeline.fitness.may_begin() =>
+            {
                 Pipeline::begin(&pipeline, queue, slot);
             }
             _ = tick.tick() => {
                 pipeline.note_epoch(queue, &consumer);
+                pipeline.fitness.review(|concern| pipeline.is_usable(concern));
+                Pipeline::give_away(&pipeline, queue);
                 Pipeline::give_up_waiting(&pipeline, queue);
                 let unanswered = matches!(question, Either::Right(_));
                 if !unanswered && line.has_surplus(Waited::LongerHere(PATIENCE)) {
@@ -123,10 +128,15 @@ impl Pipeline {
         let begun = Instant::now();
         while let Some(work) = self.lines[queue].next(&self.lanes[queue]) {
             match self.attempt(queue, work, Some(slot)).await {
-                Some(free) if begun.elapsed() < TURN && !self.stop.is_cancelled() => slot = free,
+                Some(free) if begun.elapsed() < TURN && self.begins() => slot = free,
                 Some(_) | None => return,
             }
         }
+    }
+
+    /// Whether attempts begin at all.
+    fn begins(&self) -> bool {
+        !self.stop.is_cancelled() && !self.fitness.is_paused()
     }
 
     /// Lets something go ahead that has no slot yet, or needs none.
@@ -165,6 +175,27 @@ impl Pipeline {
                 pipeline.settle(settlement).await;
             }
         });
+    }
+
+    /// Sends what waits here to the delay queues, from where any worker may take it, while this one has no
+    /// room for it. Bundles are handed on without that.
+    fn give_away(this: &Arc<Self>, queue: usize) {
+        let Some(after) = this.fitness.give_away(queue) else { return };
+        let singles = this.lines[queue].take_singles();
+        tracing::debug!(tasks = singles.len(), "given away for lack of resources");
+        let pipeline = Arc::clone(this);
+        this.attempts.spawn(async move {
+            for delivery in singles {
+                pipeline.put_off(queue, Work::Alone(Box::new(delivery)), after).await;
+            }
+        });
+    }
+
+    fn is_usable(&self, concern: &Concern) -> bool {
+        match concern {
+            Concern::Command(name) => self.registry.find(name).is_none_or(|it| it.is_usable()),
+            Concern::Isolation => true,
+        }
     }
 
     /// What was delivered over a channel that is gone comes again, and must not be sent on from here.

@@ -53,6 +53,7 @@ mod decide;
 mod doors;
 mod execute;
 mod faults;
+mod fitness;
 mod guard;
 mod handler;
 mod heartbeat;
@@ -74,7 +75,7 @@ mod worker;
 pub use ceilings::Ceilings;
 pub use context::Context;
 pub use decide::{decide, heed};
-pub use outcome::{Crash, Disposition, Outcome, Retryable, TaskError};
+pub use outcome::{Crash, Disposition, Outcome, Retryable, TaskError, Trouble, TroubleKind};
 pub use state::WorkerState;
 pub use worker::{Builder, Running, Worker, WorkerError};
 

@@ -221,6 +221,16 @@ impl Line {
         surplus
     }
 
+    /// Takes out every message that waits and is no bundle, and leaves the bundles.
+    pub(crate) fn take_singles(&self) -> Vec<Delivery> {
+        let mut state = self.lock();
+        let closed = std::mem::take(&mut state.closed).into_iter();
+        let (bundles, singles): (VecDeque<_>, VecDeque<_>) =
+            closed.partition(|(delivery, _)| wire::bundle::is_one(&delivery.message));
+        state.closed = bundles;
+        singles.into_iter().map(|(delivery, _)| *delivery).collect()
+    }
+
     /// Takes out every message that waits and is no bundle.
     pub(crate) fn drain(&self) -> Vec<Delivery> {
         self.lock().closed.drain(..).map(|(delivery, _)| *delivery).collect()

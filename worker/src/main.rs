@@ -75,6 +75,10 @@ SIGUSR1 logs what runs and what waits for what. SIGHUP does not end a worker.
 Exit codes: 0 after draining, 2 when the configuration or the broker refuses.";
 
 fn main() -> ExitCode {
+    garenne_common::init::run(service)
+}
+
+fn service() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => return usage(&error),

@@ -3,10 +3,14 @@
 //! An [`Outcome`] is a value until `settle` acts on the [`Disposition`] that `decide` made of it.
 //! A failed task is an outcome, never an error of the worker.
 
+use std::io;
 use std::time::Duration;
 
 use garenne_common::wire::CrashRecord;
 use garenne_common::{DeadReason, Payload};
+use nix::errno::Errno;
+
+use crate::suspect;
 
 /// What happened to one attempt.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +29,8 @@ pub enum Outcome {
     Crashed(Crash),
     /// The worker is stopping and could not wait any longer.
     Interrupted,
+    /// It could not begin, for a reason that lies with the worker or its machine.
+    Unable(Trouble),
     /// It was cancelled and did not end in time.
     Cancelled,
 }
@@ -38,6 +44,48 @@ pub struct Crash {
     pub budget: u32,
     /// Which signal or exit code ended the process.
     pub how: String,
+}
+
+/// What kept an attempt from beginning. It says nothing about the task, which is tried again elsewhere or
+/// later and loses no attempt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    /// What it concerns.
+    pub kind: TroubleKind,
+    /// What went wrong, in words.
+    pub detail: String,
+    /// How long the task waits until it is tried again.
+    pub after: Duration,
+}
+
+/// What a [`Trouble`] concerns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TroubleKind {
+    /// Every task: no file, thread, process or memory is to be had.
+    Resources,
+    /// Tasks of one name: their program is missing, busy or not executable on this machine.
+    Command,
+    /// Suspects: no child process for an isolated attempt can be started.
+    Isolation,
+}
+
+impl Trouble {
+    pub(crate) fn new(kind: TroubleKind, detail: String) -> Self {
+        Self { kind, detail, after: suspect::RENEWAL }
+    }
+
+    /// If an error of the operating system says that resources are short.
+    pub(crate) fn of_shortage(error: &io::Error, what: &str) -> Option<Self> {
+        is_shortage(error).then(|| Self::new(TroubleKind::Resources, format!("{what}: {error}")))
+    }
+}
+
+/// Whether an error says that this process or machine has no file, process, thread or memory left.
+///
+/// Only for operations in which `EAGAIN` means that, such as starting a process.
+pub(crate) fn is_shortage(error: &io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM | Errno::EAGAIN))
 }
 
 /// What becomes of the message.
@@ -93,6 +141,8 @@ pub enum Retryable {
     After(Duration),
     /// No.
     Never,
+    /// Yes, and it costs no attempt: the worker had too few files, threads or memory.
+    OutOfResources,
 }
 
 impl TaskError {
@@ -109,6 +159,14 @@ impl TaskError {
     /// A failure that no other attempt can mend; the task becomes a dead letter at once.
     pub fn fatal(message: impl Into<String>) -> Self {
         Self { message: message.into(), retryable: Retryable::Never }
+    }
+
+    /// No failure of the task: this worker has too few open files, threads or memory to run it.
+    ///
+    /// The task is tried again elsewhere or later without losing an attempt, and this worker runs fewer
+    /// tasks at once for a while. Use it only for shortages that the task itself does not cause.
+    pub fn out_of_resources(message: impl Into<String>) -> Self {
+        Self { message: message.into(), retryable: Retryable::OutOfResources }
     }
 
     /// What went wrong, in words.

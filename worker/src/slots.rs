@@ -74,6 +74,16 @@ impl Slots {
         self.semaphore.available_permits()
     }
 
+    pub(crate) fn count(&self) -> usize {
+        usize::try_from(self.count).unwrap_or(usize::MAX)
+    }
+
+    /// Slots of attempts that are under way.
+    pub(crate) fn busy(&self) -> usize {
+        let held = self.count().saturating_sub(self.semaphore.available_permits());
+        held.saturating_sub(self.lost())
+    }
+
     /// Slots whose handlers go on although their attempts have ended.
     pub(crate) fn lost(&self) -> usize {
         usize::try_from(*self.lost.borrow()).unwrap_or(usize::MAX)

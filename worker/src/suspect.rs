@@ -70,11 +70,16 @@ impl Standing {
             Course::GiveUp
         } else if self.deliveries >= TRIAL_FROM || (self.crashes.count > 0 && !isolating) {
             Course::Trial
-        } else if self.returned || self.deliveries > 0 || self.crashes.count > 0 {
+        } else if self.is_suspect() {
             Course::Suspect
         } else {
             Course::Usual
         }
+    }
+
+    /// Whether it may have killed a worker.
+    pub(crate) fn is_suspect(&self) -> bool {
+        self.returned || self.deliveries > 0 || self.crashes.count > 0
     }
 
     /// Why it is given up without having been caught at it.

@@ -24,10 +24,11 @@ use crate::command::CommandHandler;
 use crate::context::Context;
 use crate::doors::Doors;
 use crate::faults;
+use crate::fitness::Fitness;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
 use crate::intake::intake;
-use crate::isolate::{self, Isolation};
+use crate::isolate::{self, Isolation, Warden};
 use crate::lease::LeaseTerms;
 use crate::line::Line;
 use crate::outcome::TaskError;
@@ -67,21 +68,26 @@ pub struct Worker {
     registry: Registry,
     /// Whether this program may be started again to run suspects.
     isolating: bool,
+    /// Ends the commands should this process be killed.
+    warden: Arc<Warden>,
 }
 
 /// Collects handlers; made by [`Worker::builder`].
 pub struct Builder {
     config: Config,
     registry: Registry,
+    warden: Arc<Warden>,
     problem: Option<WorkerError>,
 }
 
 impl Worker {
     /// A builder with the command tasks and, unless switched off, the built-in tasks of `config`.
     pub fn builder(config: Config) -> Builder {
-        let mut builder = Builder { registry: Registry::default(), problem: None, config };
+        let (registry, warden) = (Registry::default(), Arc::default());
+        let mut builder = Builder { registry, warden, problem: None, config };
         for (name, command) in &builder.config.worker.commands.clone() {
-            builder.add(name.clone(), Arc::new(CommandHandler::new(command.clone())));
+            let handler = CommandHandler::new(command.clone(), Arc::clone(&builder.warden));
+            builder.add(name.clone(), Arc::new(handler));
         }
         builder
     }
@@ -102,6 +108,9 @@ impl Worker {
             return None;
         }
         self.isolating = true;
+        if !self.config.worker.commands.is_empty() {
+            self.warden.enable();
+        }
         Some(self)
     }
 
@@ -109,15 +118,15 @@ impl Worker {
     ///
     /// While the broker is merely away it waits; it fails only for what a person must mend.
     pub async fn start(self) -> Result<Running, WorkerError> {
-        let Self { config, registry, isolating } = self;
+        let Self { config, registry, isolating, warden } = self;
+        warden.begin().await;
         let worker = &config.worker;
         let identity = config.identity(worker.name.as_deref());
         let queues = worker.queues.iter().map(QueueName::as_str).collect::<Vec<_>>().join(",");
-        let link_name = |what: &str| format!("garenne-worker {identity} [{queues}] {what}");
-        let (consume, publish) = (
-            Link::new(&config.broker, &link_name("consume")),
-            Link::new(&config.broker, &link_name("publish")),
-        );
+        let link = |what: &str| {
+            Link::new(&config.broker, &format!("garenne-worker {identity} [{queues}] {what}"))
+        };
+        let (consume, publish) = (link("consume"), link("publish"));
         let names = registry.names();
         say_start(&config, &identity, &queues, &names);
         let topology = config.broker.topology();
@@ -126,11 +135,8 @@ impl Worker {
         let cancels = Arc::new(Cancels::new(Arc::clone(&register)));
         let aides = Aides::new(&config, &identity, publish);
         aides.listen(&config, &consume, &cancels).await;
-        let consumers: Vec<Consumer> = worker
-            .queues
-            .iter()
-            .map(|queue| Consumer::start(consume.clone(), spec(&config, queue, &identity)))
-            .collect();
+        let consumer = |queue| Consumer::start(consume.clone(), spec(&config, queue, &identity));
+        let consumers: Vec<Consumer> = worker.queues.iter().map(consumer).collect();
         for consumer in &consumers {
             consumer.ready().await?;
         }
@@ -167,6 +173,7 @@ impl Worker {
         let health = ProcessHealth::default();
         aides.beat(&config, names, seen, &health, &stop);
         let pipeline = Arc::new(Pipeline {
+            fitness: Fitness::new(health.clone(), Arc::clone(&doors.slots)),
             registry,
             signature,
             lines: (0..lanes.len()).map(Line::new).collect(),
@@ -279,7 +286,10 @@ impl Builder {
         match self.problem {
             Some(problem) => Err(problem),
             None if self.registry.names().is_empty() => Err(WorkerError::NoHandler),
-            None => Ok(Worker { config: self.config, registry: self.registry, isolating: false }),
+            None => {
+                let Self { config, registry, warden, problem: _ } = self;
+                Ok(Worker { config, registry, isolating: false, warden })
+            }
         }
     }
 

@@ -150,6 +150,13 @@ impl Process {
         assert!(command.status().unwrap().success());
     }
 
+    /// Changes how many files it may have open.
+    pub(crate) fn open_files_at_most(&self, count: &str) {
+        let mut command = std::process::Command::new("prlimit");
+        command.arg("--pid").arg(self.id().to_string()).arg(format!("--nofile={count}:"));
+        assert!(command.status().unwrap().success());
+    }
+
     /// Waits until it has logged a line that contains `text`.
     pub(crate) async fn logged(&mut self, text: &str) -> String {
         let what = format!("{} logs {text:?}", self.name);

@@ -243,7 +243,27 @@ impl Service<'_> {
     /// No file of it may grow beyond this: for its store as good as a full disk. Flags come before.
     /// Until [`Process::room`].
     pub(crate) fn files_up_to(self, kibibytes: u32) -> Self {
-        let script = format!("trap '' XFSZ; ulimit -S -f {}; exec \"$0\" \"$@\"", kibibytes * 2);
+        self.by_shell(&format!("trap '' XFSZ; ulimit -S -f {}", kibibytes * 2))
+    }
+
+    /// It may have so many files open. Flags come before.
+    pub(crate) fn files_open(self, count: u32) -> Self {
+        self.by_shell(&format!("ulimit -S -n {count}"))
+    }
+
+    /// As process 1 of a namespace of its own, killed with the process that is started here. Flags come
+    /// before.
+    pub(crate) fn in_pid_namespace(self) -> Self {
+        self.by_shell(
+            r#"[ "$(id -u)" = 0 ] || user="--user --map-root-user"
+            set -- unshare $user --pid --fork --kill-child --mount-proc "$0" "$@"
+            exec "$@""#,
+        )
+    }
+
+    /// Starts it from a shell that does this first.
+    fn by_shell(self, first: &str) -> Self {
+        let script = format!("{first}; exec \"$0\" \"$@\"");
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(script).arg(self.command.get_program());
         command.args(self.command.get_args()).env_clear();

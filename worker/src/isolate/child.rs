@@ -17,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::frame::{self, Answer, Job, Order, Retry, cut};
+use super::warden::Runs;
 use crate::context::{Context, Facts};
 use crate::execute::{Limits, Stops, execute};
 use crate::handler::Registry;
@@ -36,7 +37,6 @@ struct Work {
 
 /// Serves until the worker is gone; in practice it never returns.
 pub(super) async fn serve(registry: Registry) -> io::Result<()> {
-    prefer_as_victim();
     // Whoever stops the service may signal all of its processes; when this one ends is for the worker
     // to say, or a task would be charged with a crash.
     let _deaf = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()]
@@ -68,6 +68,7 @@ fn work(registry: &Registry, mut line: UnixStream, runtime: &Handle) -> io::Resu
     listener.spawn(move || listen(incoming, &orders))?;
     frame::write(&mut line, &Answer::Ready, &[])?;
     for work in queue {
+        prefer_as_victim();
         frame::write(&mut line, &Answer::Started, &[])?;
         let (answer, output) = runtime.block_on(run(registry, work));
         frame::write(&mut line, &answer, &output)?;
@@ -78,6 +79,7 @@ fn work(registry: &Registry, mut line: UnixStream, runtime: &Handle) -> io::Resu
 /// A thread of its own, which even a handler that hogs all others cannot keep from noticing the end.
 fn listen(mut line: UnixStream, orders: &mpsc::SyncSender<Work>) {
     let (mut cancel, mut stop) = (CancellationToken::new(), CancellationToken::new());
+    let mut runs = Runs::default();
     loop {
         match frame::read(&mut line) {
             Ok((Order::Run(job), args)) => {
@@ -89,8 +91,14 @@ fn listen(mut line: UnixStream, orders: &mpsc::SyncSender<Work>) {
             }
             Ok((Order::Cancel, _)) => cancel.cancel(),
             Ok((Order::Stop, _)) => stop.cancel(),
+            Ok((Order::Watch(run), _)) => runs.watch(run),
+            Ok((Order::Group(run, group), _)) => runs.group(run, group),
+            Ok((Order::Unwatch(run), _)) => runs.unwatch(&run),
             // The worker closes the line when it needs this process no more, and when it dies.
-            Err(_) => return die(),
+            Err(_) => {
+                runs.end();
+                return die();
+            }
         }
     }
 }
@@ -144,11 +152,15 @@ fn answer(outcome: Outcome) -> (Answer, Vec<u8>) {
                     Retry::AfterMillis(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX))
                 }
                 Retryable::Never => Retry::Never,
+                Retryable::OutOfResources => Retry::OutOfResources,
             };
             Answer::Failed { message: cut(error.message()), retryable }
         }
         Outcome::BadArguments(error) => Answer::BadArguments(cut(&error)),
         Outcome::Panicked(message) => Answer::Panicked(cut(&message)),
+        Outcome::Unable(trouble) => {
+            Answer::Failed { message: cut(&trouble.detail), retryable: Retry::OutOfResources }
+        }
         Outcome::TimedOut(_) | Outcome::Crashed(_) | Outcome::Interrupted | Outcome::Cancelled => {
             Answer::Stopped
         }

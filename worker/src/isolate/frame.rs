@@ -25,7 +25,16 @@ pub(super) enum Order {
     Cancel,
     /// The attempt is over.
     Stop,
+    /// A command is about to run, as one that has this in its environment.
+    Watch(RunId),
+    /// The process group of a command that runs.
+    Group(RunId, i32),
+    /// A command has ended, and its process group with it.
+    Unwatch(RunId),
 }
+
+/// One run of a command.
+pub(super) type RunId = String;
 
 /// One attempt.
 #[derive(Debug, Serialize, Deserialize)]
@@ -66,6 +75,7 @@ pub(super) enum Retry {
     ByPolicy,
     AfterMillis(u64),
     Never,
+    OutOfResources,
 }
 
 impl Job {

@@ -16,21 +16,22 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::Context;
 use crate::handler::{Fault, Handler, Registry, Running, Slot};
-use crate::outcome::{Crash, TaskError};
+use crate::outcome::{Crash, TaskError, Trouble, TroubleKind};
 
 mod child;
 mod frame;
 mod process;
+mod warden;
 
 use frame::{Answer, Job, Order, Retry};
 use process::Process;
+pub(crate) use warden::{RUN, Warden, Watch};
 
 /// After so long without a suspect a child is ended.
 const IDLE: Duration = Duration::from_secs(10);
 const SWEEP: Duration = Duration::from_secs(1);
-/// Children that die before they have begun with a task are not its doing; so many are tried.
+/// How many children are tried that die before they have begun with a task.
 const STARTS: u32 = 3;
-const PAUSE: Duration = Duration::from_secs(1);
 
 /// Serves the worker that started this process, until that is gone.
 pub(crate) async fn serve(registry: Registry) {
@@ -50,7 +51,7 @@ pub(crate) struct Isolation {
 /// The right to use one child process, and the process, unless it could not be started.
 pub(crate) struct Place {
     turn: OwnedSemaphorePermit,
-    process: Option<Process>,
+    process: std::io::Result<Process>,
 }
 
 impl Isolation {
@@ -65,11 +66,7 @@ impl Isolation {
     /// time. `None` never happens while this lives.
     pub(crate) async fn place(&self) -> Option<Place> {
         let turn = Arc::clone(&self.places).acquire_owned().await.ok()?;
-        let process = self.process().await;
-        if let Err(error) = &process {
-            tracing::error!(%error, "no child process for an isolated attempt");
-        }
-        Some(Place { turn, process: process.ok() })
+        Some(Place { turn, process: self.process().await })
     }
 
     /// Ends children that have nothing to do, until `stop`, and then all of them.
@@ -124,8 +121,11 @@ impl Handler for Isolated {
         let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).take();
         Box::pin(async move {
             let _slot = slot;
-            let (process, _turn) = place.map(|place| (place.process, place.turn)).unzip();
-            attempt(&isolation, process.flatten(), &context).await.map_err(|end| match end {
+            // Taken once; there is no second attempt by this handler.
+            let Some(Place { process, turn: _turn }) = place else {
+                return Err(Fault::Interrupted);
+            };
+            attempt(&isolation, process, &context).await.map_err(|end| match end {
                 End::Fault(fault) => fault,
                 End::Died(how) => {
                     let record = record.charged(Timestamp::now(), context.worker(), &how);
@@ -147,36 +147,41 @@ enum End {
     Died(String),
 }
 
+/// A child that does not begin is not the task's doing.
 async fn attempt(
     isolation: &Isolation,
-    mut ready: Option<Process>,
+    mut process: std::io::Result<Process>,
     context: &Context,
 ) -> Result<Payload, End> {
     let order = Order::Run(Box::new(job(context)));
-    for _ in 0..STARTS {
-        let process = match ready.take() {
-            Some(process) => Ok(process),
-            None => isolation.process().await,
-        };
-        let begun = begin(process, &order, &context.task().args.bytes).await;
-        let mut process = match begun {
-            Ok(process) => process,
-            Err(error) => {
-                tracing::error!(%error, "no child process for an isolated attempt");
-                tokio::time::sleep(PAUSE).await;
-                continue;
+    let mut starts = 1;
+    let mut process = loop {
+        match begin(process, &order, &context.task().args.bytes).await {
+            Ok(process) => break process,
+            Err(Begin::NoProcess(error)) => return Err(End::Fault(unable(&error))),
+            // One that waited for orders can have been killed meanwhile.
+            Err(Begin::Died(error)) if starts == STARTS => return Err(End::Fault(unable(&error))),
+            Err(Begin::Died(error)) => {
+                tracing::warn!(%error, "a child process ended before it began with its task");
             }
-        };
-        return match hear_out(&mut process, context).await {
-            Ok((answer, body)) => {
-                isolation.give_back(process);
-                result(answer, body).map_err(End::Fault)
-            }
-            Err(_) => Err(End::Died(process.death().await)),
-        };
+        }
+        starts += 1;
+        process = isolation.process().await;
+    };
+    match hear_out(&mut process, context).await {
+        Ok((answer, body)) => {
+            isolation.give_back(process);
+            result(answer, body).map_err(End::Fault)
+        }
+        Err(_) => Err(End::Died(process.death().await)),
     }
-    // This worker's trouble, not the task's: another one may have it.
-    Err(End::Fault(Fault::Interrupted))
+}
+
+fn unable(error: &std::io::Error) -> Fault {
+    let what = "cannot start a child process for an isolated attempt";
+    let shortage = Trouble::of_shortage(error, what);
+    let other = || Trouble::new(TroubleKind::Isolation, format!("{what}: {error}"));
+    Fault::Unable(shortage.unwrap_or_else(other))
 }
 
 fn job(context: &Context) -> Job {
@@ -194,17 +199,27 @@ fn job(context: &Context) -> Job {
     }
 }
 
+/// Why a child did not begin with a task.
+enum Begin {
+    /// It could not be started.
+    NoProcess(std::io::Error),
+    /// It was there and is not any more.
+    Died(std::io::Error),
+}
+
 /// Hands the task to a child and waits until that has begun with it.
 async fn begin(
     process: std::io::Result<Process>,
     order: &Order,
     args: &[u8],
-) -> std::io::Result<Process> {
-    let mut process = process?;
-    process.tell(order, args).await?;
-    match process.next().await? {
+) -> Result<Process, Begin> {
+    let mut process = process.map_err(Begin::NoProcess)?;
+    process.tell(order, args).await.map_err(Begin::Died)?;
+    match process.next().await.map_err(Begin::Died)? {
         (Answer::Started, _) => Ok(process),
-        (other, _) => Err(std::io::Error::other(format!("{other:?} instead of a start"))),
+        (other, _) => {
+            Err(Begin::Died(std::io::Error::other(format!("{other:?} instead of a start"))))
+        }
     }
 }
 
@@ -234,6 +249,7 @@ fn result(answer: Answer, body: Vec<u8>) -> Result<Payload, Fault> {
                 TaskError::retry_after(Duration::from_millis(wait), message)
             }
             Retry::Never => TaskError::fatal(message),
+            Retry::OutOfResources => TaskError::out_of_resources(message),
         })),
         // Nobody hears it: the attempt was over before.
         Answer::Stopped | Answer::Ready | Answer::Started => Err(Fault::Interrupted),

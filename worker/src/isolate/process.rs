@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
-use super::frame::{self, Answer};
+use super::frame::{self, Answer, Order};
 
 /// How long a child may take until it serves; it does again whatever the program does first.
 const START: Duration = Duration::from_secs(30);
@@ -73,6 +73,12 @@ impl Process {
     /// Gives an order.
     pub(super) async fn tell(&mut self, order: &impl Serialize, body: &[u8]) -> io::Result<()> {
         self.line.write_all(&frame::encode(order, body)?).await
+    }
+
+    /// Gives an order without waiting; `false` if it does not take it. Such a child is of no more use.
+    pub(super) fn tell_at_once(&self, order: &Order) -> bool {
+        let Ok(bytes) = frame::encode(order, &[]) else { return false };
+        self.line.try_write(&bytes).is_ok_and(|written| written == bytes.len())
     }
 
     /// Listens for the next answer.

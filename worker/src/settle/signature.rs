@@ -244,7 +244,11 @@ impl Signature {
             wire::lease::set_fence(&mut message, fence.number);
             lease_note(task, fence, LeaseChange::Released, at)
         });
-        let (outgoing, _) = self.delayed(&task.queue, message, after);
+        let (mut outgoing, _) = self.delayed(&task.queue, message, after);
+        // A suspect that did not run here is one still, which the broker no longer says.
+        if wire::crash::is_returned(&ended.message()) {
+            wire::crash::mark_returned(&mut outgoing.message);
+        }
         Settlement {
             then: Then::MayReturn,
             notes: release.into_iter().collect(),

@@ -4,19 +4,24 @@
 //! placeholders, checked, or arrive on standard input as JSON. Exit code 0 is success, 75
 //! (`EX_TEMPFAIL`) asks for another attempt, anything else is final.
 
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
+use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::config::{CommandConfig, CommandOutput};
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use tokio::process::{Child, Command};
+use tokio::time::timeout;
 
 use crate::context::Context;
 use crate::handler::{Fault, Handler, Running, Slot, encode};
+use crate::isolate::Warden;
 use crate::outcome::TaskError;
+
+mod start;
+
+use start::{Group, signal};
 
 /// What a program may write to standard output.
 const MAX_STDOUT_BYTES: u64 = 8 * 1024 * 1024;
@@ -27,36 +32,47 @@ const EX_TEMPFAIL: i32 = 75;
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Runs one configured command.
-pub(crate) struct CommandHandler(std::sync::Arc<CommandConfig>);
+pub(crate) struct CommandHandler {
+    config: Arc<CommandConfig>,
+    warden: Arc<Warden>,
+}
 
 impl CommandHandler {
-    pub(crate) fn new(config: CommandConfig) -> Self {
-        Self(std::sync::Arc::new(config))
+    pub(crate) fn new(config: CommandConfig, warden: Arc<Warden>) -> Self {
+        Self { config: Arc::new(config), warden }
     }
 }
 
 impl Handler for CommandHandler {
     fn run(&self, context: Context, slot: Slot) -> Running {
-        let config = std::sync::Arc::clone(&self.0);
+        let (config, warden) = (Arc::clone(&self.config), Arc::clone(&self.warden));
         Box::pin(async move {
             let _slot = slot;
-            run(&config, &context).await
+            run(&config, &warden, &context).await
         })
     }
 
     fn is_process(&self) -> bool {
         true
     }
+
+    fn is_usable(&self) -> bool {
+        start::is_usable(&self.config)
+    }
 }
 
-async fn run(config: &CommandConfig, context: &Context) -> Result<garenne_common::Payload, Fault> {
+async fn run(
+    config: &CommandConfig,
+    warden: &Arc<Warden>,
+    context: &Context,
+) -> Result<garenne_common::Payload, Fault> {
     let args: Value =
         context.task().args.decode().map_err(|error| {
             Fault::BadArguments(format!("a command takes JSON arguments: {error}"))
         })?;
     let filled = config.argv.iter().map(|part| fill(part, &args));
     let filled = filled.collect::<Result<Vec<_>, _>>().map_err(Fault::BadArguments)?;
-    let group = spawn(config, &filled, context)?;
+    let group = start::start(config, &filled, warden, context).await?;
     let id = group.id;
     let mut talk = std::pin::pin!(talk(group, config.stdin.then(|| args.to_string())));
     let output = tokio::select! {
@@ -116,32 +132,6 @@ fn placeholder(key: &str, args: &Value) -> Result<String, String> {
     }
 }
 
-/// The child, whose process group dies with this value: a program may have started others.
-struct Group {
-    child: Child,
-    /// The group's number; the child leads it.
-    id: Option<i32>,
-}
-
-impl Group {
-    fn new(child: Child) -> Self {
-        let id = child.id().and_then(|id| i32::try_from(id).ok());
-        Self { child, id }
-    }
-
-    fn kill(&mut self) {
-        signal(self.id.take(), Signal::SIGKILL);
-    }
-}
-
-fn signal(group: Option<i32>, signal: Signal) {
-    let Some(id) = group else { return };
-    if let Err(error) = killpg(Pid::from_raw(id), signal) {
-        // The usual case: nobody is left in it.
-        tracing::trace!(%error, "no process of the command gets the signal");
-    }
-}
-
 /// What a program says that was told to end is no word on the task itself.
 fn told_to_end(fault: Fault) -> Fault {
     match fault {
@@ -151,40 +141,9 @@ fn told_to_end(fault: Fault) -> Fault {
         other @ (Fault::BadArguments(_)
         | Fault::Panicked(_)
         | Fault::Interrupted
-        | Fault::Crashed(_)) => other,
+        | Fault::Crashed(_)
+        | Fault::Unable(_)) => other,
     }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn spawn(config: &CommandConfig, argv: &[String], context: &Context) -> Result<Group, Fault> {
-    let (program, arguments) = argv
-        .split_first()
-        .ok_or_else(|| Fault::Failed(TaskError::fatal("the command's argv is empty")))?;
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env_clear()
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("GARENNE_TASK_ID", context.id().as_str())
-        .env("GARENNE_ATTEMPT", context.attempt().to_string())
-        .envs(context.fence().map(|fence| ("GARENNE_FENCE", fence.to_string())))
-        .envs(&config.env)
-        .stdin(if config.stdin { Stdio::piped() } else { Stdio::null() })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    if let Some(directory) = &config.directory {
-        command.current_dir(directory);
-    }
-    let failed =
-        |error| Fault::Failed(TaskError::fatal(format!("cannot start {program}: {error}")));
-    command.spawn().map(Group::new).map_err(failed)
 }
 
 /// Feeds the program, collects what it says and waits for its end.
@@ -199,35 +158,46 @@ async fn talk(mut group: Group, input: Option<String>) -> Result<Vec<u8>, Fault>
             tracing::debug!(%error, "the command did not read its input");
         }
     };
-    let mut said = std::pin::pin!(async {
-        let ((), stdout, stderr) = tokio::join!(feed, read_capped(stdout), read_tail(stderr));
-        (stdout, stderr)
-    });
-    let (status, heard) = tokio::select! {
-        heard = &mut said => (child.wait().await, Some(heard)),
-        status = child.wait() => (status, None),
-    };
-    // A process that the program left behind may hold its pipes open; it ends with the task.
-    let (stdout, stderr) = match heard {
-        Some(heard) => heard,
-        None => {
-            if let Ok(heard) = tokio::time::timeout(LAST_WORDS, &mut said).await {
-                heard
-            } else {
-                group.kill();
-                said.await
-            }
-        }
+    // Outside the future that fills them, which may have to be given up.
+    let (mut output, mut tail) = (vec![], vec![]);
+    let (status, heard) = {
+        let mut talk = std::pin::pin!(async {
+            let (read, tail) = (read_capped(stdout, &mut output), read_tail(stderr, &mut tail));
+            tokio::join!(feed, read, tail).1
+        });
+        let (status, heard) = tokio::select! {
+            heard = &mut talk => (child.wait().await, Some(heard)),
+            status = child.wait() => (status, None),
+        };
+        let heard = match heard {
+            Some(heard) => heard,
+            None => last_words(&mut talk, &mut group).await,
+        };
+        (status, heard)
     };
     let failed = |error: std::io::Error| Fault::Failed(TaskError::retry(error.to_string()));
-    let (status, stdout) = (status.map_err(failed)?, stdout.map_err(failed)?);
-    match verdict(status, &stderr) {
-        Ok(()) if stdout.len() as u64 > MAX_STDOUT_BYTES => Err(Fault::Failed(TaskError::fatal(
+    let status = status.map_err(failed)?;
+    heard.map_err(failed)?;
+    match verdict(status, String::from_utf8_lossy(&tail).trim()) {
+        Ok(()) if output.len() as u64 > MAX_STDOUT_BYTES => Err(Fault::Failed(TaskError::fatal(
             format!("the command wrote more than {MAX_STDOUT_BYTES} bytes"),
         ))),
-        Ok(()) => Ok(stdout),
+        Ok(()) => Ok(output),
         Err(error) => Err(Fault::Failed(error)),
     }
+}
+
+/// Hears a program out that has ended. A process that it left behind may hold its pipes open: one of its
+/// group ends with the task, and one in a session of its own is not waited for.
+async fn last_words(
+    mut talk: impl Future<Output = std::io::Result<()>> + Unpin,
+    group: &mut Group,
+) -> std::io::Result<()> {
+    if let Ok(heard) = timeout(LAST_WORDS, &mut talk).await {
+        return heard;
+    }
+    group.kill();
+    timeout(LAST_WORDS, talk).await.unwrap_or(Ok(()))
 }
 
 fn verdict(status: ExitStatus, stderr: &str) -> Result<(), TaskError> {
@@ -241,26 +211,27 @@ fn verdict(status: ExitStatus, stderr: &str) -> Result<(), TaskError> {
     }
 }
 
-async fn read_capped(from: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u8>> {
-    let mut bytes = vec![];
+async fn read_capped(
+    from: Option<impl AsyncRead + Unpin>,
+    bytes: &mut Vec<u8>,
+) -> std::io::Result<()> {
     if let Some(mut from) = from {
-        (&mut from).take(MAX_STDOUT_BYTES + 1).read_to_end(&mut bytes).await?;
+        (&mut from).take(MAX_STDOUT_BYTES + 1).read_to_end(bytes).await?;
         // The rest is read and dropped, or the program would hang on a full pipe.
         tokio::io::copy(&mut from, &mut tokio::io::sink()).await?;
     }
-    Ok(bytes)
+    Ok(())
 }
 
 /// The end of what was written: errors say last what went wrong.
-async fn read_tail(from: Option<impl AsyncRead + Unpin>) -> String {
-    let Some(mut from) = from else { return String::new() };
-    let (mut tail, mut buffer) = (vec![], [0; 4096]);
+async fn read_tail(from: Option<impl AsyncRead + Unpin>, tail: &mut Vec<u8>) {
+    let Some(mut from) = from else { return };
+    let mut buffer = [0; 4096];
     while let Ok(count @ 1..) = from.read(&mut buffer).await {
         tail.extend_from_slice(&buffer[..count]);
         let excess = tail.len().saturating_sub(MAX_STDERR_BYTES);
         tail.drain(..excess);
     }
-    String::from_utf8_lossy(&tail).trim().to_owned()
 }
 
 fn output_value(mode: CommandOutput, stdout: Vec<u8>) -> Result<Value, Fault> {
