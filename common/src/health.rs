@@ -45,20 +45,15 @@ impl ProcessHealth {
     pub fn raise(&self, code: &'static str, detail: impl Into<String>) {
         let (detail, now) = (detail.into(), Instant::now());
         let mut problems = self.problems_mut();
-        match problems.get_mut(code) {
-            Some(raised) => {
-                raised.detail = detail;
-                if now.duration_since(raised.logged) < REMINDER_INTERVAL {
-                    return;
-                }
-                raised.logged = now;
-                tracing::warn!(problem = code, since = %raised.since, "still unhealthy: {}", raised.detail);
-            }
-            None => {
-                tracing::warn!(problem = code, "unhealthy: {detail}");
-                let raised = Raised { detail, since: Timestamp::now(), logged: now };
-                problems.insert(code, raised);
-            }
+        let Some(raised) = problems.get_mut(code) else {
+            tracing::warn!(problem = code, "unhealthy: {detail}");
+            problems.insert(code, Raised { detail, since: Timestamp::now(), logged: now });
+            return;
+        };
+        raised.detail = detail;
+        if now.duration_since(raised.logged) >= REMINDER_INTERVAL {
+            raised.logged = now;
+            tracing::warn!(problem = code, since = %raised.since, "still unhealthy: {}", raised.detail);
         }
     }
 

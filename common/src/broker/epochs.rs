@@ -197,19 +197,16 @@ impl ConsumeTask {
         let mut here = VecDeque::new();
         loop {
             tokio::select! {
-                place = self.to_owner.reserve(), if !here.is_empty() => match place {
-                    Ok(place) => {
-                        if let Some(delivery) = here.pop_front() {
-                            place.send(delivery);
-                        }
+                place = self.to_owner.reserve(), if !here.is_empty() => {
+                    if let (Ok(place), Some(delivery)) = (place, here.pop_front()) {
+                        place.send(delivery);
                         self.pass_on(&mut here);
-                    }
-                    // The owner is gone without a word; nothing is lost, the broker has them still.
-                    Err(_) => {
+                    } else {
+                        // The owner is gone; nothing is lost, the broker has them still.
                         here.clear();
                         self.shared.stop.cancel();
                     }
-                },
+                }
                 arrived = arrivals.next(), if here.is_empty() => match arrived {
                     Some(arrived) => {
                         if let Err(lost) = self.receive(epoch, arrived, &mut here) {
