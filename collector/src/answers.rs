@@ -9,7 +9,7 @@ use garenne_common::broker::{Consumer, Delivery, Outgoing, Publisher, Settler};
 use garenne_common::wire::{
     Answer, CancelIntent, CodecError, Control, DeadLetter, Message, Question, Report, report, task,
 };
-use garenne_common::{DeadReason, QueueName, ReplyFormat, ReplyTo, TaskId, TaskResult};
+use garenne_common::{DeadReason, QueueName, ReplyFormat, ReplyGate, ReplyTo, TaskId, TaskResult};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -39,6 +39,8 @@ pub(crate) struct Answers<S> {
     pub(crate) letters: Letters<S>,
     pub(crate) questions: Consumer,
     pub(crate) publisher: Publisher,
+    /// Which queues take answers.
+    pub(crate) gate: ReplyGate,
     /// The exchange by which workers hear of wishes to cancel.
     pub(crate) control: String,
     /// Wakes whoever ends cancelled tasks that no worker has.
@@ -83,6 +85,9 @@ impl<S: Store> Answers<S> {
             tracing::debug!(app_id = properties.app_id, "a question without reply_to");
             return;
         };
+        if !self.gate.admits(&reply_to) {
+            return;
+        }
         let correlation_id = properties.correlation_id.clone().unwrap_or_default();
         let message = self.answer(&question.message, &correlation_id).await;
         let message = message.unwrap_or_else(|refusal| {
@@ -195,20 +200,23 @@ fn why(reason: Option<String>, asked: &Message) -> String {
 /// Tells those who wait for a task's reply that the task found no queue. Every other reply is the
 /// worker's.
 #[derive(Clone)]
-pub(crate) struct Replies(mpsc::Sender<Outgoing>);
+pub(crate) struct Replies {
+    outgoing: mpsc::Sender<Outgoing>,
+    gate: ReplyGate,
+}
 
 impl Replies {
     /// The sending end, and what is to be published.
-    pub(crate) fn channel() -> (Self, mpsc::Receiver<Outgoing>) {
-        let (replies, outgoing) = mpsc::channel(WAITING_REPLIES);
-        (Self(replies), outgoing)
+    pub(crate) fn channel(gate: ReplyGate) -> (Self, mpsc::Receiver<Outgoing>) {
+        let (outgoing, to_send) = mpsc::channel(WAITING_REPLIES);
+        (Self { outgoing, gate }, to_send)
     }
 
     /// Replies to whoever waits for a task that ended here, if anybody does.
     pub(crate) fn tell(&self, Letter { letter, result }: &Letter) {
         let Some(result) = result else { return };
-        let reply = reply(letter, result);
-        if reply.is_some_and(|reply| self.0.try_send(reply).is_err()) {
+        let reply = reply(letter, result).filter(|reply| self.gate.admits(&reply.routing_key));
+        if reply.is_some_and(|reply| self.outgoing.try_send(reply).is_err()) {
             tracing::debug!(task = %result.id, "a reply was dropped");
         }
     }
@@ -271,14 +279,18 @@ fn reply_to(message: &Message) -> Option<ReplyTo> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use garenne_common::Timestamp;
     use garenne_common::wire::{HeaderValue, Properties};
+    use garenne_common::{Namespace, ReplyRule, Timestamp};
 
     fn unrouted(format: Option<&str>) -> Group {
+        unrouted_to("amq.gen-q", format)
+    }
+
+    fn unrouted_to(to: &str, format: Option<&str>) -> Group {
         let properties = Properties {
             kind: Some("a.b".to_owned()),
             message_id: Some("t-1".to_owned()),
-            reply_to: Some("q".to_owned()),
+            reply_to: Some(to.to_owned()),
             correlation_id: Some("c".to_owned()),
             ..Properties::default()
         };
@@ -293,10 +305,14 @@ mod tests {
 
     fn told(group: &Group, given_up: &[&str]) -> Option<Message> {
         let given_up: Vec<_> = given_up.iter().map(|id| TaskId::new(id).unwrap()).collect();
-        let (replies, mut outgoing) = Replies::channel();
+        let rule = ReplyRule::new(&Namespace::new("g").unwrap(), &[]);
+        let (replies, mut outgoing) = Replies::channel(ReplyGate::new(rule));
         replies.tell_unrouted(group, &given_up);
         outgoing.try_recv().ok().map(|outgoing| {
-            assert_eq!((outgoing.exchange.as_str(), outgoing.routing_key.as_str()), ("", "q"));
+            assert_eq!(
+                (outgoing.exchange.as_str(), outgoing.routing_key.as_str()),
+                ("", "amq.gen-q")
+            );
             outgoing.message
         })
     }
@@ -310,6 +326,13 @@ mod tests {
         assert_eq!(report::decode(&bundle).unwrap().len(), 1);
         // No sound task, but whoever sent it still waits.
         assert!(told(&unrouted(Some("smoke signals")), &["t-1"]).is_some());
+    }
+
+    #[test]
+    fn a_queue_that_takes_no_replies_gets_none() {
+        for queue in ["g.results", "other.dead", "orders", "amq.rabbitmq.reply-to"] {
+            assert_eq!(told(&unrouted_to(queue, None), &["t-1"]), None, "{queue}");
+        }
     }
 
     #[test]

@@ -3,9 +3,10 @@
 //! Pure. Nothing is refused here: what cannot be read becomes a dead letter, for a delivery that is
 //! neither stored nor acknowledged would stop the collector for good.
 
+use garenne_common::batch_key::Memberships;
 use garenne_common::outcome::DeadReason;
 use garenne_common::wire::report::{self, BUNDLE_KIND, REPLY_KIND};
-use garenne_common::wire::{DeadLetter, Lease, Message, Report, bundle};
+use garenne_common::wire::{DeadLetter, Lease, Message, Report, RetryNote, bundle};
 use garenne_common::{QueueName, TaskResult, Timestamp};
 
 /// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
@@ -95,7 +96,12 @@ impl Group {
         let taken = if Lease::is_one(message) {
             Lease::decode(message).map(|lease| self.leases.push(lease))
         } else {
-            report::decode(message).map(|reports| self.reports.extend(reports))
+            report::decode(message).map(|reports| {
+                let mut memberships = Memberships::default();
+                let admitted =
+                    reports.into_iter().filter_map(|report| admitted(report, &mut memberships));
+                self.reports.extend(admitted);
+            })
         };
         match taken {
             Ok(()) => {}
@@ -156,6 +162,27 @@ fn tasks_of(message: &Message, queue: &str) -> Option<Vec<Message>> {
         task.headers.extend(message.headers.iter().filter(|(name, _)| is_brokers(name)).cloned());
     }
     Some(tasks)
+}
+
+/// A report with the id of its batch in the place of the key. A word about a batch from somebody who does
+/// not have its key comes to nothing; a result without the right key is that of a task in no batch.
+fn admitted(mut report: Report, memberships: &mut Memberships) -> Option<Report> {
+    match &mut report {
+        Report::Finished(TaskResult { batch, .. })
+        | Report::FinishedUnderLease { result: TaskResult { batch, .. }, .. }
+        | Report::Retrying(RetryNote { batch, .. }) => {
+            *batch = batch.take().and_then(|sent| memberships.of(&sent));
+        }
+        Report::BatchOpened { batch, .. } | Report::BatchSealed { batch, .. } => {
+            let Some(id) = memberships.of(batch) else {
+                tracing::debug!(%batch, "a report about a batch without its key is ignored");
+                return None;
+            };
+            *batch = id;
+        }
+        Report::Lease(_) => {}
+    }
+    Some(report)
 }
 
 fn is_brokers(header: &str) -> bool {

@@ -53,7 +53,10 @@ impl<S: Store> Releaser<S> {
                 heartbeat = self.heartbeats.next() => {
                     let Some(delivery) = heartbeat else { return };
                     match Heartbeat::decode(&delivery.message) {
-                        Ok(heartbeat) => live.hear(heartbeat, Instant::now()),
+                        Ok(heartbeat) => {
+                            let sender = delivery.message.properties.user_id.as_deref();
+                            live.hear(sender, heartbeat, Instant::now());
+                        }
                         Err(error) => tracing::debug!(%error, "a heartbeat cannot be read"),
                     }
                     continue;

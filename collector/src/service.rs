@@ -105,7 +105,8 @@ impl Collector {
         let topology = config.broker.topology();
         let (outbox_filled, resends_filled) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let cancelled = Arc::new(Notify::new());
-        let (replies, outgoing) = Replies::channel();
+        let gate = config.reply_gate();
+        let (replies, outgoing) = Replies::channel(gate.clone());
         // One parcel may wait: the next group gathers while one commits.
         let (to_committer, parcels) = mpsc::channel(1);
         let reading = sources.results.queue();
@@ -159,6 +160,7 @@ impl Collector {
             letters,
             questions,
             publisher: self.publisher.clone(),
+            gate,
             control: topology.control(),
             cancelled: Arc::clone(&cancelled),
             stop: self.stop_all.clone(),

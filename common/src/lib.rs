@@ -1,10 +1,11 @@
 //! What a Garenne task is and how it travels.
 //!
-//! The pure half ([`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`retry`],
+//! The pure half ([`batch_key`], [`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`reply_gate`], [`retry`],
 //! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`],
 //! [`init`], [`lifeline`], [`signals`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
 //! the tests. Nothing lives here that only one crate needs.
 
+pub mod batch_key;
 pub mod broker;
 pub mod bundling;
 pub mod config;
@@ -12,9 +13,11 @@ pub mod guards;
 pub mod health;
 pub mod init;
 pub mod lifeline;
+mod log_lines;
 pub mod names;
 pub mod outcome;
 pub mod printable;
+pub mod reply_gate;
 pub mod retry;
 pub mod signals;
 pub mod task;
@@ -26,6 +29,7 @@ pub mod wire;
 pub use health::{Problem, ProcessHealth};
 pub use names::{BatchId, InvalidName, Namespace, QueueName, TaskId, TaskName};
 pub use outcome::{DeadReason, Status, TaskResult};
+pub use reply_gate::{QueuePattern, ReplyGate, ReplyRule};
 pub use retry::RetryPolicy;
 pub use task::{Options, ReplyFormat, ReplyTo, Task, TaskMessage};
 pub use timestamp::Timestamp;

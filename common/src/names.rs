@@ -149,9 +149,14 @@ impl TaskId {
 }
 
 impl BatchId {
-    /// A new id: UUIDv7.
+    /// A new id: UUIDv7. Whoever knows it can add members; see [`generate_key`](Self::generate_key).
     pub fn generate() -> Self {
         Self(uuid_text())
+    }
+
+    /// For text that is known to be valid.
+    pub(crate) fn of_text(text: &str) -> Self {
+        Self(Arc::from(text))
     }
 }
 

@@ -30,6 +30,16 @@ pub fn neutral(text: &str) -> Cow<'_, str> {
     Cow::Owned(neutral)
 }
 
+/// [`neutral`] on one line: line breaks and tabs are spelled out as well, so that a text cannot look
+/// like several.
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    if text.chars().all(is_printable) {
+        return Cow::Borrowed(text);
+    }
+    let text = neutral(text).replace('\n', "\\n").replace('\t', "\\t");
+    Cow::Owned(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -39,5 +49,6 @@ mod tests {
         assert_eq!(neutral("été\n\t√"), "été\n\t√");
         assert_eq!(neutral("a\u{1b}[2Jb\u{9b}c\r"), "a\\u{1b}[2Jb\\u{9b}c\\u{d}");
         assert_eq!(neutral("\u{202e}txt"), "\\u{202e}txt");
+        assert_eq!(one_line("a\nb\t\u{1b}"), "a\\nb\\t\\u{1b}");
     }
 }

@@ -6,6 +6,8 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::config::{LogConfig, LogFormat};
+use crate::log_lines::HarmlessLines;
+use crate::printable::one_line;
 
 mod lines;
 
@@ -41,7 +43,7 @@ fn install(
         .with_env_filter(EnvFilter::new(&config.filter))
         // By default a line that cannot be written makes it print to stderr, which panics there.
         .log_internal_errors(false)
-        .with_writer(writer);
+        .with_writer(HarmlessLines::new(writer, config.format));
     let installed = match config.format {
         LogFormat::Json => builder.json().flatten_event(true).with_current_span(true).try_init(),
         LogFormat::Human => builder.with_ansi(colours_wanted()).with_target(false).try_init(),
@@ -68,5 +70,5 @@ pub fn colours_wanted() -> bool {
 /// a pipe that nobody reads; it is waited for at most a second.
 pub fn complain(sentence: &str) {
     let sentence = crate::config::without_logins(sentence);
-    lines::write_within_limit(format!("error: {sentence}\n"));
+    lines::write_within_limit(format!("error: {}\n", one_line(&sentence)));
 }

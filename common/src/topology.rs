@@ -101,13 +101,6 @@ impl Topology {
         &self.ns
     }
 
-    /// Whether a reply may go to this queue: not to one of the shared queues of this namespace, where
-    /// it would be read as a task, a report or a dead letter.
-    pub fn takes_replies(&self, queue: &str) -> bool {
-        let own = queue.strip_prefix(self.ns.as_str()).and_then(|rest| rest.strip_prefix('.'));
-        own.is_none_or(|rest| rest.starts_with("reply."))
-    }
-
     /// Direct exchange; the routing key is the queue's short name.
     pub fn tasks_exchange(&self) -> String {
         format!("{}.tasks", self.ns)

@@ -29,6 +29,8 @@ const COLLECTOR_PATIENCE: Duration = Duration::from_secs(10);
 pub struct Batch {
     producer: Producer,
     id: BatchId,
+    /// What its members and its seal carry in the place of the id; never shown.
+    key: BatchId,
     /// Confirmed members with ids of our making, which are all different.
     generated: AtomicU64,
     /// Confirmed members with ids of the caller's; the same id again is the same member.
@@ -46,11 +48,12 @@ pub struct SealedBatch {
 impl Producer {
     /// Opens a batch; `Ok` means that the broker confirmed the opening.
     pub async fn batch(&self) -> Result<Batch, SubmitError> {
-        let (id, at) = (BatchId::generate(), Timestamp::now());
+        let (key, at) = (BatchId::generate_key(), Timestamp::now());
+        let id = key.public().into_owned();
         let deadline = at.plus(self.batch_deadline());
-        self.report(&Report::BatchOpened { batch: id.clone(), at, deadline }).await?;
+        self.report(&Report::BatchOpened { batch: key.clone(), at, deadline }).await?;
         let (generated, chosen) = (AtomicU64::new(0), Mutex::default());
-        Ok(Batch { producer: self.clone(), id, generated, chosen })
+        Ok(Batch { producer: self.clone(), id, key, generated, chosen })
     }
 
     /// Waits until any batch is done or abandoned, for instance one of another process.
@@ -116,6 +119,10 @@ impl Batch {
         &self.id
     }
 
+    pub(crate) fn key(&self) -> &BatchId {
+        &self.key
+    }
+
     /// Confirmed members so far.
     pub fn count(&self) -> u64 {
         let chosen = self.chosen.lock().unwrap_or_else(PoisonError::into_inner).len();
@@ -129,7 +136,7 @@ impl Batch {
     ) -> Result<Handle<O>, SubmitError> {
         let submission = submission.into();
         let chosen = submission.has_own_id();
-        let handle = self.producer.submit_in(submission, Some(&self.id)).await?;
+        let handle = self.producer.submit_in(submission, Some(&self.key)).await?;
         self.count_in(handle.id(), chosen);
         Ok(handle)
     }
@@ -141,7 +148,7 @@ impl Batch {
     ) -> Result<TaskId, SubmitError> {
         let submission = submission.into();
         let chosen = submission.has_own_id();
-        let id = self.producer.submit_detached_in(submission, Some(&self.id)).await?;
+        let id = self.producer.submit_detached_in(submission, Some(&self.key)).await?;
         self.count_in(&id, chosen);
         Ok(id)
     }
@@ -203,9 +210,9 @@ impl Batch {
     /// arrived nevertheless; its members run in any case.
     pub async fn seal(self) -> Result<SealedBatch, SubmitError> {
         let count = self.count();
-        let Self { producer, id, .. } = self;
+        let Self { producer, id, key, .. } = self;
         let at = Timestamp::now();
-        producer.report(&Report::BatchSealed { batch: id.clone(), count, at }).await?;
+        producer.report(&Report::BatchSealed { batch: key, count, at }).await?;
         Ok(SealedBatch { producer, id, count })
     }
 

@@ -139,7 +139,7 @@ impl Producer {
         let mut items = Vec::with_capacity(submissions.len());
         for submission in submissions {
             let chosen = submission.has_own_id();
-            match submission.prepare(self.codec(), batch.map(Batch::id)) {
+            match submission.prepare(self.codec(), batch.map(Batch::key)) {
                 Ok(Prepared { task, delay }) => {
                     let place = outcomes.promise(task.id.clone());
                     items.push(Item { task, delay, tag: Tag { place, chosen } });

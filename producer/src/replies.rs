@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use garenne_common::batch_key::Memberships;
 use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, QueueSource, Settler,
 };
@@ -14,7 +15,7 @@ use garenne_common::bundling::Pace;
 use garenne_common::topology::Topology;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{Message, Report, RetryNote};
-use garenne_common::{ReplyFormat, ReplyTo, TaskId, TaskResult};
+use garenne_common::{BatchId, ReplyFormat, ReplyTo, TaskId, TaskResult};
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -203,13 +204,19 @@ impl Replies {
 
     fn take_reports(&self, reports: Vec<Report>) {
         let mut outstanding = lock(&self.outstanding);
+        let mut ids = Memberships::default();
+        let mut shown = |sent: BatchId| ids.of(&sent).unwrap_or(sent);
         for report in reports {
             match report {
-                Report::Finished(result) => {
+                Report::Finished(mut result) => {
+                    result.batch = result.batch.take().map(&mut shown);
                     self.pace.note(&result.name, result.finished_at.since(result.started_at));
                     outstanding.resolve(result);
                 }
-                Report::Retrying(note) => drop(self.retries.send(note)),
+                Report::Retrying(mut note) => {
+                    note.batch = note.batch.take().map(&mut shown);
+                    drop(self.retries.send(note));
+                }
                 // Addressed to collectors; nothing here waits for them.
                 Report::BatchOpened { .. }
                 | Report::BatchSealed { .. }

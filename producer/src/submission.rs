@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::topology::MAX_DELAY;
+use garenne_common::wire::MAX_DEPTH;
 use garenne_common::wire::bundle::MAX_TEXT_BYTES;
 use garenne_common::wire::codec::CodecError;
+use garenne_common::wire::depth::is_too_deep;
 use garenne_common::{
     BatchId, Codec, Options, Payload, QueueName, RetryPolicy, Task, TaskId, TaskMessage, TaskName,
     Timestamp,
@@ -176,6 +178,10 @@ impl<O> Submission<O> {
             Args::Typed(encode) => encode(self.codec.unwrap_or(codec))?,
             Args::Encoded(payload) => payload,
         };
+        if args.codec == Codec::Json && is_too_deep(&args.bytes) {
+            let problem = format!("the arguments are nested more than {MAX_DEPTH} levels deep");
+            return Err(SubmitError::Invalid(problem));
+        }
         let expires_at = self.expires_in.map(|span| now.plus(span));
         let task = TaskMessage {
             id: self.id.unwrap_or_else(TaskId::generate),

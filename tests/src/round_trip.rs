@@ -129,7 +129,7 @@ async fn a_detached_task_reports_to_the_collector_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_large_task_passes_and_a_too_large_one_is_refused_at_once() {
     let warren = Warren::new().await;
-    let _worker = warren.worker().start().await;
+    let _worker = warren.worker().set("worker.max_body", 10 * 1024 * 1024).start().await;
     let producer = warren.producer().await;
     let text = "x".repeat(9 * 1024 * 1024);
     let large = Submission::dynamic("garenne.echo", &text).unwrap();

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use garenne_common::wire::heartbeat::HEARTBEAT_KIND;
 use garenne_common::wire::{CancelState, Heartbeat, TaskState};
 use garenne_common::{Status, TaskId};
@@ -148,4 +149,36 @@ async fn workers_say_what_they_serve_and_that_they_drain() {
     worker.signal(nix::sys::signal::Signal::SIGTERM);
     until("it says that it drains", |beat| beat.draining && beat.running == 1).await;
     gate.open();
+}
+
+/// More invented workers than the collector keeps, each of which says that it is heard of every 49 days.
+#[tokio::test(flavor = "multi_thread")]
+async fn invented_workers_keep_no_real_one_from_being_known() {
+    let warren = Warren::new().await;
+    let (older, _collector) = warren.crew().await;
+    let producer = warren.producer().await;
+    let handle = submit(&producer).await;
+    parked(&producer, handle.id()).await;
+    older.kill().await;
+    let amqp = warren.amqp().await;
+    let exchange = warren.config().broker.topology().heartbeats();
+    let invented = |number: u32| Heartbeat {
+        worker: format!("invented-{number}"),
+        version: String::new(),
+        queues: vec![],
+        tasks: vec![],
+        slots: 1,
+        running: 0,
+        lost_slots: 0,
+        draining: false,
+        problems: vec![],
+        every_ms: u32::MAX,
+        at: garenne_common::Timestamp::from_millis(0),
+    };
+    let publishing =
+        (0..11_000).map(|number| amqp.publish(&exchange, "", invented(number).encode()));
+    futures_util::stream::iter(publishing).buffer_unordered(200).collect::<()>().await;
+    let _newer = warren.worker().toml(NEWER).start().await;
+    let result = handle.result().soon("it runs").await.unwrap();
+    assert_eq!(result.status, Status::Succeeded);
 }

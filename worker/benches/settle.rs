@@ -12,7 +12,8 @@ use garenne_common::broker::DeliveryTag;
 use garenne_common::topology::Topology;
 use garenne_common::wire::{Codec, Message, Payload, task};
 use garenne_common::{
-    BatchId, Namespace, Options, QueueName, TaskId, TaskMessage, TaskName, Timestamp,
+    BatchId, Namespace, Options, QueueName, ReplyGate, ReplyRule, TaskId, TaskMessage, TaskName,
+    Timestamp,
 };
 use garenne_worker::Disposition;
 use garenne_worker::protocol::{
@@ -34,7 +35,9 @@ struct Desk {
 impl Desk {
     fn new() -> Self {
         let topology = Topology::new(Namespace::new("bench").unwrap());
-        let signature = Signature { topology, worker: Arc::from("host:4711") };
+        let replies = ReplyGate::new(ReplyRule::new(topology.namespace(), &[]));
+        let signature =
+            Signature { topology, max_body: 1024 * 1024, replies, worker: Arc::from("host:4711") };
         let lanes = Arc::new(vec![Lane::new(QueueName::default())]);
         let inflight = Arc::<Inflight>::default();
         let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);

@@ -27,7 +27,7 @@ pub fn admit<H>(
     signature: &Signature,
 ) -> Admission<H> {
     let Arrival { delivery, message, queue, at } = arrival;
-    match guard::inspect(message, queue, find, at) {
+    match guard::inspect(message, queue, find, (at, signature.max_body)) {
         Verdict::Run(task, handler) => {
             let key = Key::of(&task, message);
             enter(&key, (task, handler), delivery, inflight)
@@ -48,7 +48,7 @@ pub fn admit_member<H>(
     inflight: &Inflight,
     signature: &Signature,
 ) -> Admission<H> {
-    match guard::inspect_member(&task, find, at) {
+    match guard::inspect_member(&task, find, (at, signature.max_body)) {
         Ok(handler) => {
             let key = Key::of_member(&task);
             enter(&key, (task, handler), delivery, inflight)

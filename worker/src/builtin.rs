@@ -1,10 +1,10 @@
 //! The built-in tasks, which make the shipped worker useful and testable without any Rust.
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::sync::Arc;
 use std::time::Duration;
 
+use garenne_common::printable::one_line;
 use garenne_common::{InvalidName, Task, TaskName};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -13,14 +13,18 @@ use sha2::{Digest, Sha256};
 
 use crate::announce;
 use crate::context::Context;
+use crate::file_root::FileRoot;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler};
-use crate::outcome::{TaskError, is_shortage};
+use crate::outcome::TaskError;
 
 /// A handler and the name that finds it.
 pub(crate) type Named = (TaskName, Arc<dyn Handler>);
 
-/// All built-in handlers.
-pub(crate) fn handlers() -> Result<Vec<Named>, InvalidName> {
+/// All built-in handlers; those that read files read them below `files`.
+pub(crate) fn handlers(files: FileRoot) -> Result<Vec<Named>, InvalidName> {
+    let others = files.clone();
+    let count_words = move |context: &Context, task| count_words(context, &others, task);
+    let digest = move |context: &Context, task| digest(context, &files, &task);
     Ok(vec![
         (TaskName::new(Echo::NAME)?, Arc::new(AsyncHandler::<Echo, _>::new(echo))),
         (TaskName::new(Sleep::NAME)?, Arc::new(AsyncHandler::<Sleep, _>::new(sleep))),
@@ -166,7 +170,8 @@ async fn announce_task(context: Context, task: Announce) -> Result<String, TaskE
     // Text without the quotation marks that JSON would put around it.
     let which = task.task.as_str().map_or_else(|| task.task.to_string(), str::to_owned);
     let line = format!("{} is processing task {which}", context.worker());
-    announce::print(line.clone()).await?;
+    // The sender's text goes to whatever terminal the worker was started in.
+    announce::print(one_line(&line).into_owned()).await?;
     pause(&context, task.millis).await?;
     Ok(line)
 }
@@ -192,10 +197,10 @@ impl Task for CountWords {
     type Output = Counts;
 }
 
-fn count_words(context: &Context, task: CountWords) -> Result<Counts, TaskError> {
+fn count_words(context: &Context, files: &FileRoot, task: CountWords) -> Result<Counts, TaskError> {
     match task {
         CountWords::Text { text } | CountWords::Bare(text) => count(context, text.as_bytes()),
-        CountWords::Path { path } => count(context, BufReader::new(open(&path)?)),
+        CountWords::Path { path } => count(context, BufReader::new(files.open(&path)?)),
     }
 }
 
@@ -239,8 +244,12 @@ impl Task for FileDigest {
     type Output = DigestOf;
 }
 
-fn digest(context: &Context, FileDigest { path }: FileDigest) -> Result<DigestOf, TaskError> {
-    let mut file = open(&path)?;
+fn digest(
+    context: &Context,
+    files: &FileRoot,
+    FileDigest { path }: &FileDigest,
+) -> Result<DigestOf, TaskError> {
+    let mut file = files.open(path)?;
     let (mut hash, mut buffer, mut bytes) = (Sha256::new(), vec![0; 64 * 1024], 0);
     loop {
         let count = file.read(&mut buffer)?;
@@ -253,25 +262,6 @@ fn digest(context: &Context, FileDigest { path }: FileDigest) -> Result<DigestOf
     }
     let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(DigestOf { sha256, bytes })
-}
-
-/// A file that is not there, not readable or no file will not be there a second later either. That this
-/// worker cannot open one more is no word on the file.
-fn open(path: &str) -> Result<File, TaskError> {
-    let fatal = |error: std::io::Error| {
-        let message = format!("{path}: {error}");
-        if is_shortage(&error) {
-            TaskError::out_of_resources(message)
-        } else {
-            TaskError::fatal(message)
-        }
-    };
-    let file = File::open(path).map_err(fatal)?;
-    if file.metadata().map_err(fatal)?.is_file() {
-        Ok(file)
-    } else {
-        Err(TaskError::fatal(format!("{path}: not a regular file")))
-    }
 }
 
 fn stop_if_cancelled(context: &Context) -> Result<(), TaskError> {
@@ -304,12 +294,5 @@ mod tests {
         let begin = std::time::Instant::now();
         assert_eq!(spin(&context(), Spin { millis: 20 }).unwrap().spun_millis, 20);
         assert!(begin.elapsed() >= Duration::from_millis(20));
-    }
-
-    #[test]
-    fn a_missing_file_is_final() {
-        let task = FileDigest { path: "/nowhere/at/all".to_owned() };
-        let Err(error) = digest(&context(), task) else { panic!() };
-        assert_eq!(error.retryable(), crate::Retryable::Never);
     }
 }

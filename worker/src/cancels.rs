@@ -79,7 +79,10 @@ impl Cancels {
 
 impl Known {
     fn wish(&self, task: &TaskMessage) -> Option<Arc<str>> {
-        let of_batch = || self.batches.get(task.batch.as_ref()?);
+        let of_batch = || {
+            let batch = task.batch.as_ref().filter(|_| !self.batches.is_empty())?;
+            self.batches.get(&*batch.public())
+        };
         self.tasks.get(&task.id).or_else(of_batch).cloned()
     }
 

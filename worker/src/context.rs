@@ -60,8 +60,8 @@ impl Context {
     }
 
     /// The batch that counts this task.
-    pub fn batch(&self) -> Option<&BatchId> {
-        self.task.batch.as_ref()
+    pub fn batch(&self) -> Option<BatchId> {
+        self.task.batch.as_ref().map(|batch| batch.public().into_owned())
     }
 
     /// A key to make effects happen once: the same for every execution of this task.

@@ -21,7 +21,7 @@ pub(crate) fn inspect<H>(
     message: &Message,
     queue: &QueueName,
     find: impl FnOnce(&TaskName) -> Option<H>,
-    now: Timestamp,
+    (now, max_body): (Timestamp, usize),
 ) -> Verdict<H> {
     let refuse = |reason, error| Verdict::Refuse { reason, error };
     if wire::bundle::is_one(message) {
@@ -29,6 +29,9 @@ pub(crate) fn inspect<H>(
         let error =
             wire::bundle::decode(message, queue).map(drop).map_err(|error| error.to_string());
         let error = error.err().unwrap_or_else(|| "a bundle of tasks in place of one".to_owned());
+        return refuse(DeadReason::Malformed, error);
+    }
+    if let Err(error) = within(message.body.len(), max_body) {
         return refuse(DeadReason::Malformed, error);
     }
     let task = match decode(message, queue) {
@@ -50,11 +53,23 @@ pub(crate) fn inspect<H>(
 pub(crate) fn inspect_member<H>(
     task: &TaskMessage,
     find: impl FnOnce(&TaskName) -> Option<H>,
-    now: Timestamp,
+    (now, max_body): (Timestamp, usize),
 ) -> Result<H, (DeadReason, String)> {
+    within(task.args.bytes.len(), max_body).map_err(|error| (DeadReason::Malformed, error))?;
     let args = wire::task::check_args(&task.args);
     args.map_err(|malformed| (DeadReason::Malformed, malformed.to_string()))?;
     may_run(task, find, now)
+}
+
+/// Before anything is parsed: a value takes up to thirty times the room of its text.
+fn within(bytes: usize, max_body: usize) -> Result<(), String> {
+    if bytes <= max_body {
+        return Ok(());
+    }
+    Err(format!(
+        "a body of {bytes} bytes is too large, more than the {max_body} of worker.max_body; raise it \
+         on the workers of this queue, or send where the data is"
+    ))
 }
 
 fn may_run<H>(

@@ -12,8 +12,9 @@ use crate::context::Context;
 use crate::outcome::{Crash, TaskError, Trouble, TroubleKind};
 pub(crate) use crate::slots::Slot;
 use foldhash::fast::RandomState;
-use garenne_common::wire::MAX_BODY_BYTES;
-use garenne_common::{Payload, Task, TaskName};
+use garenne_common::wire::depth::is_too_deep;
+use garenne_common::wire::{MAX_BODY_BYTES, MAX_DEPTH};
+use garenne_common::{Codec, Payload, Task, TaskName};
 use tokio::time::timeout;
 
 /// Results travel in bundles, and a bundle must fit into a message with room for the rest of it.
@@ -211,10 +212,7 @@ fn decode<T: Task>(args: &Payload) -> Result<T, Fault> {
 }
 
 /// Encodes an output in the codec of its task's arguments: who wrote one can read the other.
-pub(crate) fn encode<O: serde::Serialize>(
-    codec: garenne_common::Codec,
-    output: &O,
-) -> Result<Payload, Fault> {
+pub(crate) fn encode<O: serde::Serialize>(codec: Codec, output: &O) -> Result<Payload, Fault> {
     let fatal = |message: String| Fault::Failed(TaskError::fatal(message));
     let output = Payload::encode(codec, output)
         .map_err(|error| fatal(format!("the output cannot be sent: {error}")))?;
@@ -222,6 +220,11 @@ pub(crate) fn encode<O: serde::Serialize>(
         let length = output.bytes.len();
         return Err(fatal(format!(
             "an output of {length} bytes is too large (at most {MAX_OUTPUT_BYTES}); store it and return where"
+        )));
+    }
+    if codec == Codec::Json && is_too_deep(&output.bytes) {
+        return Err(fatal(format!(
+            "an output that is nested more than {MAX_DEPTH} levels deep cannot be shown; return it as text"
         )));
     }
     Ok(output)

@@ -53,6 +53,7 @@ mod decide;
 mod doors;
 mod execute;
 mod faults;
+mod file_root;
 mod fitness;
 mod guard;
 mod handler;

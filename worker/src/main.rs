@@ -47,6 +47,9 @@ struct Arguments {
     /// How long a stopping worker lets tasks finish [default: 30s]
     #[arg(long, value_name = "DURATION")]
     grace: Option<String>,
+    /// The directory whose files tasks may read (`file.sha256`, `text.count_words`) [default: none]
+    #[arg(long, value_name = "DIRECTORY")]
+    file_root: Option<String>,
     /// Serve `garenne.crash`, with which anybody who submits tasks can kill this worker
     #[arg(long)]
     faults: bool,
@@ -65,6 +68,7 @@ const EXAMPLES: &str = "\
 Examples:
   garenne-worker                              serve the queue `default` of a local RabbitMQ
   garenne-worker --queues cpu,default --slots 8
+  garenne-worker --file-root /srv/data        also lets tasks read the files below it
   garenne-worker --config worker.toml         with command tasks, for instance:
 
       [worker.commands.\"image.thumbnail\"]
@@ -118,6 +122,7 @@ fn run(arguments: Arguments) -> Result<(), Box<dyn std::error::Error>> {
         .set("worker.lookahead", arguments.lookahead)
         .set("worker.name", arguments.name)
         .set("worker.grace", arguments.grace)
+        .set("worker.file_root", arguments.file_root)
         .set("worker.faults", arguments.faults.then_some(true))
         .set("log.format", arguments.log_format)
         .set("log.filter", arguments.log);

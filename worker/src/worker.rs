@@ -24,6 +24,7 @@ use crate::command::CommandHandler;
 use crate::context::Context;
 use crate::doors::Doors;
 use crate::faults;
+use crate::file_root::FileRoot;
 use crate::fitness::Fitness;
 use crate::handler::{AsyncHandler, BlockingHandler, Handler, Registry};
 use crate::inflight::Inflight;
@@ -147,7 +148,12 @@ impl Worker {
         let (settle, inbox) = mpsc::channel(1024);
         let (inflight, signature) = (
             Arc::<Inflight>::default(),
-            Signature { topology, worker: Arc::from(identity.as_str()) },
+            Signature {
+                topology,
+                max_body: worker.max_body,
+                replies: config.reply_gate(),
+                worker: Arc::from(identity.as_str()),
+            },
         );
         let signature = Arc::new(signature);
         let settlers: Vec<_> = consumers.iter().map(Consumer::settler).collect();
@@ -268,7 +274,9 @@ impl Builder {
     pub fn build(mut self) -> Result<Worker, WorkerError> {
         if self.config.worker.builtins {
             // What the user registered under such a name stays: it was meant.
-            for (name, handler) in builtin::handlers()? {
+            for (name, handler) in
+                builtin::handlers(FileRoot::new(self.config.worker.file_root.clone()))?
+            {
                 if !self.registry.contains(&name) {
                     self.add(name, handler);
                 }
@@ -363,6 +371,11 @@ impl Running {
     pub fn health(&self) -> Vec<(QueueName, Health)> {
         let lanes = self.pipeline.lanes.iter().zip(&self.settlers);
         lanes.map(|(lane, settler)| (lane.queue.clone(), settler.health())).collect()
+    }
+
+    /// Replies that were not sent because their tasks name queues that take none.
+    pub fn refused_replies(&self) -> u64 {
+        self.pipeline.signature.replies.refused()
     }
 
     /// Slots that are lost to blocking handlers that go on although their attempts have ended.

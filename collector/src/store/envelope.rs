@@ -34,6 +34,9 @@ struct EnvelopeV1 {
     timestamp: Option<u64>,
     priority: Option<u8>,
     expiration: Option<String>,
+    /// Envelopes of the first releases have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    user_id: Option<String>,
     headers: Vec<(String, ValueV1)>,
 }
 
@@ -59,6 +62,7 @@ pub fn seal_envelope(message: &Message) -> Result<String, EnvelopeError> {
         timestamp,
         priority,
         expiration,
+        user_id,
     } = message.properties.clone();
     let headers = message.headers.iter().map(|(name, value)| {
         let value = match value {
@@ -80,6 +84,7 @@ pub fn seal_envelope(message: &Message) -> Result<String, EnvelopeError> {
         timestamp,
         priority,
         expiration,
+        user_id,
         headers: headers.collect(),
     };
     Ok(serde_json::to_string(&Envelope::V1(envelope))?)
@@ -108,6 +113,7 @@ pub fn open_envelope(envelope: &str, body: Bytes) -> Result<Message, EnvelopeErr
         timestamp: envelope.timestamp,
         priority: envelope.priority,
         expiration: envelope.expiration,
+        user_id: envelope.user_id,
     };
     Ok(Message { properties, headers: headers.collect(), body })
 }

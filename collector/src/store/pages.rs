@@ -237,15 +237,25 @@ impl Page {
         let row = i64::try_from(here.row).unwrap_or(i64::MAX);
         let (letter, bytes) = select.query_row(params![most, row], |row| {
             let text = |column| row.get_ref(column)?.as_str().map(str::len).map_err(Into::into);
-            let body = row.get_ref(8)?.as_blob_or_null()?.map_or(0, <[u8]>::len);
+            let body = row.get_ref(8)?.as_blob_or_null()?.map_or(0, room_in_json);
             let envelope: Result<usize, rusqlite::Error> = if whole { text(16) } else { Ok(0) };
-            Ok((summary(row, whole)?, 500 + text(4)? + envelope? + 2 * body))
+            Ok((summary(row, whole)?, 500 + text(4)? + envelope? + body))
         })?;
         self.bytes += bytes;
         self.letters.push(letter);
         self.last = Some(here);
         Ok(())
     }
+}
+
+/// How many bytes a body takes as text in JSON, or in base64: a control character becomes six.
+fn room_in_json(body: &[u8]) -> usize {
+    let room = |byte: &u8| match byte {
+        b'"' | b'\\' => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    body.iter().map(room).sum::<usize>().max(body.len() * 4 / 3)
 }
 
 /// Whether a row of [`CANDIDATE`] passes everything but time and state.

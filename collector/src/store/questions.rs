@@ -15,8 +15,9 @@ const NAMED_ATTEMPTS: u32 = 50;
 /// How many failed members the status of a batch names.
 const NAMED_FAILURES: u32 = 10;
 
-const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, error, reason, attempt, \
-     redelivered, worker, started_at, finished_at";
+/// Texts are cut: reports of other senders may hold megabytes of them, and an answer must fit into a message.
+const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, SUBSTR(error, 1, 4000), \
+     reason, attempt, redelivered, SUBSTR(worker, 1, 255), started_at, finished_at";
 
 pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, StoreError> {
     if let Some(result) = result(connection, id)? {
@@ -67,7 +68,9 @@ pub(super) fn batch_status(
          WHERE batch = ?1 AND status <> 'succeeded' ORDER BY rowid DESC LIMIT ?2"
     ))?;
     let failures = select.query_map(params![id.as_str(), NAMED_FAILURES], result_row)?;
-    let failures = failures.collect::<Result<_, _>>()?;
+    let mut failures = failures.collect::<Result<Vec<_>, _>>()?;
+    // Only a foreign worker reports an output of a task that failed.
+    failures.iter_mut().for_each(|failure| failure.output = None);
     Ok(Some(BatchStatus { summary: batch.summary(), failures }))
 }
 
@@ -168,7 +171,8 @@ fn latest_attempts(
     limit: u32,
 ) -> Result<Vec<(RetryNote, Timestamp)>, StoreError> {
     let mut select = connection.prepare_cached(
-        "SELECT task, name, batch, attempt, error, next_at, worker, at, stored_at \
+        "SELECT task, name, batch, attempt, SUBSTR(error, 1, 4000), next_at, \
+         SUBSTR(worker, 1, 255), at, stored_at \
          FROM attempts WHERE task = ?1 ORDER BY attempt DESC LIMIT ?2",
     )?;
     let notes = select.query_map(params![id.as_str(), limit], |row| {

@@ -9,6 +9,9 @@ use super::BrokerError;
 use crate::wire::{HeaderName, HeaderValue, Message, Properties};
 
 const PERSISTENT: u8 = 2;
+/// RabbitMQ replaces this `reply_to` by an address of the publishing channel, and closes the channel if it
+/// does not consume from there, as ours never do. A bundle may name it inside, where RabbitMQ does not look.
+const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 
 pub(super) fn short(text: &str) -> Result<ShortString, BrokerError> {
     // The infallible conversion panics above 255 bytes.
@@ -29,10 +32,12 @@ pub(super) fn to_properties(message: &Message) -> Result<BasicProperties, Broker
         kind => with_type,
         message_id => with_message_id,
         correlation_id => with_correlation_id,
-        reply_to => with_reply_to,
         app_id => with_app_id,
         expiration => with_expiration
     );
+    if let Some(queue) = from.reply_to.as_deref().filter(|queue| *queue != DIRECT_REPLY_TO) {
+        to = to.with_reply_to(short(queue)?);
+    }
     if let Some(seconds) = from.timestamp {
         to = to.with_timestamp(seconds);
     }
@@ -78,6 +83,7 @@ pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message 
         timestamp: *from.timestamp(),
         priority: *from.priority(),
         expiration: text(from.expiration()),
+        user_id: text(from.user_id()),
     };
     let mut headers = vec![];
     if let Some(table) = from.headers() {

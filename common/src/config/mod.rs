@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 use crate::bundling::Limits;
 use crate::names::{Namespace, QueueName, TaskName};
+use crate::reply_gate::{QueuePattern, ReplyGate, ReplyRule};
 use crate::topology::Topology;
 use crate::wire::Codec;
 
@@ -114,6 +115,13 @@ pub struct WorkerConfig {
     pub faults: bool,
     /// Whether `garenne.*`, `text.*` and `file.*` are served.
     pub builtins: bool,
+    /// The directory whose files the built-in tasks may read; without one they read none.
+    pub file_root: Option<PathBuf>,
+    /// The most bytes that the body of a task may have; larger ones are refused unread.
+    pub max_body: usize,
+    /// Queues that replies may go to, besides the reply queues of the namespace and those named by the
+    /// server. Collectors heed it too.
+    pub reply_queues: Vec<QueuePattern>,
     /// Command tasks by name.
     pub commands: BTreeMap<TaskName, CommandConfig>,
     /// The ledger of `garenne verify`, whose tasks are served if it is set.
@@ -239,6 +247,11 @@ impl Config {
                 .map_or_else(|_| "host".into(), |host| host.to_string_lossy().into_owned())
         };
         name.map_or_else(|| format!("{}:{}", host(), std::process::id()), str::to_owned)
+    }
+
+    /// What decides whether a reply may go to the queue that a message names.
+    pub fn reply_gate(&self) -> ReplyGate {
+        ReplyGate::new(ReplyRule::new(&self.broker.namespace, &self.worker.reply_queues))
     }
 
     /// The defaults with this broker URL and namespace: for tests, examples and embedding.

@@ -15,9 +15,10 @@ use super::{
 };
 use crate::bundling::Limits;
 use crate::names::{Namespace, QueueName, TaskName};
+use crate::reply_gate::QueuePattern;
 use crate::topology::MAX_DELAY;
-use crate::wire::Codec;
 use crate::wire::bundle::MAX_TASKS;
+use crate::wire::{Codec, MAX_BODY_BYTES, heartbeat};
 
 /// The value of the keys as written, with their defaults.
 #[derive(Debug, Default, Deserialize)]
@@ -111,6 +112,9 @@ struct RawWorker {
     max_task_age: Duration,
     faults: bool,
     builtins: bool,
+    file_root: Option<PathBuf>,
+    max_body: usize,
+    reply_queues: Vec<String>,
     commands: BTreeMap<String, RawCommand>,
     verify_ledger: Option<String>,
 }
@@ -135,6 +139,9 @@ impl Default for RawWorker {
             max_task_age: Duration::from_hours(7 * 24),
             faults: false,
             builtins: true,
+            file_root: None,
+            max_body: 1024 * 1024,
+            reply_queues: vec![],
             commands: BTreeMap::new(),
             verify_ledger: None,
         }
@@ -227,6 +234,7 @@ impl RawConfig {
             .separator("__")
             .list_separator(",")
             .with_list_parse_key("worker.queues")
+            .with_list_parse_key("worker.reply_queues")
             .try_parsing(true);
         let mut builder = config::Config::builder().add_source(all).add_source(layer(environment)?);
         for (key, value) in &sources.overrides {
@@ -372,7 +380,7 @@ impl RawWorker {
         let slots = self.slots.unwrap_or_else(default_slots);
         let fine = (1..=10_000).contains(&slots);
         problems.ensure(fine, "worker.slots: must be between 1 and 10000");
-        let fine = (Duration::from_millis(100)..=Duration::from_mins(1)).contains(&self.heartbeat);
+        let fine = (heartbeat::SHORTEST..=heartbeat::LONGEST).contains(&self.heartbeat);
         problems.ensure(fine, "worker.heartbeat: must be between 100ms and 1m");
         let lookahead = self.lookahead.unwrap_or(slots);
         problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
@@ -383,6 +391,12 @@ impl RawWorker {
         problems.ensure(self.max_attempts >= 1, "worker.max_attempts: must be at least 1");
         let fine = self.min_retry_delay <= MAX_DELAY;
         problems.ensure(fine, "worker.min_retry_delay: must be at most 38 days");
+        let file_root = self.file_root.filter(|root| !root.as_os_str().is_empty());
+        let fine = file_root.as_ref().is_none_or(|root| root.is_absolute());
+        problems.ensure(fine, "worker.file_root: must be an absolute path");
+        let fine = (1024..=MAX_BODY_BYTES).contains(&self.max_body);
+        problems.ensure(fine, "worker.max_body: must be between 1024 and 16777216 bytes");
+        let reply_queues = reply_queues(&self.reply_queues, problems);
         let mut commands = BTreeMap::new();
         for (name, command) in self.commands {
             let key = format!("worker.commands.{name:?}");
@@ -410,10 +424,26 @@ impl RawWorker {
             max_task_age: self.max_task_age,
             faults: self.faults,
             builtins: self.builtins,
+            file_root,
+            max_body: self.max_body,
+            reply_queues,
             commands,
             verify_ledger: self.verify_ledger,
         }
     }
+}
+
+fn reply_queues(patterns: &[String], problems: &mut Problems) -> Vec<QueuePattern> {
+    let patterns =
+        patterns.iter().map(|pattern| pattern.trim()).filter(|pattern| !pattern.is_empty());
+    let mut parsed = vec![];
+    for pattern in patterns.map(QueuePattern::parse) {
+        match pattern {
+            Ok(pattern) => parsed.push(pattern),
+            Err(error) => problems.0.push(format!("worker.reply_queues: {error}")),
+        }
+    }
+    parsed
 }
 
 /// Tasks mostly wait (for disks, for other services), so a few per core keep the cores busy.

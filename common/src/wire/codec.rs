@@ -8,7 +8,8 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::MAX_BODY_BYTES;
+use super::depth::{is_too_deep, showable};
+use super::{MAX_BODY_BYTES, MAX_DEPTH};
 use crate::printable::neutral;
 
 /// How a payload is encoded.
@@ -80,8 +81,13 @@ impl Payload {
 
     /// The value for people: the JSON itself, or a note of what cannot be shown.
     pub fn to_json_value(&self) -> serde_json::Value {
-        let shown = self.as_json().and_then(|text| serde_json::from_str(text).ok());
-        shown.unwrap_or_else(|| serde_json::json!({ "bincode_bytes": self.bytes.len() }))
+        let bytes = self.bytes.len();
+        match self.codec {
+            Codec::Json => showable(&self.bytes).unwrap_or_else(
+                || serde_json::json!({ "json_bytes": bytes, "nested_deeper_than": MAX_DEPTH }),
+            ),
+            Codec::Bincode => serde_json::json!({ "bincode_bytes": bytes }),
+        }
     }
 }
 
@@ -93,6 +99,8 @@ impl Serialize for Payload {
         }
         let raw: Option<&serde_json::value::RawValue> =
             self.as_json().and_then(|text| serde_json::from_str(text).ok());
+        // An answer wraps the value in more levels, and a reader that gives up loses all of it.
+        let raw = raw.filter(|_| !is_too_deep(&self.bytes));
         match raw {
             Some(raw) => raw.serialize(to),
             None => self.to_json_value().serialize(to),

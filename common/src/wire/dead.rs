@@ -163,10 +163,10 @@ impl DeadLetter {
         })
     }
 
-    /// The batch that its sender meant, if that can be read.
+    /// The batch that its sender meant, if that can be read and its sender may add members to it.
     pub fn batch(&self) -> Option<BatchId> {
         let batch: Result<Option<&str>, Malformed> = text(&self.message, headers::BATCH);
-        batch.ok().flatten().and_then(|id| BatchId::new(id).ok())
+        batch.ok().flatten().and_then(|id| BatchId::new(id).ok()?.membership())
     }
 }
 

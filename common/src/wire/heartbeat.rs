@@ -16,6 +16,10 @@ use crate::timestamp::Timestamp;
 /// AMQP's `type` of a heartbeat.
 pub const HEARTBEAT_KIND: &str = "garenne.heartbeat";
 const VERSION: u32 = 1;
+/// The shortest and the longest period that a worker may be configured with.
+pub const SHORTEST: Duration = Duration::from_millis(100);
+/// See [`SHORTEST`].
+pub const LONGEST: Duration = Duration::from_mins(1);
 /// A worker that knows thousands of tasks still fits.
 const MAX_HEARTBEAT_BYTES: usize = 1024 * 1024;
 
@@ -61,9 +65,11 @@ struct Version {
 }
 
 impl Heartbeat {
-    /// How long after it a worker still counts as alive: three more could have come.
+    /// How long after it a worker still counts as alive: three more could have come. A period that
+    /// `worker.heartbeat` does not allow is cut to one that it does.
     pub fn holds_for(&self) -> Duration {
-        Duration::from_millis(u64::from(self.every_ms)) * 3 + Duration::from_secs(1)
+        let every = Duration::from_millis(u64::from(self.every_ms)).clamp(SHORTEST, LONGEST);
+        every * 3 + Duration::from_secs(1)
     }
 
     /// Writes it.

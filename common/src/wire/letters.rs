@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::codec::Codec;
+use super::headers;
 use super::message::{HeaderValue, Message, Properties};
 use crate::names::{BatchId, QueueName, TaskId};
 use crate::outcome::DeadReason;
@@ -121,7 +122,8 @@ pub struct DeadSummary {
     pub at: Timestamp,
     /// Size of the body in bytes.
     pub body_bytes: u64,
-    /// The body as JSON where it is JSON.
+    /// The body as JSON where it is JSON, small enough, and nested at most
+    /// [`MAX_DEPTH`](super::MAX_DEPTH) levels deep: one letter must not make a whole page unreadable.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub args: Option<serde_json::Value>,
     /// The batch that its sender meant.
@@ -155,7 +157,7 @@ fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// A message as JSON: what it was, to the byte.
+/// A message as JSON: what it was, to the byte, but for the key of its batch.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LetterMessage {
@@ -179,7 +181,7 @@ impl LetterMessage {
             headers: message
                 .headers
                 .iter()
-                .map(|(name, value)| (name.to_string(), json(value)))
+                .map(|(name, value)| (name.to_string(), shown(name, value)))
                 .collect(),
             ..Self::default()
         }
@@ -198,6 +200,7 @@ fn properties(properties: &Properties) -> serde_json::Map<String, serde_json::Va
         timestamp,
         priority,
         expiration,
+        user_id,
     } = properties.clone();
     let all = [
         ("type", kind.map(Into::into)),
@@ -210,9 +213,24 @@ fn properties(properties: &Properties) -> serde_json::Map<String, serde_json::Va
         ("timestamp", timestamp.map(Into::into)),
         ("priority", priority.map(Into::into)),
         ("expiration", expiration.map(Into::into)),
+        ("user_id", user_id.map(Into::into)),
     ];
     let present = all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?)));
     present.collect()
+}
+
+/// The key of a batch is not to be seen by those who may look at dead letters.
+fn shown(name: &str, value: &HeaderValue) -> serde_json::Value {
+    match value {
+        HeaderValue::Text(batch) if name == headers::BATCH => match BatchId::new(batch) {
+            Ok(batch) => batch.public().as_str().into(),
+            Err(_) => json(value),
+        },
+        HeaderValue::Text(_)
+        | HeaderValue::Int(_)
+        | HeaderValue::Float(_)
+        | HeaderValue::Bool(_) => json(value),
+    }
 }
 
 /// JSON has no infinities; they become text.

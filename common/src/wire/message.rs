@@ -39,6 +39,10 @@ pub struct Properties {
     pub priority: Option<u8>,
     /// Milliseconds that the message may wait in a queue, as text.
     pub expiration: Option<String>,
+    /// The user of RabbitMQ that published it: whoever sets it has had it checked by the broker. Never
+    /// published again from here, since it must be the publisher's own.
+    #[serde(skip)]
+    pub user_id: Option<String>,
 }
 
 /// The name of a header; ours are constants, foreign ones are owned.

@@ -9,6 +9,7 @@ pub mod codec;
 pub mod control;
 pub mod crash;
 pub mod dead;
+pub mod depth;
 pub mod frames;
 mod headers;
 pub mod heartbeat;
@@ -25,6 +26,7 @@ pub use codec::{Codec, CodecError, Payload};
 pub use control::{CancelIntent, CancelTarget, Control};
 pub use crash::CrashRecord;
 pub use dead::DeadLetter;
+pub use depth::MAX_DEPTH;
 pub use heartbeat::Heartbeat;
 pub use lease::{Fence, Lease, LeaseChange, LeaseNote};
 pub use letters::{

@@ -125,9 +125,12 @@ pub fn encode_reply(result: &TaskResult, correlation_id: Option<&str>, app_id: &
         timestamp: Some(result.finished_at.as_millis() / 1000),
         ..Properties::default()
     };
+    // Whoever reads it is to know the batch by its id; its key is none of their business.
+    let public = result.batch.as_ref().map(|batch| batch.public().into_owned());
+    let result = TaskResult { batch: public, ..result.clone() };
     // Every field is text, a number or checked JSON, so this cannot fail; an empty object would still
     // be a reply.
-    let body = serde_json::to_vec(result).unwrap_or_else(|_| b"{}".to_vec());
+    let body = serde_json::to_vec(&result).unwrap_or_else(|_| b"{}".to_vec());
     Message { properties, headers: vec![], body: body.into() }
 }
 

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::codec::{Codec, Payload};
+use super::depth::is_too_deep;
 use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
-use super::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed, lease};
+use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed, lease};
 use crate::guards::Guard;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::printable::is_printable;
@@ -212,14 +213,21 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
     Ok(args)
 }
 
-/// Whether arguments that say they are JSON are JSON. Checked once, before they are used, so that a
+/// Whether arguments that say they are JSON are JSON, and not nested too deeply. Checked once, before they are used, so that a
 /// broken body is the sender's fault and no handler's.
 pub fn check_args(args: &Payload) -> Result<(), Malformed> {
     match args.codec {
         Codec::Bincode => Ok(()),
-        Codec::Json => serde_json::from_slice::<&serde_json::value::RawValue>(&args.bytes)
-            .map(drop)
-            .map_err(|error| Malformed::new(format_args!("the body is not JSON: {error}"))),
+        Codec::Json => {
+            serde_json::from_slice::<&serde_json::value::RawValue>(&args.bytes)
+                .map_err(|error| Malformed::new(format_args!("the body is not JSON: {error}")))?;
+            if is_too_deep(&args.bytes) {
+                return Err(Malformed::new(format_args!(
+                    "the body is nested more than {MAX_DEPTH} levels deep"
+                )));
+            }
+            Ok(())
+        }
     }
 }
 

@@ -122,6 +122,7 @@ fn counts(summary: &BatchSummary, paint: Paint) -> String {
     facts(&[
         ("batch", Some(summary.batch.to_string())),
         ("state", Some(state)),
+        ("members", Some(members(&summary.batch).to_owned())),
         ("tasks", Some(total)),
         ("succeeded", Some(summary.succeeded.to_string())),
         ("failed", Some(if summary.failed > 0 { paint.red(&failed) } else { failed })),
@@ -129,6 +130,15 @@ fn counts(summary: &BatchSummary, paint: Paint) -> String {
         ("opened", Some(summary.opened_at.to_string())),
         ("ended", took),
     ])
+}
+
+/// Who can add to the counts of a batch.
+fn members(batch: &BatchId) -> &'static str {
+    if batch.has_key() {
+        "those of its producer, who has the key"
+    } else {
+        "open to anyone who knows the id"
+    }
 }
 
 fn failures(results: &[TaskResult], paint: Paint) -> String {

@@ -89,6 +89,13 @@ impl Amqp {
         self.events((self.topology.notices_exchange(), "#".to_owned())).await
     }
 
+    /// A reply queue of its own, and what arrives there.
+    pub(crate) async fn reply_queue(&self) -> Tap {
+        let topology = self.topology.clone();
+        let name = Box::new(move || topology.reply_queue("tests"));
+        self.tap_of(QueueSource::Exclusive { name, bindings: vec![] }).await
+    }
+
     /// Takes heartbeats from now on.
     pub(crate) async fn heartbeats(&self) -> Tap {
         self.events((self.topology.heartbeats(), String::new())).await
@@ -129,6 +136,11 @@ impl Amqp {
 }
 
 impl Tap {
+    /// The queue.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The next message, settled.
     pub(crate) async fn next(&mut self) -> Message {
         let what = format!("a message arrives in {}", self.name);

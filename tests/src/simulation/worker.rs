@@ -7,7 +7,7 @@ use std::sync::Arc;
 use garenne_common::broker::Outgoing;
 use garenne_common::wire::lease::next_fence;
 use garenne_common::wire::{Fence, HeaderValue, Message};
-use garenne_common::{QueueName, TaskId, TaskMessage, TaskName, Timestamp};
+use garenne_common::{QueueName, ReplyGate, ReplyRule, TaskId, TaskMessage, TaskName, Timestamp};
 use garenne_worker::protocol::{
     Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Key, Lane, Outbound,
     SettleCore, Settlement, Signature, Subject, Successor, Ticket, admit,
@@ -76,7 +76,13 @@ impl Worker {
         let lanes = Arc::new(names.into_iter().map(Lane::new).collect::<Vec<_>>());
         let inflight = Arc::<Inflight>::default();
         let topology = (*env.topology).clone();
-        let signature = Signature { topology, worker: Arc::from(name.as_str()) };
+        let replies = ReplyGate::new(ReplyRule::new(topology.namespace(), &[]));
+        let signature = Signature {
+            topology,
+            max_body: 1024 * 1024,
+            replies,
+            worker: Arc::from(name.as_str()),
+        };
         let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);
         Self {
             name,

@@ -12,8 +12,8 @@ use garenne_common::wire::{
     self, DeadLetter, Fence, Lease, LeaseChange, LeaseNote, Message, Report, RetryNote,
 };
 use garenne_common::{
-    DeadReason, Payload, QueueName, ReplyFormat, ReplyTo, Status, TaskMessage, TaskResult,
-    Timestamp,
+    DeadReason, Payload, QueueName, ReplyFormat, ReplyGate, ReplyTo, Status, TaskMessage,
+    TaskResult, Timestamp,
 };
 
 use super::carrier::Carrier;
@@ -68,6 +68,10 @@ pub struct Arrival<'a> {
 pub struct Signature {
     /// Where successors go.
     pub topology: Topology,
+    /// The most bytes that the body of a task may have.
+    pub max_body: usize,
+    /// Which queues take replies.
+    pub replies: ReplyGate,
     /// The worker's name.
     pub worker: Arc<str>,
 }
@@ -357,18 +361,9 @@ impl Signature {
         }
     }
 
-    /// Whoever wants to hear of a task, unless it names a queue where a reply would be taken for a task.
+    /// Where a reply goes, unless the task names a queue that takes none.
     fn reply(&self, to: Option<ReplyTo>) -> Option<ReplyTo> {
-        to.filter(|to| {
-            let takes = self.topology.takes_replies(&to.queue);
-            if !takes {
-                tracing::warn!(
-                    queue = &*to.queue,
-                    "a reply_to names a queue that takes no replies"
-                );
-            }
-            takes
-        })
+        to.filter(|to| self.replies.admits(&to.queue))
     }
 
     fn letter(

@@ -1,5 +1,6 @@
 //! `garenne dead show`: all the evidence there is of one letter, and what to do about it.
 
+use garenne_common::wire::depth::is_too_deep;
 use garenne_common::wire::{Answer, DeadSummary, LetterMessage, LetterState, Question, RetryNote};
 use garenne_common::{DeadReason, TaskId};
 use serde::Serialize;
@@ -95,8 +96,14 @@ fn body(letter: &DeadSummary) -> String {
     let args = letter.args.as_ref().and_then(|args| serde_json::to_string_pretty(args).ok());
     args.unwrap_or_else(|| {
         let bytes = letter.body_bytes;
-        let kind = if letter.is_bincode() { "bincode" } else { "not JSON" };
         let text = letter.message.as_ref().and_then(|message| message.body_text.as_deref());
+        let kind = if letter.is_bincode() {
+            "bincode"
+        } else if text.is_some_and(|text| is_too_deep(text.as_bytes())) {
+            "nested too deeply to be shown as JSON"
+        } else {
+            "not JSON"
+        };
         let start: String = text.unwrap_or_default().chars().take(SHOWN_BODY).collect();
         let start: String =
             start.chars().map(|c| if c.is_control() && c != '\n' { '·' } else { c }).collect();

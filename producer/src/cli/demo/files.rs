@@ -27,6 +27,8 @@ impl Tree {
     /// The tree below `dir`, or the first candidate with enough files; at most `limit` files.
     pub(super) fn choose(dir: Option<&Path>, limit: usize) -> Result<Self, CliError> {
         if let Some(dir) = dir {
+            // Workers take absolute paths only as the root of files.
+            let dir = &dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
             let tree = Self::read(dir, limit);
             let help = "name a directory with readable files: --dir DIR";
             return if tree.files.is_empty() {

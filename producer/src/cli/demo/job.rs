@@ -31,6 +31,7 @@ pub(super) async fn show(stage: &mut Stage<'_>) -> Result<Exit, CliError> {
         HumanCount(count),
         DecimalBytes(tree.bytes)
     ))?;
+    stage.cluster.set("GARENNE__WORKER__FILE_ROOT", root.clone());
     stage.cluster.start_workers(&nodes(SLOTS, LOOKAHEAD)).await?;
     let (summary, progress) = work(stage, tree).await?;
     let paint = Paint::for_stdout();

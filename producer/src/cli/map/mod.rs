@@ -29,7 +29,7 @@ use pump::{Halt, Pump};
 const EXAMPLES: &str = "\
 Examples:
   garenne map text.count_words --arg text < lines.txt
-  find /usr -type f | garenne map file.sha256 --arg path > digests.jsonl
+  find /srv/data -type f | garenne map file.sha256 --arg path > digests.jsonl   (workers with --file-root /srv/data)
   garenne map job.run jobs.jsonl --retries 5 --timeout 2m --failures-only
   id=$(garenne map job.run jobs.jsonl --detach) && garenne batch wait \"$id\"
 

@@ -2,7 +2,8 @@
 
 use garenne_common::broker::DeliveryTag;
 use garenne_common::{
-    BatchId, Codec, Namespace, Payload, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp,
+    BatchId, Codec, Namespace, Payload, QueueName, ReplyGate, ReplyRule, Status, TaskId, TaskName,
+    TaskResult, Timestamp,
 };
 
 use super::super::bundle::MAX_REPORTS;
@@ -20,7 +21,9 @@ struct Desk {
 impl Desk {
     fn new() -> Self {
         let topology = Topology::new(Namespace::new("g").unwrap());
-        let signature = Signature { topology, worker: Arc::from("w") };
+        let replies = ReplyGate::new(ReplyRule::new(topology.namespace(), &[]));
+        let signature =
+            Signature { topology, max_body: 1024 * 1024, replies, worker: Arc::from("w") };
         let lanes = Arc::new(vec![Lane::new(QueueName::default())]);
         let inflight = Arc::<Inflight>::default();
         let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);
