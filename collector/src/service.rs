@@ -103,8 +103,7 @@ impl Collector {
         copies: Option<mpsc::Sender<Notice>>,
     ) {
         let topology = config.broker.topology();
-        let (outbox_filled, resends_filled) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let cancelled = Arc::new(Notify::new());
+        let [outbox_filled, resends_filled, cancelled] = [(); 3].map(|()| Arc::new(Notify::new()));
         let gate = config.reply_gate();
         let (replies, outgoing) = Replies::channel(gate.clone());
         // One parcel may wait: the next group gathers while one commits.

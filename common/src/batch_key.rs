@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn ids_of_other_clients_are_open() {
-        for text in ["b-1", "key-", "key-xyz", "bk1-00", &BatchId::generate().to_string()] {
+        for text in ["b-1", "key-", "key-xyz", "bk1-00", BatchId::generate().as_ref()] {
             let id = BatchId::new(text).unwrap();
             assert_eq!((id.membership(), id.has_key()), (Some(id.clone()), false));
             assert_eq!(*id.public(), id);

@@ -136,29 +136,18 @@ impl Worker {
         let cancels = Arc::new(Cancels::new(Arc::clone(&register)));
         let aides = Aides::new(&config, &identity, publish);
         aides.listen(&config, &consume, &cancels).await;
-        let consumer = |queue| Consumer::start(consume.clone(), spec(&config, queue, &identity));
-        let consumers: Vec<Consumer> = worker.queues.iter().map(consumer).collect();
-        for consumer in &consumers {
-            consumer.ready().await?;
-        }
+        let consumers = consume_all(&config, &consume, &identity).await?;
         // It declares what the consumers do not; a conflict there is a person's to mend as well.
         publisher.ready().await?;
-        let lanes = worker.queues.iter().cloned().map(Lane::new);
-        let lanes = Arc::new(lanes.collect::<Vec<_>>());
+        let lanes = Arc::new(worker.queues.iter().cloned().map(Lane::new).collect::<Vec<_>>());
         let (settle, inbox) = mpsc::channel(1024);
-        let (inflight, signature) = (
-            Arc::<Inflight>::default(),
-            Signature {
-                topology,
-                max_body: worker.max_body,
-                replies: config.reply_gate(),
-                worker: Arc::from(identity.as_str()),
-            },
-        );
-        let signature = Arc::new(signature);
+        let inflight = Arc::<Inflight>::default();
+        let (max_body, replies) = (worker.max_body, config.reply_gate());
+        let signed = Arc::from(identity.as_str());
+        let signature = Arc::new(Signature { topology, max_body, replies, worker: signed });
         let settlers: Vec<_> = consumers.iter().map(Consumer::settler).collect();
-        let (stop, abort, tasks) =
-            (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
+        let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+        let tasks = TaskTracker::new();
         let isolation = isolating.then(|| Isolation::new(worker.slots));
         if let Some(isolation) = &isolation {
             tasks.spawn(Arc::clone(isolation).sweep(abort.clone()));
@@ -229,6 +218,20 @@ impl Worker {
             grace,
         })
     }
+}
+
+/// A consumer for each queue, in their order, all of them registered at the broker.
+async fn consume_all(
+    config: &Config,
+    link: &Link,
+    identity: &str,
+) -> Result<Vec<Consumer>, WorkerError> {
+    let consumer = |queue| Consumer::start(link.clone(), spec(config, queue, identity));
+    let consumers: Vec<Consumer> = config.worker.queues.iter().map(consumer).collect();
+    for consumer in &consumers {
+        consumer.ready().await?;
+    }
+    Ok(consumers)
 }
 
 fn say_start(config: &Config, worker: &str, queues: &str, names: &[TaskName]) {

@@ -70,7 +70,9 @@ pub(super) fn batch_status(
     let failures = select.query_map(params![id.as_str(), NAMED_FAILURES], result_row)?;
     let mut failures = failures.collect::<Result<Vec<_>, _>>()?;
     // Only a foreign worker reports an output of a task that failed.
-    failures.iter_mut().for_each(|failure| failure.output = None);
+    for failure in &mut failures {
+        failure.output = None;
+    }
     Ok(Some(BatchStatus { summary: batch.summary(), failures }))
 }
 

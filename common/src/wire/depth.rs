@@ -1,4 +1,4 @@
-//! How deeply JSON is nested. serde_json reads 128 levels, and whatever shows a stored value wraps it in
+//! How deeply JSON is nested. `serde_json` reads 128 levels, and whatever shows a stored value wraps it in
 //! some more, so arguments and outputs are held well below that.
 
 use serde_json::value::RawValue;

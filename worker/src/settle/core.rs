@@ -35,7 +35,7 @@ const MAX_UNDER_WAY: usize = 8_192;
 const MAX_OUTBOUND: usize = 256;
 
 /// One thing to do at once, without waiting. The order of actions is part of what they mean.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub enum Action {
     /// Acknowledge.
     Acknowledge {
