@@ -110,10 +110,12 @@ fn pure_modules_stay_pure() {
     none(&impure, "What a task is and how it travels does no IO and knows no runtime. But:");
 }
 
-/// A test that sleeps assumes how quick the machine is. Soak runs and the cluster are about durations.
+/// A test that sleeps assumes how quick the machine is. Soak runs and the cluster are about durations, and
+/// random configurations are looked at as they go on.
 #[test]
 fn tests_wait_for_states_and_never_for_durations() {
-    let exempt = ["harness/eventually.rs", "soak", "cluster.rs", "tidy.rs"];
+    let exempt =
+        ["harness/eventually.rs", "random_configurations", "soak", "cluster.rs", "tidy.rs"];
     let tests = files("tests/src", ".rs").into_iter().filter(|path| {
         !exempt.iter().any(|part| path.starts_with(Path::new("tests/src").join(part)))
     });
