@@ -54,7 +54,8 @@ impl Desk {
     fn with_room(&mut self, mut actions: Vec<Action>) -> Vec<Step> {
         self.core.flush(&mut actions);
         let mut steps: Vec<_> = actions.into_iter().map(Step::Do).collect();
-        steps.extend(std::iter::from_fn(|| self.core.room()).map(Step::Send));
+        let outbound = std::iter::from_fn(|| self.core.room()).map(Box::new);
+        steps.extend(outbound.map(Step::Send));
         steps
     }
 
@@ -69,7 +70,7 @@ impl Desk {
 #[derive(Debug)]
 enum Step {
     Do(Action),
-    Send(Outbound),
+    Send(Box<Outbound>),
 }
 
 fn key(id: &str) -> Key {
@@ -103,11 +104,10 @@ fn message() -> Successor {
 /// The ticket of the only step, which publishes to this exchange.
 #[track_caller]
 fn published(steps: &[Step], to: &str) -> Ticket {
-    match steps {
-        [Step::Send(Outbound::Successor { ticket, outgoing })] if outgoing.exchange == to => {
-            *ticket
-        }
-        other => panic!("not one publish to {to}: {other:?}"),
+    let [Step::Send(outbound)] = steps else { panic!("not one publish to {to}: {steps:?}") };
+    match &**outbound {
+        Outbound::Successor { ticket, outgoing } if outgoing.exchange == to => *ticket,
+        other => panic!("not a publish to {to}: {other:?}"),
     }
 }
 
@@ -186,11 +186,15 @@ fn large_results_that_end_together_go_in_bundles_that_fit_into_a_message() {
     assert!(!desk.core.has_room());
     let mut acknowledged = 0;
     while !actions.is_empty() {
-        let published = actions.iter().filter_map(|step| match step {
-            Step::Send(Outbound::Successor { ticket, outgoing }) => {
+        let sent = actions.iter().filter_map(|step| match step {
+            Step::Send(outbound) => Some(&**outbound),
+            Step::Do(_) => None,
+        });
+        let published = sent.filter_map(|outbound| match outbound {
+            Outbound::Successor { ticket, outgoing } => {
                 Some((*ticket, outgoing.message.body.len()))
             }
-            Step::Send(Outbound::Reply(_)) | Step::Do(_) => None,
+            Outbound::Reply(_) => None,
         });
         let published: Vec<_> = published.collect();
         acknowledged = acked(&actions).last().map_or(acknowledged, |(number, _)| *number);
