@@ -202,7 +202,7 @@ fn why(reason: Option<String>, asked: &Message) -> String {
 #[derive(Clone)]
 pub(crate) struct Replies {
     outgoing: mpsc::Sender<Outgoing>,
-    gate: ReplyGate,
+    pub(crate) gate: ReplyGate,
 }
 
 impl Replies {

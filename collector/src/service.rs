@@ -104,8 +104,7 @@ impl Collector {
     ) {
         let topology = config.broker.topology();
         let [outbox_filled, resends_filled, cancelled] = [(); 3].map(|()| Arc::new(Notify::new()));
-        let gate = config.reply_gate();
-        let (replies, outgoing) = Replies::channel(gate.clone());
+        let (replies, outgoing) = Replies::channel(config.reply_gate());
         // One parcel may wait: the next group gathers while one commits.
         let (to_committer, parcels) = mpsc::channel(1);
         let reading = sources.results.queue();
@@ -159,7 +158,7 @@ impl Collector {
             letters,
             questions,
             publisher: self.publisher.clone(),
-            gate,
+            gate: replies.gate.clone(),
             control: topology.control(),
             cancelled: Arc::clone(&cancelled),
             stop: self.stop_all.clone(),

@@ -158,6 +158,6 @@ async fn large_bodies_are_refused_before_they_are_parsed() {
     }
     assert_eq!(amqp.results().await.result().await.id.as_str(), "b-0");
     let peak = peak_of(worker.id());
-    // The bodies alone are 224 MiB; parsed they took 1.85 GB.
-    assert!(peak < 1_000, "{peak} MiB");
+    // The bodies alone are 224 MiB; parsed they take some 1,700.
+    assert!(peak < 800, "{peak} MiB");
 }

@@ -142,9 +142,7 @@ impl Worker {
         let lanes = Arc::new(worker.queues.iter().cloned().map(Lane::new).collect::<Vec<_>>());
         let (settle, inbox) = mpsc::channel(1024);
         let inflight = Arc::<Inflight>::default();
-        let (max_body, replies) = (worker.max_body, config.reply_gate());
-        let signed = Arc::from(identity.as_str());
-        let signature = Arc::new(Signature { topology, max_body, replies, worker: signed });
+        let signature = Arc::new(signature(&config, &identity));
         let settlers: Vec<_> = consumers.iter().map(Consumer::settler).collect();
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let tasks = TaskTracker::new();
@@ -232,6 +230,15 @@ async fn consume_all(
         consumer.ready().await?;
     }
     Ok(consumers)
+}
+
+fn signature(config: &Config, identity: &str) -> Signature {
+    Signature {
+        topology: config.broker.topology(),
+        max_body: config.worker.max_body,
+        replies: config.reply_gate(),
+        worker: Arc::from(identity),
+    }
 }
 
 fn say_start(config: &Config, worker: &str, queues: &str, names: &[TaskName]) {
