@@ -15,9 +15,12 @@ const NAMED_ATTEMPTS: u32 = 50;
 /// How many failed members the status of a batch names.
 const NAMED_FAILURES: u32 = 10;
 
-/// Texts are cut: reports of other senders may hold megabytes of them, and an answer must fit into a message.
-const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, SUBSTR(error, 1, 4000), \
-     reason, attempt, redelivered, SUBSTR(worker, 1, 255), started_at, finished_at";
+/// What is shown of an error, and of a worker's name.
+const ERROR_CHARS: usize = 4_000;
+const WORKER_CHARS: usize = 255;
+
+const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, error, \
+     reason, attempt, redelivered, worker, started_at, finished_at";
 
 pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, StoreError> {
     if let Some(result) = result(connection, id)? {
@@ -173,8 +176,8 @@ fn latest_attempts(
     limit: u32,
 ) -> Result<Vec<(RetryNote, Timestamp)>, StoreError> {
     let mut select = connection.prepare_cached(
-        "SELECT task, name, batch, attempt, SUBSTR(error, 1, 4000), next_at, \
-         SUBSTR(worker, 1, 255), at, stored_at \
+        "SELECT task, name, batch, attempt, error, next_at, \
+         worker, at, stored_at \
          FROM attempts WHERE task = ?1 ORDER BY attempt DESC LIMIT ?2",
     )?;
     let notes = select.query_map(params![id.as_str(), limit], |row| {
@@ -183,9 +186,9 @@ fn latest_attempts(
             name: parsed(row, 1, TaskName::new)?,
             batch: maybe_batch(row, 2)?,
             attempt: row.get(3)?,
-            error: row.get(4)?,
+            error: cut(row.get(4)?, ERROR_CHARS),
             next_at: time(row, 5)?,
-            worker: row.get(6)?,
+            worker: cut(row.get(6)?, WORKER_CHARS),
             at: time(row, 7)?,
         };
         Ok((note, time(row, 8)?))
@@ -197,6 +200,7 @@ fn latest_attempts(
 fn result_row(row: &Row<'_>) -> rusqlite::Result<TaskResult> {
     let codec = if row.get(5)? { Codec::Bincode } else { Codec::Json };
     let output: Option<Vec<u8>> = row.get(6)?;
+    let error: Option<String> = row.get(7)?;
     let given_up: Option<String> = row.get(8)?;
     let reason = given_up.map(|_| reason(row, 8)).transpose()?;
     Ok(TaskResult {
@@ -206,14 +210,22 @@ fn result_row(row: &Row<'_>) -> rusqlite::Result<TaskResult> {
         batch: maybe_batch(row, 3)?,
         status: status(row, 4)?,
         output: output.map(|bytes| Payload { codec, bytes: bytes.into() }),
-        error: row.get(7)?,
+        error: error.map(|error| cut(error, ERROR_CHARS)),
         reason,
         attempt: row.get(9)?,
         redelivered: row.get(10)?,
-        worker: row.get(11)?,
+        worker: cut(row.get(11)?, WORKER_CHARS).into(),
         started_at: time(row, 12)?,
         finished_at: time(row, 13)?,
     })
+}
+
+/// Reports of other senders may hold megabytes of text, and an answer must fit into a message.
+fn cut(mut text: String, most: usize) -> String {
+    if let Some((end, _)) = text.char_indices().nth(most) {
+        text.truncate(end);
+    }
+    text
 }
 
 fn maybe_batch(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<BatchId>> {
