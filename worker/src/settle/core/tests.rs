@@ -105,10 +105,11 @@ fn message() -> Successor {
 #[track_caller]
 fn published(steps: &[Step], to: &str) -> Ticket {
     let [Step::Send(outbound)] = steps else { panic!("not one publish to {to}: {steps:?}") };
-    match &**outbound {
-        Outbound::Successor { ticket, outgoing } if outgoing.exchange == to => *ticket,
-        other => panic!("not a publish to {to}: {other:?}"),
-    }
+    let Outbound::Successor { ticket, outgoing } = &**outbound else {
+        panic!("a reply: {outbound:?}")
+    };
+    assert_eq!(outgoing.exchange, to);
+    *ticket
 }
 
 /// Deliveries that are acknowledged, with `multiple`.
