@@ -5,9 +5,10 @@
 //! had passed before the first look: by then a seal that was sent in time has been read. The term of
 //! a lease is counted from its last renewal, but not from before an unbroken row of such looks. And
 //! while the broker takes no messages, nobody can seal or renew anything: such a look counts for none.
+//! A clock that jumps ahead ends no batch and no term ([`crate::clock`]).
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
 use garenne_common::broker::{Admin, Outgoing, Publisher};
@@ -17,6 +18,7 @@ use garenne_common::wire::Message;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Clock;
 use crate::pipeline::{Progress, RESULTS_PREFETCH};
 use crate::store::{Store, StoreError};
 
@@ -52,11 +54,12 @@ struct Drained {
 impl<S: Store> Deadlines<S> {
     pub(crate) async fn run(mut self) {
         let mut drained = None;
+        let mut clock = Clock::new(Timestamp::now(), Instant::now());
         let stop = self.stop.clone();
         loop {
             let look = async {
                 tokio::time::sleep(LOOK).await;
-                self.look(drained).await
+                self.look(drained, &mut clock).await
             };
             let looked = tokio::select! {
                 () = stop.cancelled() => return,
@@ -70,11 +73,24 @@ impl<S: Store> Deadlines<S> {
     }
 
     /// One look; the row of looks that it belongs to, if the queue was drained.
-    async fn look(&mut self, before: Option<Drained>) -> Result<Option<Drained>, StoreError> {
-        let now = Timestamp::now();
+    async fn look(
+        &mut self,
+        before: Option<Drained>,
+        clock: &mut Clock,
+    ) -> Result<Option<Drained>, StoreError> {
+        let (now, running) = (Timestamp::now(), Instant::now());
+        if let Some(jump) = clock.jumped(now, running) {
+            let minutes = jump.as_secs() / 60;
+            tracing::warn!(
+                "the clock jumped ahead by {minutes} minutes; no batch is abandoned for 24 hours, and the \
+                 terms of leases are counted anew"
+            );
+            return Ok(None);
+        }
         // Asked first: mostly nothing is due, and then the broker is left in peace.
         let (batches, leases) =
             (self.store.has_overdue_batches(now).await?, self.store.has_leases().await?);
+        let batches = batches && !clock.is_held(running);
         if !batches && !leases {
             return Ok(None);
         }

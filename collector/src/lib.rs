@@ -18,13 +18,16 @@
 pub mod aggregate;
 mod answers;
 pub mod batch;
+mod clock;
 mod deadlines;
 pub mod group;
+mod heartbeat;
 mod keeper;
 pub mod lease;
 mod letters;
 mod live;
 mod notices;
+mod peers;
 mod pipeline;
 mod relay;
 mod release;
@@ -33,6 +36,7 @@ mod retention;
 mod service;
 mod state;
 pub mod store;
+mod watchdog;
 
 pub use service::{Collector, StartError};
 pub use state::CollectorState;

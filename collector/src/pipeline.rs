@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use garenne_common::Timestamp;
 use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Settler};
 use garenne_common::guards::Guard;
-use tokio::sync::{Notify, mpsc};
+use garenne_common::{ProcessHealth, Timestamp};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -35,6 +35,9 @@ pub(crate) const UNROUTED_PREFETCH: u16 = 64;
 /// Pauses between attempts to commit one group.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// The problem of a collector whose groups are not stored.
+const STORE_FAILING: &str = "store_failing";
 
 /// A group and what acknowledges it.
 pub(crate) struct Parcel {
@@ -73,17 +76,23 @@ pub(crate) struct Progress {
     finished: AtomicU64,
     /// When the last group was committed, in milliseconds; 0 before the first.
     committed_at: AtomicU64,
+    /// Deliveries that were handed to the committing half and are not finished.
+    deliveries: AtomicU64,
+}
+
+/// What is received and not committed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Uncommitted {
+    pub(crate) groups: u64,
+    pub(crate) deliveries: u64,
+    /// How many groups were finished so far.
+    pub(crate) finished: u64,
 }
 
 impl Progress {
     /// What was delivered before a parcel and is not in it goes into one of the next so many: the
     /// prefetch holds no more.
     const BEHIND: u64 = 3;
-
-    fn finish(&self) {
-        self.committed_at.store(Timestamp::now().as_millis(), Ordering::Relaxed);
-        self.finished.fetch_add(1, Ordering::AcqRel);
-    }
 
     /// How many groups were begun, and how many are committed.
     pub(crate) fn groups(&self) -> (u64, u64) {
@@ -101,12 +110,34 @@ impl Progress {
         self.begun.load(Ordering::Acquire)
     }
 
+    /// What waits for its commit.
+    pub(crate) fn uncommitted(&self) -> Uncommitted {
+        // Finished first: a group that is finished meanwhile must not count as two.
+        let finished = self.finished.load(Ordering::Acquire);
+        let groups = self.mark().saturating_sub(finished);
+        Uncommitted { groups, deliveries: self.deliveries.load(Ordering::Acquire), finished }
+    }
+
+    fn handed_on(&self, deliveries: usize) {
+        self.deliveries.fetch_add(as_count(deliveries), Ordering::AcqRel);
+    }
+
+    fn finish(&self, deliveries: usize) {
+        self.committed_at.store(Timestamp::now().as_millis(), Ordering::Relaxed);
+        self.finished.fetch_add(1, Ordering::AcqRel);
+        self.deliveries.fetch_sub(as_count(deliveries), Ordering::AcqRel);
+    }
+
     /// Whether everything that was delivered when the mark was made is stored.
     pub(crate) fn has_passed(&self, mark: u64) -> bool {
         let finished = self.finished.load(Ordering::Acquire);
         // Nothing is under way; or so much was finished that what had arrived then is part of it.
         finished == self.mark() || finished >= mark + Self::BEHIND
     }
+}
+
+fn as_count(deliveries: usize) -> u64 {
+    u64::try_from(deliveries).unwrap_or(u64::MAX)
 }
 
 type Received = (Source, Settler, Delivery);
@@ -210,11 +241,15 @@ impl Intake {
             tokio::select! {
                 biased;
                 place = self.parcels.reserve() => {
+                    self.progress.handed_on(parcel.deliveries);
                     return place.map(|place| place.send(parcel)).is_ok();
                 }
                 received = self.sources.next(), if open => match received {
                     Some(received) => parcel.take(received, &self.by),
-                    None => return self.parcels.send(parcel).await.is_ok(),
+                    None => {
+                        self.progress.handed_on(parcel.deliveries);
+                        return self.parcels.send(parcel).await.is_ok();
+                    }
                 },
             }
         }
@@ -248,6 +283,9 @@ pub(crate) struct Committer<S> {
     pub(crate) replies: Replies,
     /// Wakes the relay of notices.
     pub(crate) outbox_filled: Arc<Notify>,
+    pub(crate) health: ProcessHealth,
+    /// Whether the results belong to another store.
+    pub(crate) standby: watch::Receiver<bool>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -265,6 +303,11 @@ impl<S: Store> Committer<S> {
 
     /// Commits a parcel's group and acknowledges its deliveries; `false` if it had to leave them.
     async fn finish(&self, parcel: Parcel, seen: &mut Seen) -> bool {
+        if *self.standby.borrow() {
+            // All of it is back in its queue already, and another store takes it.
+            self.progress.finish(parcel.deliveries);
+            return true;
+        }
         let group = Arc::new(parcel.group);
         if !Guard::CommitBeforeAck.holds() {
             for (_, settler, tag) in &parcel.newest {
@@ -272,7 +315,7 @@ impl<S: Store> Committer<S> {
             }
         }
         let Some(committed) = self.commit(&group).await else { return false };
-        self.progress.finish();
+        self.progress.finish(parcel.deliveries);
         for (_, settler, tag) in parcel.newest {
             if !settler.ack(tag, true) {
                 // The group comes again, and changes nothing then.
@@ -299,11 +342,15 @@ impl<S: Store> Committer<S> {
                 Ok(committed) => {
                     if pause > FIRST_PAUSE {
                         tracing::info!("storing again");
+                        self.health.clear(STORE_FAILING);
                     }
                     return Some(committed);
                 }
                 Err(StoreError::Closed) => return None,
-                Err(error) => tracing::error!(records = group.len(), "not stored: {error}"),
+                Err(error) => {
+                    tracing::error!(records = group.len(), "not stored: {error}");
+                    self.health.raise(STORE_FAILING, format!("results are not stored: {error}"));
+                }
             }
             tokio::select! {
                 () = self.stop.cancelled() => return None,

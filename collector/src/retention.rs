@@ -4,12 +4,15 @@
 //! longer than any message can stay on its way: the longest delay (38 days at most, by the topology),
 //! plus all retries, plus the longest outage. The default of 7 days suits tasks that are delayed by
 //! less than a few days.
+//!
+//! Age is told by the wall clock, so nothing is deleted while that cannot be believed ([`crate::clock`]).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Clock;
 use crate::store::Store;
 
 /// How often it looks for old records.
@@ -24,6 +27,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(crate) struct Retention<S> {
     pub(crate) store: S,
     pub(crate) keep: Duration,
+    /// When something was stored last before this process opened the store.
+    pub(crate) last_commit: Option<Timestamp>,
     pub(crate) stop: CancellationToken,
 }
 
@@ -37,8 +42,26 @@ impl<S: Store> Retention<S> {
     }
 
     async fn forget_forever(&self) {
+        let mut clock = Clock::new(Timestamp::now(), Instant::now());
+        if let Some(gap) = clock.opened(self.last_commit) {
+            let hours = gap.as_secs() / 3_600;
+            tracing::warn!(
+                "the last commit is {hours} hours old, or the clock is wrong; nothing is deleted for 24 hours"
+            );
+        }
         loop {
-            let forgotten = self.forget_all().await;
+            let (now, running) = (Timestamp::now(), Instant::now());
+            if let Some(jump) = clock.jumped(now, running) {
+                let minutes = jump.as_secs() / 60;
+                tracing::warn!(
+                    "the clock jumped ahead by {minutes} minutes; nothing is deleted for 24 hours"
+                );
+            }
+            if clock.is_held(running) {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            let forgotten = self.forget_all(now).await;
             if forgotten > 0 {
                 tracing::debug!(records = forgotten, "forgotten");
             }
@@ -46,8 +69,8 @@ impl<S: Store> Retention<S> {
         }
     }
 
-    async fn forget_all(&self) -> usize {
-        let now = Timestamp::now().as_millis();
+    async fn forget_all(&self, now: Timestamp) -> usize {
+        let now = now.as_millis();
         let keep = u64::try_from(self.keep.as_millis()).unwrap_or(u64::MAX);
         let before = Timestamp::from_millis(now.saturating_sub(keep));
         let mut all = 0;

@@ -3,23 +3,25 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use garenne_common::VERSION;
 use garenne_common::broker::{
-    Admin, BrokerError, Consumer, ConsumerSpec, Link, Publisher, QueueSource, Settler,
+    Admin, BrokerError, Consumer, ConsumerSpec, Link, Pauser, Publisher, QueueSource, Settler,
 };
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
 use garenne_common::wire::Notice;
-use tokio::sync::{Notify, mpsc};
+use garenne_common::{Problem, ProcessHealth, VERSION};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::aggregate::Rules;
 use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
 use crate::deadlines::Deadlines;
+use crate::heartbeat::{self, Beat};
 use crate::keeper::Keeper;
 use crate::letters::Letters;
 use crate::notices::{Copies, Notices};
+use crate::peers::Neighbours;
 use crate::pipeline::{
     Committer, DEAD_PREFETCH, Intake, Progress, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
 };
@@ -29,6 +31,7 @@ use crate::resends::Resends;
 use crate::retention::Retention;
 use crate::state::CollectorState;
 use crate::store::{SqliteStore, StoreError};
+use crate::watchdog::Watchdog;
 
 /// How long a stopping collector waits for the broker's last confirms.
 const CLOSING: Duration = Duration::from_secs(2);
@@ -40,6 +43,8 @@ pub struct Collector {
     settlers: Vec<(&'static str, Settler)>,
     publisher: Publisher,
     consuming: Link,
+    publishing: Link,
+    health: ProcessHealth,
     /// Intake and committing: everything that takes deliveries.
     pipeline: JoinSet<()>,
     /// Everything else.
@@ -78,13 +83,15 @@ impl Collector {
 
         let publishing = Link::new(&config.broker, &format!("garenne-collector {name} publish"));
         // All of it, like a producer: tasks go from here to any queue, and through any delay.
-        let publisher = Publisher::start(publishing, topology.core(), &config.broker);
+        let publisher = Publisher::start(publishing.clone(), topology.core(), &config.broker);
         let mut collector = Self {
             store,
             progress: Arc::default(),
             settlers: sources.settlers(&questions),
             publisher,
             consuming,
+            publishing,
+            health: ProcessHealth::default(),
             pipeline: JoinSet::new(),
             background: JoinSet::new(),
             stop_taking: CancellationToken::new(),
@@ -108,6 +115,13 @@ impl Collector {
         // One parcel may wait: the next group gathers while one commits.
         let (to_committer, parcels) = mpsc::channel(1);
         let reading = sources.results.queue();
+        let consumers = vec![
+            sources.results.pauser(),
+            sources.dead.pauser(),
+            sources.unrouted.pauser(),
+            questions.pauser(),
+        ];
+        let (standby, is_standby) = watch::channel(false);
 
         let progress = Arc::clone(&self.progress);
         let intake = Intake {
@@ -125,27 +139,16 @@ impl Collector {
             progress: Arc::clone(&progress),
             replies: replies.clone(),
             outbox_filled: Arc::clone(&outbox_filled),
+            health: self.health.clone(),
+            standby: is_standby.clone(),
             stop: self.stop_taking.clone(),
         };
         self.pipeline.spawn(intake.run());
         self.pipeline.spawn(committer.run());
 
-        let notices = Relay {
-            outbox: Notices {
-                store: self.store.clone(),
-                exchange: topology.notices_exchange(),
-                copies: copies.map(Copies::new),
-            },
-            publisher: self.publisher.clone(),
-            filled: Arc::clone(&outbox_filled),
-            stop: self.stop_all.clone(),
-        };
-        let resends = Relay {
-            outbox: Resends { store: self.store.clone() },
-            publisher: self.publisher.clone(),
-            filled: Arc::clone(&resends_filled),
-            stop: self.stop_all.clone(),
-        };
+        self.relay(config, copies, (&outbox_filled, &resends_filled));
+        self.watch(config, by, &progress, (consumers, standby, is_standby));
+        self.keep(config);
         let letters = Letters {
             store: self.store.clone(),
             tasks_exchange: topology.tasks_exchange(),
@@ -165,18 +168,12 @@ impl Collector {
         };
         let releaser = Releaser {
             store: self.store.clone(),
-            heartbeats: hear_workers(&self.consuming, &topology, by),
+            heartbeats: hear(&self.consuming, &topology, by, "collector heartbeats"),
             tasks_exchange: topology.tasks_exchange(),
             resends_filled: Arc::clone(&resends_filled),
             outbox_filled: Arc::clone(&outbox_filled),
             replies: replies.clone(),
             cancelled,
-            stop: self.stop_all.clone(),
-        };
-        let keeper = Keeper {
-            admin: Admin::new(self.consuming.clone()),
-            wanted: topology.core(),
-            every: 3 * config.broker.heartbeat,
             stop: self.stop_all.clone(),
         };
         let deadlines = Deadlines {
@@ -190,20 +187,106 @@ impl Collector {
             resends_filled,
             stop: self.stop_all.clone(),
         };
-        let retention = Retention {
-            store: self.store.clone(),
-            keep: config.collector.retention,
-            stop: self.stop_all.clone(),
-        };
         let sending = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
-        self.background.spawn(keeper.run());
-        self.background.spawn(notices.run());
-        self.background.spawn(resends.run());
         self.background.spawn(answers.run());
         self.background.spawn(releaser.run());
         self.background.spawn(deadlines.run());
-        self.background.spawn(retention.run());
         self.background.spawn(sending);
+    }
+
+    /// Publishes what waits in the outboxes.
+    fn relay(
+        &mut self,
+        config: &Config,
+        copies: Option<mpsc::Sender<Notice>>,
+        (outbox_filled, resends_filled): (&Arc<Notify>, &Arc<Notify>),
+    ) {
+        let topology = config.broker.topology();
+        let notices = Relay {
+            outbox: Notices {
+                store: self.store.clone(),
+                exchange: topology.notices_exchange(),
+                copies: copies.map(Copies::new),
+            },
+            publisher: self.publisher.clone(),
+            filled: Arc::clone(outbox_filled),
+            stop: self.stop_all.clone(),
+        };
+        let resends = Relay {
+            outbox: Resends { store: self.store.clone() },
+            publisher: self.publisher.clone(),
+            filled: Arc::clone(resends_filled),
+            stop: self.stop_all.clone(),
+        };
+        self.background.spawn(notices.run());
+        self.background.spawn(resends.run());
+    }
+
+    /// Looks whether work moves, says how it stands, and listens to other collectors.
+    fn watch(
+        &mut self,
+        config: &Config,
+        by: &str,
+        progress: &Arc<Progress>,
+        (consumers, standby, is_standby): (Vec<Pauser>, watch::Sender<bool>, watch::Receiver<bool>),
+    ) {
+        let (topology, news) = (config.broker.topology(), Arc::new(Notify::new()));
+        let neighbours = Neighbours {
+            own: self.store.identity(),
+            heartbeats: hear(&self.consuming, &topology, by, "collector neighbours"),
+            consumers,
+            standby,
+            news: Arc::clone(&news),
+            health: self.health.clone(),
+            stop: self.stop_all.clone(),
+        };
+        let mut small = config.broker.clone();
+        small.publish_window = heartbeat::WINDOW;
+        let wanted = topology.named(&topology.heartbeats());
+        let beat = Beat {
+            publisher: Publisher::start(self.publishing.clone(), wanted, &small),
+            exchange: topology.heartbeats(),
+            collector: by.to_owned(),
+            store: self.store.identity(),
+            progress: Arc::clone(progress),
+            health: self.health.clone(),
+            standby: is_standby,
+            news,
+            stop: self.stop_all.clone(),
+        };
+        let watchdog = Watchdog {
+            store: self.store.clone(),
+            progress: Arc::clone(progress),
+            health: self.health.clone(),
+            stop: self.stop_all.clone(),
+        };
+        self.background.spawn(watchdog.run());
+        self.background.spawn(neighbours.run());
+        self.background.spawn(beat.run());
+    }
+
+    /// Keeps the broker objects there and the store small.
+    fn keep(&mut self, config: &Config) {
+        let topology = config.broker.topology();
+        let keeper = Keeper {
+            admin: Admin::new(self.consuming.clone()),
+            wanted: topology.core(),
+            every: 3 * config.broker.heartbeat,
+            stop: self.stop_all.clone(),
+        };
+        let retention = Retention {
+            store: self.store.clone(),
+            keep: config.collector.retention,
+            last_commit: self.store.last_commit(),
+            stop: self.stop_all.clone(),
+        };
+        self.background.spawn(keeper.run());
+        self.background.spawn(retention.run());
+    }
+
+    /// What keeps this collector from doing its work; empty if it is healthy.
+    pub fn problems(&self) -> Vec<Problem> {
+        self.health.problems()
     }
 
     /// Waits until a part of the collector ends, which none does unless it is told to: the process
@@ -218,6 +301,7 @@ impl Collector {
     /// What reports the state of this collector, also while it stops.
     pub fn state(&self) -> CollectorState {
         CollectorState {
+            health: self.health.clone(),
             store: self.store.downgrade(),
             publisher: self.publisher.clone(),
             progress: Arc::clone(&self.progress),
@@ -296,14 +380,14 @@ async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer)
 }
 
 /// Heartbeats tell what there is now; old ones would tell nothing, so the queue is nobody else's.
-fn hear_workers(link: &Link, topology: &Topology, name: &str) -> Consumer {
+fn hear(link: &Link, topology: &Topology, name: &str, tag: &str) -> Consumer {
     let bindings = vec![(topology.heartbeats(), String::new())];
     let declarations = topology.named(&topology.heartbeats());
     // A queue's name holds at most 255 bytes.
     let (owner, names): (String, _) = (name.chars().take(40).collect(), topology.clone());
     let name = Box::new(move || names.reply_queue(&owner));
     let queue = QueueSource::Exclusive { name, bindings };
-    let (tag, prefetch) = ("collector heartbeats".to_owned(), HEARTBEATS_BUFFER);
+    let (tag, prefetch) = (tag.to_owned(), HEARTBEATS_BUFFER);
     Consumer::start(link.clone(), ConsumerSpec { declarations, queue, prefetch, tag, no_ack: true })
 }
 

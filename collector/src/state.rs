@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use garenne_common::broker::{Publisher, Settler};
-use garenne_common::telemetry;
+use garenne_common::{ProcessHealth, telemetry};
 
 use crate::pipeline::Progress;
-use crate::store::WeakStore;
+use crate::store::{Backlog, Store, Waiting, WeakStore};
 
 /// Reports the state of a running collector.
 #[derive(Clone)]
@@ -14,6 +14,7 @@ pub struct CollectorState {
     /// Weak, since the last handle of a store closes it.
     pub(crate) store: WeakStore,
     pub(crate) publisher: Publisher,
+    pub(crate) health: ProcessHealth,
     pub(crate) progress: Arc<Progress>,
     /// What is consumed, by name.
     pub(crate) settlers: Vec<(&'static str, Settler)>,
@@ -36,13 +37,20 @@ impl CollectorState {
             lost_log_lines = telemetry::lost_lines(),
             "state of the collector"
         );
+        for problem in self.health.problems() {
+            tracing::info!(problem = problem.code, since = %problem.since, "state: {}", problem.detail);
+        }
         for (consumer, settler) in &self.settlers {
             let (health, unsettled) = (settler.health(), settler.unsettled());
             tracing::info!(consumer, %health, unsettled, "state: consumer");
         }
         let Some(store) = self.store.upgrade() else { return };
         match store.backlog().await {
-            Ok((notices, resends)) => tracing::info!(notices, resends, "state: outboxes"),
+            Ok(Backlog { notices, resends }) => {
+                let count = |waiting: Option<Waiting>| waiting.map_or(0, |waiting| waiting.count);
+                let (notices, resends) = (count(notices), count(resends));
+                tracing::info!(notices, resends, "state: outboxes");
+            }
             Err(error) => tracing::warn!("state: the outboxes cannot be read: {error}"),
         }
     }

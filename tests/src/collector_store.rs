@@ -249,6 +249,28 @@ async fn old_results_are_forgotten() {
     .await;
 }
 
+/// As after a start under a clock that is a month ahead: without the check all is deleted at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_whose_last_commit_is_old_is_not_emptied_at_the_start() {
+    let warren = Warren::new().await;
+    let (_worker, mut collector) = warren.crew().await;
+    let producer = warren.producer().await;
+    let submission = Submission::dynamic("garenne.echo", 1).unwrap();
+    let id = producer.submit_detached(submission).await.unwrap();
+    stored(&producer, 1).await;
+    assert!(collector.terminate(Duration::from_secs(15)).await.success());
+    let store = Connection::open(warren.path("store.sqlite3")).unwrap();
+    let month = 30 * 24 * 3_600 * 1_000_i64;
+    store.execute("UPDATE results SET stored_at = stored_at - ?1", [month]).unwrap();
+    drop(store);
+    let mut collector = warren.collector().start().await;
+    collector.logged("nothing is deleted for 24 hours").await;
+    // The line is the decision; an answer shows that the collector is at work beyond it.
+    producer.totals().await.unwrap();
+    assert!(collector.terminate(Duration::from_secs(15)).await.success());
+    assert_eq!(warren.rows::<String>("SELECT id FROM results"), [id.to_string()]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_collectors_share_a_store_and_the_work() {
     let warren = Warren::new().await;

@@ -39,6 +39,7 @@ mod foreign_client;
 mod fuzz;
 mod guards;
 mod hostile;
+mod ill_collector;
 mod kill_everything;
 mod liveness;
 mod long_tasks;

@@ -54,6 +54,15 @@ pub enum StoreError {
         "the store cannot be read or written ({0}); check the disk and the permissions of the file"
     )]
     Io(String),
+    /// The path names another file than the one that is open, or none.
+    #[error(
+        "the store {path} was deleted, moved or replaced while it was open; nothing is stored or \
+         acknowledged until the same file is back, or the collector is restarted"
+    )]
+    Replaced {
+        /// Which file.
+        path: PathBuf,
+    },
     /// A record does not read as it was written.
     #[error("a record in the store cannot be read ({0})")]
     Unreadable(String),
@@ -76,6 +85,7 @@ impl StoreError {
             | Self::Newer { .. }
             | Self::Full
             | Self::Busy(_)
+            | Self::Replaced { .. }
             | Self::Unreadable(_)
             | Self::Closed => self,
         }

@@ -11,6 +11,7 @@ mod ledger;
 mod letters;
 mod pages;
 mod parked;
+mod place;
 mod questions;
 mod replay;
 mod schema;
@@ -135,6 +136,9 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// Deletes dead letters. Final records stay, and parked tasks end by it; those are told.
     fn purge(&self, ids: Vec<TaskId>) -> impl Answer<(Purged, EndedParked)>;
 
+    /// What waits in the outboxes. Also refuses if the store's files are no longer those that are open.
+    fn backlog(&self) -> impl Answer<Backlog>;
+
     /// How much there is.
     fn totals(&self) -> impl Answer<Totals>;
 }
@@ -212,6 +216,33 @@ pub struct ReplayLinks {
     pub replayed_as: Option<TaskId>,
     /// The dead task that this one was made of.
     pub replay_of: Option<TaskId>,
+}
+
+/// Which store it is, in the order of age.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct StoreIdentity {
+    /// When it was made.
+    pub created: Timestamp,
+    /// Its UUID.
+    pub id: String,
+}
+
+/// What waits to be published.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Notices.
+    pub notices: Option<Waiting>,
+    /// Tasks that go back to the broker.
+    pub resends: Option<Waiting>,
+}
+
+/// The entries of an outbox that is not empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiting {
+    /// The place in line of the oldest one.
+    pub oldest: u64,
+    /// How many there are at most.
+    pub count: u64,
 }
 
 /// How much the store holds.

@@ -7,7 +7,10 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use super::ledger::{
     batch, from_count, from_time, parsed, reason, select_batches, status, time, to_count,
 };
-use super::{OutboxEntry, ResendEntry, StoreError, Totals, letters, open_envelope};
+use super::{
+    Backlog, OutboxEntry, ResendEntry, StoreError, StoreIdentity, Totals, Waiting, letters,
+    open_envelope,
+};
 use crate::aggregate::Resend;
 
 /// How many failed attempts of a dead task are shown.
@@ -79,6 +82,24 @@ pub(super) fn batch_status(
     Ok(Some(BatchStatus { summary: batch.summary(), failures }))
 }
 
+pub(super) fn identity(connection: &Connection) -> Result<StoreIdentity, StoreError> {
+    let select = "SELECT id, created_at FROM store";
+    Ok(connection.query_row(select, [], |row| {
+        Ok(StoreIdentity { id: row.get(0)?, created: time(row, 1)? })
+    })?)
+}
+
+/// When a result, a failed attempt or a dead letter was stored last. Rows ascend with the time.
+pub(super) fn last_commit(connection: &Connection) -> Result<Option<Timestamp>, StoreError> {
+    let mut last = None;
+    for table in ["results", "attempts", "dead_letters"] {
+        let select = format!("SELECT stored_at FROM {table} ORDER BY rowid DESC LIMIT 1");
+        let stored = connection.query_row(&select, [], |row| time(row, 0)).optional()?;
+        last = last.max(stored);
+    }
+    Ok(last)
+}
+
 pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
     let mut select = connection.prepare_cached(
         "SELECT (SELECT value FROM counters WHERE name = 'results'), \
@@ -97,11 +118,22 @@ pub(super) fn totals(connection: &Connection) -> Result<Totals, StoreError> {
     Ok(totals)
 }
 
-/// Entries of both outboxes.
-pub(super) fn backlog(connection: &Connection) -> Result<(u64, u64), StoreError> {
-    let mut select = connection
-        .prepare_cached("SELECT (SELECT COUNT(*) FROM outbox), (SELECT COUNT(*) FROM resends)")?;
-    Ok(select.query_row([], |row| Ok((to_count(row.get(0)?), to_count(row.get(1)?))))?)
+/// By the two ends of each outbox: to count the entries would read all of them.
+pub(super) fn backlog(connection: &Connection) -> Result<Backlog, StoreError> {
+    let ends = |table: &str| {
+        let sql = format!(
+            "SELECT (SELECT seq FROM {table} ORDER BY seq LIMIT 1), \
+                    (SELECT seq FROM {table} ORDER BY seq DESC LIMIT 1)"
+        );
+        let mut select = connection.prepare_cached(&sql)?;
+        let ends: (Option<i64>, Option<i64>) =
+            select.query_row([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok::<_, StoreError>(ends.0.zip(ends.1).map(|(first, last)| Waiting {
+            oldest: to_count(first),
+            count: to_count(last - first) + 1,
+        }))
+    };
+    Ok(Backlog { notices: ends("outbox")?, resends: ends("resends")? })
 }
 
 pub(super) fn outbox(

@@ -20,7 +20,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
 /// by: the other times are their senders' word. Deletion follows rowids, which ascend with
 /// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
-const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES, LETTERS, CANCELS]];
+const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES, LETTERS, CANCELS], &[IDENTITY]];
 
 const FIRST: &str = "
 CREATE TABLE results (
@@ -186,6 +186,19 @@ INSERT INTO parked SELECT id, queue, kind, batch, 0, 1, 0, stored_at FROM dead_l
     WHERE reason = 'unknown_task' AND late = 0 AND kind IS NOT NULL;
 ";
 
+/// Which store this is: a UUID, and when the store was made or first opened by a version that asks.
+const IDENTITY: &str = "
+CREATE TABLE store (
+    id         TEXT    NOT NULL PRIMARY KEY,
+    created_at INTEGER NOT NULL
+) STRICT;
+INSERT INTO store VALUES (
+    lower(hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4' || substr(hex(randomblob(2)), 2)
+        || '-8' || substr(hex(randomblob(2)), 2) || '-' || hex(randomblob(6))),
+    CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)
+);
+";
+
 /// Opens a file for writing, makes it if it is missing, and brings it to the present version.
 pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
     let open = || {
@@ -275,7 +288,7 @@ mod tests {
         open(&path).unwrap();
         let again = open(&path).unwrap();
         let version: u32 = again.pragma_query_value(None, "user_version", |r| r.get(0)).unwrap();
-        assert_eq!(version, 2);
+        assert_eq!(version, 3);
     }
 
     #[test]

@@ -21,9 +21,11 @@ use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
+use super::place::Place;
 use super::{
-    CancelledBatch, CancelledTasks, DeadQuery, EndedParked, OutboxEntry, ReplayLinks, ResendEntry,
-    Store, StoreError, Totals, cancels, leases, letters, pages, parked, questions, replay, schema,
+    Backlog, CancelledBatch, CancelledTasks, DeadQuery, EndedParked, OutboxEntry, ReplayLinks,
+    ResendEntry, Store, StoreError, StoreIdentity, Totals, cancels, leases, letters, pages, parked,
+    questions, replay, schema,
 };
 use crate::aggregate::{Committed, Ledger, Rules, apply};
 use crate::group::Group;
@@ -52,6 +54,9 @@ struct Inner {
     writer: Lane,
     reader: Lane,
     rules: Rules,
+    place: Place,
+    identity: StoreIdentity,
+    last_commit: Option<Timestamp>,
 }
 
 impl SqliteStore {
@@ -70,10 +75,16 @@ impl SqliteStore {
             }
         };
         let reader = schema::open_to_read(path)?;
+        let place = Place::of(path)?;
+        let identity = questions::identity(&reader)?;
+        let last_commit = questions::last_commit(&reader)?;
         Ok(Self(Arc::new(Inner {
             writer: Lane::start("store writer", writer)?,
             reader: Lane::start("store reader", reader)?,
             rules,
+            place,
+            identity,
+            last_commit,
         })))
     }
 
@@ -82,22 +93,31 @@ impl SqliteStore {
         WeakStore(Arc::downgrade(&self.0))
     }
 
-    /// How many notices, and how many tasks that go back, are not known to be published.
-    pub(crate) async fn backlog(&self) -> Result<(u64, u64), StoreError> {
-        self.read(questions::backlog).await
+    /// Which store it is.
+    pub fn identity(&self) -> StoreIdentity {
+        self.0.identity.clone()
+    }
+
+    /// When something was stored last before it was opened.
+    pub fn last_commit(&self) -> Option<Timestamp> {
+        self.0.last_commit
     }
 
     async fn write<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut SqliteLedger<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let job = |connection: &mut Connection| {
+        let place = self.0.place.clone();
+        let job = move |connection: &mut Connection| {
+            place.check()?;
             let immediate = TransactionBehavior::Immediate;
             // Immediate: a transaction that reads first and then has to wait for the write lock of
             // another process would fail instead of waiting.
             let transaction = connection.transaction_with_behavior(immediate)?;
             let done = job(&mut SqliteLedger::new(&transaction, Timestamp::now()))?;
             transaction.commit()?;
+            // Again, and after the commit: what went into a file that is gone must not be acknowledged.
+            place.check()?;
             Ok(done)
         };
         self.0.writer.run(job).await
@@ -262,6 +282,15 @@ impl Store for SqliteStore {
     async fn purge(&self, ids: Vec<TaskId>) -> Result<(Purged, EndedParked), StoreError> {
         let rules = self.0.rules;
         self.write(move |ledger| replay::purge(ledger, &ids, rules)).await
+    }
+
+    async fn backlog(&self) -> Result<Backlog, StoreError> {
+        let place = self.0.place.clone();
+        let look = move |connection: &Connection| {
+            place.check()?;
+            questions::backlog(connection)
+        };
+        self.read(look).await
     }
 
     async fn totals(&self) -> Result<Totals, StoreError> {

@@ -80,12 +80,31 @@ pub struct Consumer {
 #[derive(Clone)]
 pub struct Settler(Arc<Shared>);
 
+/// Interrupts a consumer from outside.
+#[derive(Clone)]
+pub struct Pauser(Arc<Shared>);
+
+impl Pauser {
+    /// Whether the consumer is to consume nothing. When that begins, all that it holds goes back to
+    /// the queue; when it ends, a new epoch begins.
+    pub fn pause(&self, paused: bool) {
+        // Under the lock: from here on nothing of this epoch can be settled, so that an owner may drop
+        // deliveries without a later acknowledgement of several covering them.
+        let mut current = self.0.lock();
+        let change = |before: &mut bool| std::mem::replace(before, paused) != paused;
+        if self.0.paused.send_if_modified(change) {
+            current.channel = None;
+        }
+    }
+}
+
 pub(super) struct Shared {
     pub(super) link: Link,
     current: Mutex<Epoch>,
     pub(super) queue: watched::Sender<Option<String>>,
     pub(super) trouble: watched::Sender<Option<BrokerError>>,
     pub(super) stop: CancellationToken,
+    pub(super) paused: watched::Sender<bool>,
     task: TaskTracker,
 }
 
@@ -106,6 +125,7 @@ impl Consumer {
             queue: watched::Sender::new(None),
             trouble: watched::Sender::new(None),
             stop: CancellationToken::new(),
+            paused: watched::Sender::new(false),
             task: TaskTracker::new(),
         });
         let task = ConsumeTask { shared: Arc::clone(&shared), spec, to_owner };
@@ -127,6 +147,11 @@ impl Consumer {
     /// The hand that settles.
     pub fn settler(&self) -> Settler {
         Settler(Arc::clone(&self.shared))
+    }
+
+    /// The hand that interrupts.
+    pub fn pauser(&self) -> Pauser {
+        Pauser(Arc::clone(&self.shared))
     }
 
     /// The queue consumed at present; `None` while there is no consumer.

@@ -10,7 +10,7 @@ use futures_util::stream::FuturesUnordered;
 use lapin::Channel;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{AMQPValue, FieldTable};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch as watched};
 use tokio::time::MissedTickBehavior;
 
 use super::consumer::{ConsumerSpec, Delivery, DeliveryTag, Epoch, QueueSource, Shared};
@@ -35,6 +35,8 @@ enum End {
     Lost(BrokerError),
     /// Nothing has come for so long that something may have gone astray.
     Idle,
+    /// The owner wants a pause.
+    Paused,
 }
 
 impl End {
@@ -60,11 +62,16 @@ pub(super) struct ConsumeTask {
 impl ConsumeTask {
     pub(super) async fn run(self) {
         let mut pause = Pause::new();
+        let mut pauses = self.shared.paused.subscribe();
         while !self.shared.stop.is_cancelled() {
+            if *pauses.borrow_and_update() {
+                self.rest(&mut pauses).await;
+                continue;
+            }
             let lost = match self.establish().await {
                 Ok((epoch, channel, queue, stream)) => {
                     let begun = Instant::now();
-                    let end = self.forward(epoch, &channel, &queue, stream).await;
+                    let end = self.forward((epoch, &channel, &queue), stream, &mut pauses).await;
                     // What ends every epoch at once would make a hot loop if the pause did not grow.
                     if begun.elapsed() >= STABLE {
                         pause.reset();
@@ -84,6 +91,13 @@ impl ConsumeTask {
                             self.shared.lock().channel = None;
                             continue;
                         }
+                        End::Paused => {
+                            // At its end the broker takes back what was not acknowledged.
+                            if let Err(error) = channel.close(200, "pause".into()).await {
+                                tracing::debug!(%error, "a channel was not closed in order");
+                            }
+                            continue;
+                        }
                     }
                 }
                 Err(error) => error,
@@ -97,6 +111,15 @@ impl ConsumeTask {
                 () = pause => {}
                 () = self.shared.stop.cancelled() => {}
             }
+        }
+    }
+
+    /// Waits for the end of the pause, or of it all.
+    async fn rest(&self, pauses: &mut watched::Receiver<bool>) {
+        self.shared.queue.send_replace(None);
+        tokio::select! {
+            _ = pauses.wait_for(|paused| !paused) => {}
+            () = self.shared.stop.cancelled() => {}
         }
     }
 
@@ -123,7 +146,7 @@ impl ConsumeTask {
             let new = current.number == 0 || Guard::EpochCheck.holds();
             *current = Epoch {
                 number: current.number + u64::from(new),
-                channel: Some(channel.clone()),
+                channel: (!*self.shared.paused.borrow()).then(|| channel.clone()),
                 flow: Flow::new(self.spec.prefetch),
             };
             current.number
@@ -179,10 +202,9 @@ impl ConsumeTask {
     /// Passes deliveries on until the stream ends; says why it ended.
     async fn forward(
         &self,
-        epoch: u64,
-        channel: &Channel,
-        queue: &str,
+        (epoch, channel, queue): (u64, &Channel, &str),
         stream: lapin::Consumer,
+        pauses: &mut watched::Receiver<bool>,
     ) -> End {
         let mut arrivals = stream.ready_chunks(AT_ONCE);
         let mut health = tokio::time::interval(HEALTH_CHECK);
@@ -222,6 +244,8 @@ impl ConsumeTask {
                     cancelled = true;
                     self.cancel(channel).await;
                 }
+                // Any change: a pause that is over already has made this epoch's deliveries void.
+                Ok(()) = pauses.changed(), if !cancelled => return End::Paused,
                 _ = health.tick() => if !channel.status().connected() {
                     return End::lost("the channel was closed");
                 },

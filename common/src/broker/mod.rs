@@ -21,7 +21,7 @@ mod watch;
 mod window;
 
 pub use admin::{Admin, QueueStatus};
-pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, QueueSource, Settler};
+pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, Pauser, QueueSource, Settler};
 #[doc(hidden)]
 pub use convert::parse_message;
 pub use error::BrokerError;

@@ -6,6 +6,7 @@
 
 pub mod bundle;
 pub mod codec;
+pub mod collector;
 pub mod control;
 pub mod crash;
 pub mod dead;
@@ -23,6 +24,7 @@ pub mod report;
 pub mod task;
 
 pub use codec::{Codec, CodecError, Payload};
+pub use collector::CollectorHeartbeat;
 pub use control::{CancelIntent, CancelTarget, Control};
 pub use crash::CrashRecord;
 pub use dead::DeadLetter;

@@ -1,6 +1,9 @@
 //! `garenne doctor`: checks the way from here to a finished task in the order in which it can break, and
 //! says for each break what to do. Mends nothing.
 
+mod backlogs;
+mod processes;
+
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -24,6 +27,10 @@ Examples:
   garenne doctor -o json | jq -r '.checks[] | select(.state == \"bad\") | .advice'
 
 Exit codes: 0 all is well, 1 something is missing, 2 the broker cannot be used.";
+
+/// What the broker tells nobody over AMQP.
+const POLICIES: &str =
+    "Not checked: policies that limit or expire queues (rabbitmqctl list_policies).";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
@@ -82,12 +89,34 @@ impl Check {
             Verdict::Odd => paint.yellow("!"),
             Verdict::Bad => paint.red("✗"),
         };
-        let line = format!("{mark} {:14} {}", self.name, self.detail);
+        let line = format!("{mark} {:14} {}", self.name, wrapped(&self.detail, 17));
         match &self.advice {
-            Some(advice) => format!("{line}\n  {:14} {} {advice}", "", paint.cyan("→")),
+            Some(advice) => {
+                let advice = wrapped(advice, 19);
+                format!("{line}\n  {:14} {} {advice}", "", paint.cyan("→"))
+            }
             None => line,
         }
     }
+}
+
+/// Broken between words so that it fits a terminal of 80 columns behind this indent.
+fn wrapped(text: &str, indent: usize) -> String {
+    let (mut wrapped, mut column) = (String::new(), indent);
+    for word in text.split(' ') {
+        let width = word.chars().count();
+        if column > indent && column + 1 + width > 80 {
+            wrapped.push('\n');
+            wrapped.extend(std::iter::repeat_n(' ', indent));
+            column = indent;
+        } else if column > indent {
+            wrapped.push(' ');
+            column += 1;
+        }
+        wrapped.push_str(word);
+        column += width;
+    }
+    wrapped
 }
 
 /// Checks made so far; in text they appear as they are made.
@@ -112,7 +141,8 @@ impl Report {
         self.output.show(
             &json!({ "checks": self.checks, "problems": bad }),
             |paint| match bad {
-                0 => paint.green("\nAll is well."),
+                // Over AMQP a policy shows only by its effects.
+                0 => format!("\n{}\n{POLICIES}", paint.green("All is well.")),
                 _ => paint.red(&format!("\n{bad} problem{s} found.")),
             },
         )?;
@@ -171,8 +201,13 @@ async fn examine(
         report.add(workers(context, &admin, queue).await)?;
     }
     report.add(if complete { collector(context).await } else { not_asked() })?;
-    for check in backlogs(context, &admin).await {
+    for check in backlogs::backlogs(context, &admin).await {
         report.add(check)?;
+    }
+    if complete {
+        for check in processes::processes(context, &link, &admin, &queues).await {
+            report.add(check)?;
+        }
     }
     link.close().await;
     report.finish(None)
@@ -303,46 +338,16 @@ async fn collector(context: &Context) -> Check {
     }
 }
 
-/// Queues that the collector empties: what lies there waits for it.
-async fn backlogs(context: &Context, admin: &Admin) -> Vec<Check> {
-    let topology = context.config.broker.topology();
-    let mut checks = vec![];
-    for (name, queue) in [
-        ("results", topology.results()),
-        ("dead letters", topology.dead()),
-        ("unrouted", topology.unrouted()),
-    ] {
-        checks.push(match admin.queue_status(&queue).await {
-            // The check of the topology has named it already.
-            Ok(None) => continue,
-            Ok(Some(status)) if status.ready == 0 => {
-                Check::good(name, "none wait for the collector")
-            }
-            Ok(Some(status)) => {
-                let detail = format!("{} wait in {queue} for the collector", status.ready);
-                Check::new(name, Verdict::Odd, detail)
-                    .advice("normal under load; if it does not shrink, look at the collector's log")
-            }
-            Err(error) => Check::bad(name, error.into()),
-        });
-    }
-    checks.extend(unreadable(admin, &topology.unreadable()).await);
-    checks
-}
-
-/// Nobody empties this queue; what lies there, somebody should look at.
-async fn unreadable(admin: &Admin, queue: &str) -> Option<Check> {
-    let ready = admin.queue_status(queue).await.ok()??.ready;
-    (ready > 0).then(|| {
-        let detail = format!("{ready} in {queue} that the broker gave up");
-        Check::new("unreadable", Verdict::Odd, detail)
-            .advice("look at them in the management UI, mend their sender, and purge the queue")
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_fits_eighty_columns() {
+        let text = Check::good("results", "word ".repeat(40).trim()).as_text(Paint::plain());
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        assert_eq!(text.lines().nth(1).unwrap().find('w'), Some(17));
+    }
 
     #[test]
     fn a_failed_check_says_what_to_do() {
