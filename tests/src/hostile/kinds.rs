@@ -189,7 +189,7 @@ const KINDS: &[Kind] = &[
     ),
     (
         "deep JSON",
-        dead!("recursion limit", |sent, rng| {
+        dead!("100 levels", |sent, rng| {
             let levels = rng.usize(200..200_000);
             sent.body = [b"[".repeat(levels), b"]".repeat(levels)].concat();
         }),
