@@ -123,6 +123,13 @@ impl<S: Store> Answers<S> {
                 self.broadcast(done.intent.into_iter().collect()).await;
                 Answer::CancelBatch { state: done.state, batch: done.summary }
             }
+            Question::AbandonBatch { id } => {
+                if store.abandon_batch(id.clone()).await? {
+                    tracing::warn!(batch = %id, by = message.properties.app_id, "abandoned as asked");
+                    self.letters.outbox_filled.notify_one();
+                }
+                Answer::Batch { batch: store.batch(id).await? }
+            }
             Question::Cancels { after } => {
                 let (intents, newest) = store.cancels(after, CANCELS_PAGE).await?;
                 let more = intents.len() == CANCELS_PAGE;

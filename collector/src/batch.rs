@@ -114,6 +114,16 @@ impl Batch {
         Some(Notice::Batch(self.summary()))
     }
 
+    /// Ends it as abandoned, if it is not over: somebody knows that its members will not end.
+    pub fn abandon_as_asked(&mut self, now: Timestamp) -> Option<Notice> {
+        if self.state.is_final() {
+            return None;
+        }
+        self.state = BatchState::Abandoned;
+        self.finished_at = Some(now);
+        Some(Notice::Batch(self.summary()))
+    }
+
     /// What others are told of it.
     pub fn summary(&self) -> BatchSummary {
         BatchSummary {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use garenne_common::wire::{BatchState, Notice, Report};
-use garenne_common::{BatchId, Status, Timestamp};
+use garenne_common::{BatchId, QueueName, Status, Timestamp};
 use garenne_producer::{NoticeFilter, Notices, Producer, QueryError, Submission};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -188,4 +188,25 @@ async fn notices_are_printed_as_json_lines_where_asked_for() {
     assert!(matches!(notice, Notice::Batch(summary) if summary.batch == id));
     collector.signal(Signal::SIGINT);
     assert!(collector.ended(SOON).await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_whose_members_were_purged_is_abandoned_by_hand_and_told() {
+    let warren = Warren::new().await;
+    let _collector = warren.collector().start().await;
+    let (amqp, producer) = tokio::join!(warren.amqp(), warren.producer());
+    let mut notices = amqp.notices().await;
+    let batch = producer.batch().await.unwrap();
+    batch.submit_detached(Submission::dynamic("garenne.echo", 1).unwrap()).await.unwrap();
+    let id = batch.id().clone();
+    let _sealed = batch.seal().await.unwrap();
+    let queue = warren.config().broker.topology().task_queue(&QueueName::default());
+    amqp.admin.purge(&queue).await.unwrap();
+    soon("the seal is stored", async || producer.batch_status(&id).await.unwrap()).await;
+    let ended = warren.garenne(&["batch", "abandon", id.as_str(), "--output", "json"]).await;
+    assert_eq!(ended.code, Some(0), "{ended:#?}");
+    let summary = producer.wait_batch(&id).soon("the batch is over").await.unwrap();
+    assert_eq!((summary.state, summary.succeeded), (BatchState::Abandoned, 0));
+    let notice = Notice::decode(&notices.next().await).unwrap();
+    assert!(matches!(notice, Notice::Batch(told) if told.state == BatchState::Abandoned));
 }

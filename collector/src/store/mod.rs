@@ -85,6 +85,9 @@ pub trait Store: Clone + Send + Sync + 'static {
     /// `limit` of them; how many there were.
     fn abandon_overdue(&self, now: Timestamp, limit: usize) -> impl Answer<usize>;
 
+    /// Ends a batch as abandoned whatever its deadline; whether it was not over yet.
+    fn abandon_batch(&self, id: BatchId) -> impl Answer<bool>;
+
     /// Whether any task runs under a lease.
     fn has_leases(&self) -> impl Answer<bool>;
 

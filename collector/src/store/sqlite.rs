@@ -214,6 +214,10 @@ impl Store for SqliteStore {
         self.write(move |ledger| abandon_overdue(ledger, now, limit)).await
     }
 
+    async fn abandon_batch(&self, id: BatchId) -> Result<bool, StoreError> {
+        self.write(move |ledger| abandon_batch(ledger, &id)).await
+    }
+
     async fn has_leases(&self) -> Result<bool, StoreError> {
         self.read(leases::any_held).await
     }
@@ -333,6 +337,15 @@ fn abandon_overdue(
         }
     }
     Ok(abandoned)
+}
+
+fn abandon_batch(ledger: &mut SqliteLedger<'_>, id: &BatchId) -> Result<bool, StoreError> {
+    let now = ledger.now;
+    let Some(mut batch) = ledger.load_batch(id)? else { return Ok(false) };
+    let Some(notice) = batch.abandon_as_asked(now) else { return Ok(false) };
+    ledger.save_batch(&batch)?;
+    ledger.add_notice(&notice)?;
+    Ok(true)
 }
 
 /// Looks only at the oldest `limit` rows of each table, so that a slice costs the same however much

@@ -100,6 +100,12 @@ pub enum Question {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         reason: Option<String>,
     },
+    /// Ends a batch that is not over as abandoned, for members that will never end; the answer is how
+    /// it stands then, as to [`Batch`](Self::Batch).
+    AbandonBatch {
+        /// Which.
+        id: BatchId,
+    },
     /// The wishes to cancel that have not taken effect; for workers.
     Cancels {
         /// Those with higher numbers than this.

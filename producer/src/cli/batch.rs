@@ -17,8 +17,11 @@ const EXAMPLES: &str = "\
 Examples:
   garenne batch show 0192f0c1-7a55-7e22-9c53-1f8e3a1d4b6a
   garenne batch wait 0192f0c1-7a55-7e22-9c53-1f8e3a1d4b6a --timeout 10m
+  garenne batch abandon 0192f0c1-7a55-7e22-9c53-1f8e3a1d4b6a
 
-`show` exits with 3 if the collector has not heard of the batch. `wait` exits
+`abandon` ends a batch whose members were purged or lost with their queue, and
+exits with 1 if it was done already. `show` and `abandon` exit with 3 if the
+collector has not heard of the batch. `wait` exits
 with 0 when every task succeeded, with 1 when one did not or the batch was
 abandoned, with 3 when --timeout passed first.";
 
@@ -34,6 +37,12 @@ pub(crate) enum Command {
     /// Wait until every task of a batch has ended
     #[command(after_help = EXAMPLES)]
     Wait(Wait),
+    /// End a batch as abandoned whose members were purged or lost
+    #[command(after_help = EXAMPLES)]
+    Abandon {
+        /// The batch's id
+        id: BatchId,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -48,13 +57,34 @@ pub(crate) struct Wait {
 pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, CliError> {
     match command {
         Command::Show { id } => context.or_interrupt(show(context, &id)).await,
+        Command::Abandon { id } => context.or_interrupt(abandon(context, &id)).await,
         Command::Wait(arguments) => wait(context, &arguments).await,
     }
 }
 
 async fn show(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
-    let producer = context.producer("batch show").await?;
-    let answer = context.ask(&producer, Question::Batch { id: id.clone() }).await;
+    let status = status(context, "batch show", id, Question::Batch { id: id.clone() }).await?;
+    context.output.show(&status, |paint| describe(&status, paint))?;
+    Ok(Exit::Success)
+}
+
+/// Named by its id, as single dead letters are for `dead purge`; so nothing is asked.
+async fn abandon(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
+    let question = Question::AbandonBatch { id: id.clone() };
+    let status = status(context, "batch abandon", id, question).await?;
+    context.output.show(&status, |paint| describe(&status, paint))?;
+    let abandoned = status.summary.state == BatchState::Abandoned;
+    Ok(if abandoned { Exit::Success } else { Exit::Failed })
+}
+
+async fn status(
+    context: &Context,
+    who: &str,
+    id: &BatchId,
+    question: Question,
+) -> Result<BatchStatus, CliError> {
+    let producer = context.producer(who).await?;
+    let answer = context.ask(&producer, question).await;
     context.close(producer, &answer).await;
     let Answer::Batch { batch } = answer? else { return Err(CliError::unexpected_answer()) };
     let Some(status) = batch else {
@@ -62,8 +92,7 @@ async fn show(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
             .exit(Exit::NotYet)
             .help("compare id and --namespace; a collector that was just started may still be catching up"));
     };
-    context.output.show(&status, |paint| describe(&status, paint))?;
-    Ok(Exit::Success)
+    Ok(status)
 }
 
 async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
@@ -109,7 +138,7 @@ fn counts(summary: &BatchSummary, paint: Paint) -> String {
         BatchState::Done => paint.yellow("done"),
         BatchState::Open => "open: its producer may still add tasks".to_owned(),
         BatchState::Sealed => "sealed: all tasks are submitted".to_owned(),
-        BatchState::Abandoned => paint.red("abandoned: its producer did not seal it in time"),
+        BatchState::Abandoned => paint.red("abandoned: not sealed in time, or by `batch abandon`"),
     };
     let total = summary.total.map_or("not known before it is sealed".to_owned(), |total| {
         let missing = total.saturating_sub(summary.ended());
