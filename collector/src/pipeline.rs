@@ -244,13 +244,13 @@ impl Intake {
                     self.progress.handed_on(parcel.deliveries);
                     return place.map(|place| place.send(parcel)).is_ok();
                 }
-                received = self.sources.next(), if open => match received {
-                    Some(received) => parcel.take(received, &self.by),
-                    None => {
+                received = self.sources.next(), if open => {
+                    let Some(received) = received else {
                         self.progress.handed_on(parcel.deliveries);
                         return self.parcels.send(parcel).await.is_ok();
-                    }
-                },
+                    };
+                    parcel.take(received, &self.by);
+                }
             }
         }
     }

@@ -10,7 +10,7 @@ use rusqlite::Connection;
 
 use crate::harness::{Amqp, Process, Soon, Tap, Warren, eventually, soon};
 
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_mins(1);
 
 fn sealed(batch: &str) -> [Report; 1] {
     let (batch, at) = (BatchId::new(batch).unwrap(), Timestamp::now());
