@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use garenne_common::broker::{BrokerError, Consumer, ConsumerSpec, Link, QueueSource};
 use garenne_common::config::BrokerConfig;
-use garenne_common::wire::Heartbeat;
+use garenne_common::wire::{CollectorHeartbeat, Heartbeat, Message};
 use garenne_common::{Problem, TaskId};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
@@ -59,10 +59,20 @@ impl Vitals {
 
 async fn listen(mut consumer: Consumer, problems: Arc<Mutex<Problems>>) {
     while let Some(delivery) = consumer.next().await {
-        let Ok(heartbeat) = Heartbeat::decode(&delivery.message) else { continue };
+        let Some((process, told)) = read(&delivery.message) else { continue };
         let mut problems = problems.lock().unwrap_or_else(PoisonError::into_inner);
-        note(&mut problems, &heartbeat.worker, heartbeat.problems, Instant::now());
+        note(&mut problems, &process, told, Instant::now());
     }
+}
+
+/// Who says what of itself.
+fn read(message: &Message) -> Option<(String, Vec<Problem>)> {
+    if CollectorHeartbeat::is_one(message) {
+        let heartbeat = CollectorHeartbeat::decode(message).ok()?;
+        return Some((heartbeat.collector, heartbeat.problems));
+    }
+    let heartbeat = Heartbeat::decode(message).ok()?;
+    Some((heartbeat.worker, heartbeat.problems))
 }
 
 fn note(known: &mut Problems, process: &str, told: Vec<Problem>, now: Instant) {
