@@ -29,13 +29,16 @@ use pump::{Halt, Pump};
 const EXAMPLES: &str = "\
 Examples:
   garenne map text.count_words --arg text < lines.txt
-  find /srv/data -type f | garenne map file.sha256 --arg path > digests.jsonl   (workers with --file-root /srv/data)
+  find /srv/data -type f | garenne map file.sha256 --arg path > digests.jsonl
   garenne map job.run jobs.jsonl --retries 5 --timeout 2m --failures-only
   id=$(garenne map job.run jobs.jsonl --detach) && garenne batch wait \"$id\"
 
 Prints one JSON object per line of input, in the order of the input:
   {\"line\":1,\"id\":\"0192…\",\"status\":\"succeeded\",\"output\":4}
   {\"line\":2,\"id\":\"0192…\",\"status\":\"failed\",\"error\":\"…\",\"reason\":\"fatal\",…}
+
+File tasks need workers that may read there, such as garenne-worker
+--file-root /srv/data.
 
 Lines that are read together share messages; with producer.bundle_tasks = 1
 each has its own.
