@@ -40,8 +40,8 @@ const HELP: &str = "\
 What happens: workers, collectors and producers start as real processes, in a
 namespace of their own, and reach the broker over a line that can be cut. They
 run N tasks of many kinds: quick, slow, blocking, delayed, failing at first or
-for good, panicking, overrunning, cancelled, killing their process, in batches and
-in bursts of one kind. Half of the producers wait for their results. Meanwhile
+for good, panicking, overrunning, cancelled, killing their process, in batches
+and in bursts of one kind. Half of the producers wait for results. Meanwhile
 they are killed, cut off and frozen, and the broker too, where
 scripts/rabbitmq has started it for this command. Handlers leave word in a
 ledger outside the system.
