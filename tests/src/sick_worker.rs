@@ -82,6 +82,7 @@ async fn a_worker_without_free_files_waits_and_recovers() {
     let warren = Warren::new().await;
     let file = warren.file("text", "abc");
     let worker = configured(&warren, "config.toml", &command(Path::new("/bin/true")));
+    let worker = worker.set("worker.file_root", warren.path("").display());
     let (mut worker, producer) = tokio::join!(worker.start(), warren.producer());
     worker.open_files_at_most("3");
     let digest = submit(&producer, "file.sha256", json!({ "path": file })).await;
@@ -108,7 +109,8 @@ async fn a_worker_without_free_files_waits_and_recovers() {
 async fn what_waits_in_a_worker_without_free_files_runs_elsewhere() {
     let warren = Warren::new().await;
     let file = warren.file("text", "abc");
-    let sick = warren.worker().set("worker.slots", 1).set("worker.lookahead", 100);
+    let worker = || warren.worker().set("worker.file_root", warren.path("").display());
+    let sick = worker().set("worker.slots", 1).set("worker.lookahead", 100);
     let (mut sick, producer) = tokio::join!(sick.start(), warren.producer());
     sick.open_files_at_most("3");
     let mut handles = vec![];
@@ -119,7 +121,7 @@ async fn what_waits_in_a_worker_without_free_files_runs_elsewhere() {
     let amqp = warren.amqp().await;
     soon("the sick worker holds them all", async || (amqp.waiting().await == 0).then_some(()))
         .await;
-    let _able = warren.worker().start().await;
+    let _able = worker().start().await;
     for handle in handles {
         succeeds(handle).await;
     }

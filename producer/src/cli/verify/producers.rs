@@ -1,11 +1,12 @@
 //! The processes that submit, seen from this side: what each was given, and what it reports.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStdin, ChildStdout};
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use super::mix::{Mix, Unit};
@@ -17,6 +18,8 @@ use crate::cli::error::CliError;
 pub(super) const PRODUCERS: usize = 2;
 /// Tasks that one of them has under way at most.
 const WINDOW: usize = 400;
+/// How long they may take to end by themselves.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// Lines on their way here.
 const LINES: usize = 1_024;
 
@@ -165,12 +168,15 @@ impl Producers {
         self.seats.iter().all(|seat| seat.unanswered.is_empty())
     }
 
-    /// Lets the processes end.
+    /// Lets the processes end. One that waits for the result of a lost task does not end by itself; it
+    /// is for the caller to stop.
     pub(super) async fn finish(mut self) {
         self.seats.clear();
         self.readers.close();
         drop((self.sender, self.lines));
-        self.readers.wait().await;
+        if timeout(FAREWELL, self.readers.wait()).await.is_err() {
+            tracing::info!("a producer still waits for results");
+        }
     }
 }
 
