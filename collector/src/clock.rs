@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
 
-/// The wall clock may gain so much over monotonic time.
+/// How far the wall clock may run ahead of monotonic time before it counts as a jump.
 const TOLERANCE: Duration = Duration::from_mins(5);
-/// So long nothing is decided by the wall clock after a jump. Somebody can look at the clock meanwhile.
+/// How long after a jump nothing is decided by the wall clock: time for an operator to correct it.
 const HOLD: Duration = Duration::from_hours(24);
 /// A store whose last commit is older may have been opened under a wrong clock.
 const LONGEST_GAP: Duration = Duration::from_hours(24);
@@ -39,7 +39,7 @@ impl Clock {
         Some(gained)
     }
 
-    /// How long no collector has stored anything, if that is so long that the clock may be wrong.
+    /// How long ago anything was last stored, if that is too long to trust the clock.
     pub(crate) fn opened(&mut self, last_commit: Option<Timestamp>) -> Option<Duration> {
         let gap = since(last_commit?, self.wall);
         if gap <= LONGEST_GAP {

@@ -112,7 +112,7 @@ impl Progress {
 
     /// What waits for its commit.
     pub(crate) fn uncommitted(&self) -> Uncommitted {
-        // Finished first: a group that is finished meanwhile must not count as two.
+        // Read first: a group that finishes between the two loads must not be counted twice.
         let finished = self.finished.load(Ordering::Acquire);
         let groups = self.mark().saturating_sub(finished);
         Uncommitted { groups, deliveries: self.deliveries.load(Ordering::Acquire), finished }

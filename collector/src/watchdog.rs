@@ -14,7 +14,7 @@ use crate::store::{Backlog, Store, StoreError, Waiting};
 
 /// How often it looks.
 const LOOK: Duration = Duration::from_secs(1);
-/// What has not moved for so long is stalled. Longer than a locked store makes one commit wait.
+/// How long something may stand still before it is stalled; longer than one commit waits for a lock.
 const BOUND: Duration = Duration::from_secs(15);
 
 pub(crate) struct Watchdog<S> {

@@ -103,8 +103,8 @@ impl Receipt {
 
 /// The right to hand one message over without waiting.
 ///
-/// Whoever drives futures of its own waits for room beside them and not in line: a publish that
-/// one of those futures has begun may stand first in the queue for room, and nobody would poll it.
+/// A task that drives futures of its own selects over them and room together. If it awaited room in
+/// line, a publish begun by one of those futures could be first in the queue and would not be polled.
 pub struct Room<'p>(mpsc::Permit<'p, Job>);
 
 impl Room<'_> {
