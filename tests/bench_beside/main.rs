@@ -1,13 +1,15 @@
 //! Judges what `scripts/bench-beside` has measured: the reports of two builds, run by run, side by side.
 //!
-//! `bench-judge NAME DIRECTORY` reads `this.*.json` and `that.*.json`, reports of `garenne bench`, and
-//! prints a table. Exit code 0: the standing speed rule holds in every row; 1: it does not; 2: there is
+//! `bench-judge NAME DIRECTORY` reads `this.RUN.SCENARIO.json` and `that.RUN.SCENARIO.json`, reports of
+//! `garenne bench`, and prints a table. Exit code 0: the standing speed rule holds in every row; 1: it does not; 2: there is
 //! nothing to judge. It measures nothing itself.
 
 mod report;
 mod row;
 mod table;
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -74,16 +76,27 @@ fn alone(build: &str, titles: &[String]) -> String {
     format!("\nOnly in {build}, and not compared: {}\n", titles.join("; "))
 }
 
+/// The reports of one build, one for each run, in the order of the runs' names.
 fn read(directory: &Path, build: &str) -> io::Result<Vec<Report>> {
     let mut paths: Vec<_> = fs::read_dir(directory)?
         .map(|entry| entry.map(|entry| entry.path()))
         .collect::<Result<_, _>>()?;
     paths.sort();
-    let named = paths.iter().filter(|path| {
+    let mut runs: BTreeMap<String, Report> = BTreeMap::new();
+    for path in paths {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with(&format!("{build}.")) && name.ends_with(".json")
-    });
-    named.map(|path| Ok(serde_json::from_str(&fs::read_to_string(path)?)?)).collect()
+        let mut parts = name.split('.');
+        if parts.next() != Some(build) || !name.ends_with(".json") {
+            continue;
+        }
+        let run = parts.next().unwrap_or_default().to_owned();
+        let report: Report = serde_json::from_str(&fs::read_to_string(&path)?)?;
+        match runs.entry(run) {
+            Entry::Vacant(first) => drop(first.insert(report)),
+            Entry::Occupied(mut earlier) => earlier.get_mut().add(report),
+        }
+    }
+    Ok(runs.into_values().collect())
 }
 
 fn refuse(why: &str) -> ExitCode {

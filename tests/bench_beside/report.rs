@@ -75,6 +75,18 @@ impl Spent {
 }
 
 impl Report {
+    /// Another part of the same run.
+    pub(crate) fn add(&mut self, part: Self) {
+        let loads = [self.machine.load_before, part.machine.load_before];
+        self.machine.load_before = loads.into_iter().flatten().reduce(f64::max);
+        if part.machine.profile != "release" {
+            self.machine.profile = part.machine.profile;
+        }
+        self.settings.quick |= part.settings.quick;
+        self.figures.extend(part.figures);
+        self.processor_time.extend(part.processor_time);
+    }
+
     pub(crate) fn figure(&self, id: &str) -> Option<&Figure> {
         self.figures.iter().find(|figure| figure.id == id)
     }

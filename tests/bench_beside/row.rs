@@ -1,18 +1,24 @@
 //! The standing speed rule, pure: processor time per task and the ratio to the reference are at least
 //! 0.90 times as good as those of the other build, in every row. Where a row has no processor time, the
 //! figure itself takes its place.
+//!
+//! What counts is the median of the quotients of the runs, not the quotient of the medians: the two
+//! builds measured a row of a run one after the other, and a machine drifts by more than a tenth from run to run.
 
 use crate::report::{Figure, Report, Unit};
 
 /// How good this build must be, measured by the other one.
 pub(crate) const LEAST: f64 = 0.90;
 
-/// Medians of both builds.
+/// One value in both builds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Pair {
+    /// The median of the runs.
     pub(crate) this: f64,
+    /// The median of the runs.
     pub(crate) that: f64,
-    /// How many times as good this build is: above 1 is better, whatever is measured.
+    /// How many times as good this build is, in the median of the runs: above 1 is better, whatever is
+    /// measured.
     pub(crate) times: f64,
 }
 
@@ -55,7 +61,7 @@ fn row(figure: &Figure, this: &[Report], that: &[Report]) -> Option<Row> {
     let id = &figure.id;
     let more_is_better = figure.unit == Unit::PerSecond;
     let both = |of: &dyn Fn(&Report) -> Option<f64>, more_is_better| {
-        Some(pair(median(this, of)?, median(that, of)?, more_is_better))
+        pair(&values(this, of), &values(that, of), more_is_better)
     };
     Some(Row {
         title: figure.title.clone(),
@@ -66,18 +72,28 @@ fn row(figure: &Figure, this: &[Report], that: &[Report]) -> Option<Row> {
     })
 }
 
+fn values(reports: &[Report], of: &dyn Fn(&Report) -> Option<f64>) -> Vec<Option<f64>> {
+    reports.iter().map(of).collect()
+}
+
 fn ours(report: &Report, id: &str) -> Option<f64> {
     Some(report.figure(id)?.garenne.as_ref()?.median)
 }
 
-fn pair(this: f64, that: f64, more_is_better: bool) -> Pair {
-    let times = if more_is_better { this / that } else { that / this };
-    Pair { this, that, times }
+/// `None` without a run in which both have the value.
+fn pair(this: &[Option<f64>], that: &[Option<f64>], more_is_better: bool) -> Option<Pair> {
+    let runs = this.iter().zip(that).filter_map(|(this, that)| Some(((*this)?, (*that)?)));
+    let times = runs.map(|(this, that)| if more_is_better { this / that } else { that / this });
+    Some(Pair {
+        times: median(times)?,
+        this: median(this.iter().copied().flatten())?,
+        that: median(that.iter().copied().flatten())?,
+    })
 }
 
 /// `None` without a value.
-fn median(reports: &[Report], of: &dyn Fn(&Report) -> Option<f64>) -> Option<f64> {
-    let mut all: Vec<f64> = reports.iter().filter_map(of).collect();
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut all: Vec<f64> = values.collect();
     all.sort_by(f64::total_cmp);
     let middle = all.len() / 2;
     let upper = *all.get(middle)?;
@@ -120,10 +136,19 @@ mod tests {
     #[test]
     fn medians_count_and_single_runs_do_not() {
         let this = [500.0, 90.0, 100.0].map(|rate| report(rate, Some(rate / 50.0), Some(10.0)));
-        let that = [100.0, 100.0].map(|rate| report(rate, Some(2.0), Some(10.0)));
+        let that = [100.0; 3].map(|rate| report(rate, Some(2.0), Some(10.0)));
         let row = only(&this, &that);
         assert_eq!(row.figure, Pair { this: 100.0, that: 100.0, times: 1.0 });
         assert_eq!(row.ratio.map(|ratio| ratio.this), Some(2.0));
+        assert!(row.holds());
+    }
+
+    #[test]
+    fn a_machine_that_slows_down_meanwhile_slows_both() {
+        let this = [96.0, 48.0, 95.0].map(|rate| report(rate, Some(2.0), Some(1_000.0 / rate)));
+        let that = [100.0, 50.0, 100.0].map(|rate| report(rate, Some(2.0), Some(1_000.0 / rate)));
+        let row = only(&this, &that);
+        assert_eq!(row.figure, Pair { this: 95.0, that: 100.0, times: 0.96 });
         assert!(row.holds());
     }
 

@@ -80,19 +80,39 @@ impl Repository {
 #[test]
 fn both_builds_take_turns_and_nothing_of_the_other_stays() {
     let repository = Repository::new(100, 95);
-    let done = repository.compare(&["old", "--scenario", "singles"]);
+    let done = repository.compare(&["old", "--scenario", "singles,bulk", "--seconds", "2"]);
     assert_eq!(done.status.code(), Some(0), "{done:?}");
     let notes = fs::read_to_string(repository.path().join("notes")).unwrap();
     let ran: Vec<_> = notes.lines().collect();
-    let bench = "bench --output json --scenario singles --repeats 1";
-    assert_eq!(ran, [100, 95, 95, 100].map(|rate| format!("{rate} {bench}")));
+    let turns = ["100 singles", "95 singles", "95 bulk", "100 bulk"];
+    let other_turns = ["95 singles", "100 singles", "100 bulk", "95 bulk"];
+    let expected = [turns, other_turns].concat().into_iter().map(|turn| {
+        let (rate, scenario) = turn.split_once(' ').unwrap();
+        format!("{rate} bench --output json --scenario {scenario} --seconds 2 --repeats 1")
+    });
+    assert_eq!(ran, expected.collect::<Vec<_>>());
     let said = String::from_utf8(done.stdout).unwrap();
     let row: Vec<_> =
         said.lines().find(|line| line.starts_with("singles")).expect(&said).split("  ").collect();
     assert!(row.contains(&"95/s") && row.contains(&"0.95"), "{said}");
     assert!(said.contains("The rule holds"), "{said}");
     let left = fs::read_dir(repository.path().join("target/bench-beside")).unwrap().count();
-    assert_eq!(left, 4, "the reports, and no worktree");
+    assert_eq!(left, 8, "the reports, and no worktree");
+}
+
+#[test]
+fn without_a_choice_it_measures_every_scenario() {
+    let script = fs::read_to_string(root().join("scripts/bench-beside")).unwrap();
+    let listed = script.lines().find_map(|line| line.strip_prefix("SCENARIOS=")).unwrap();
+    let help = Command::new(binary("garenne")).args(["bench", "--help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let (_, after) = help.split_once("--scenario <LIST>").unwrap();
+    let offered = after.lines().map_while(|line| match line.trim().strip_prefix("- ") {
+        Some(entry) => Some(entry.split_once(':')?.0.to_owned()).map(Some),
+        None if line.trim().starts_with("--") => None,
+        None => Some(None),
+    });
+    assert_eq!(offered.flatten().collect::<Vec<_>>().join(","), listed);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! How deeply JSON is nested. `serde_json` reads 128 levels, and whatever shows a stored value wraps it in
 //! some more, so arguments and outputs are held well below that.
 
+use memchr::memchr2_iter;
 use serde_json::value::RawValue;
 
 /// The deepest nesting of arguments and outputs: answers, lists and exports add less than ten levels.
@@ -8,9 +9,9 @@ pub const MAX_DEPTH: usize = 100;
 
 /// Whether text that is JSON is nested more deeply than [`MAX_DEPTH`].
 pub fn is_too_deep(json: &[u8]) -> bool {
-    // Each level takes two bytes at least, and one that opens it. To count those is many times quicker
-    // than to follow the text, and most arguments, long strings above all, have few.
-    json.len() > 2 * MAX_DEPTH && openings(json) > MAX_DEPTH && deeper_than(json, MAX_DEPTH)
+    // To look for brackets is many times quicker than to follow the text, and most long arguments,
+    // long strings above all, have few.
+    memchr2_iter(b'[', b'{', json).nth(MAX_DEPTH).is_some() && deeper_than(json, MAX_DEPTH)
 }
 
 /// The value of bytes that are JSON which every answer can carry; `None` for anything else.
@@ -18,10 +19,6 @@ pub fn showable(json: &[u8]) -> Option<serde_json::Value> {
     // A RawValue is read without recursion, so depth is looked at in what is known to be JSON.
     serde_json::from_slice::<&RawValue>(json).ok()?;
     if is_too_deep(json) { None } else { serde_json::from_slice(json).ok() }
-}
-
-fn openings(json: &[u8]) -> usize {
-    json.iter().map(|byte| usize::from(matches!(byte, b'[' | b'{'))).sum()
 }
 
 fn deeper_than(json: &[u8], most: usize) -> bool {
