@@ -55,8 +55,13 @@ async fn what_is_set_aside_is_named_with_what_it_waits_for() {
     let detail = only(&warren, &[], "bad", "set aside").await;
     assert!(detail.starts_with("3 tasks wait for a worker of the queue default"), "{detail}");
     assert!(detail.contains("knows image.resize"), "{detail}");
+    let mapped = warren.garenne_reading("1\n2\n", &["map", "--detach", "image.resize"]).await;
+    let batch = mapped.ok().trim().to_owned();
+    let mut waiting = warren.start_garenne(&["batch", "wait", &batch]);
+    waiting.logged("2 of them are set aside").await;
     let purge = ["dead", "purge", "--task", "image.resize", "--yes"];
     warren.garenne(&purge).await.ok();
+    assert_eq!(waiting.ended(SOON).await.code(), Some(1), "purged members have ended");
     let well = warren.garenne(&["doctor"]).await.ok();
     assert!(well.contains("All is well"), "{well}");
 }

@@ -7,7 +7,7 @@ use garenne_producer::{Producer, Submission};
 use serde_json::json;
 
 use crate::harness::effects::{self, Gate, HELD};
-use crate::harness::{Amqp, Process, Proxy, Sends, Soon, Warren, message, soon};
+use crate::harness::{Amqp, Process, Proxy, SOON, Sends, Soon, Warren, message, soon};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
@@ -124,10 +124,13 @@ async fn an_acknowledgement_that_was_lost_costs_no_second_run() {
     line.caught().await;
     line.cut();
     worker.logged("consuming again").await;
-    // One slot: whatever it runs again, it runs before this one.
-    amqp.task(message("test.effect", "t-2", &json!({ "millis": 1 }))).await;
+    // It comes behind the other one, which has been looked at when this one ends.
+    amqp.task(message("test.effect", "t-2", &json!({ "millis": 50 }))).await;
     assert_eq!(results.result().soon("the next one ends").await.id.as_str(), "t-2");
+    // What would run again has begun and is done by then, or is handed back.
+    worker.terminate(SOON).await;
     assert_eq!(effects::done(&warren), ["t-1 1", "t-2 1"]);
+    assert_eq!(amqp.waiting().await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 //! Nobody makes a worker or collector publish to a queue that is no reply queue; the task runs anyway.
 
-use garenne_common::wire::Message;
+use garenne_common::wire::{HeaderValue, Message};
 use serde_json::json;
 
 use crate::harness::{Amqp, Warren, message, soon};
@@ -12,7 +12,7 @@ async fn foreign_queues(warren: &Warren, amqp: &Amqp) -> [String; 2] {
         let declaration = garenne_common::topology::Declaration::Queue {
             name: queue.clone(),
             exclusive: false,
-            arguments: vec![],
+            arguments: vec![("x-queue-type", HeaderValue::Text("quorum".to_owned()))],
         };
         amqp.admin.declare(&[declaration]).await.unwrap();
     }

@@ -85,7 +85,10 @@ pub(super) fn batch_status(
     for failure in &mut failures {
         failure.output = None;
     }
-    Ok(Some(BatchStatus { summary: batch.summary(), failures, changed_at }))
+    let parked = connection
+        .prepare_cached("SELECT COUNT(*) FROM parked WHERE batch = ?1 AND waiting = 1")?
+        .query_row([id.as_str()], |row| row.get(0).map(to_count))?;
+    Ok(Some(BatchStatus { summary: batch.summary(), failures, changed_at, parked }))
 }
 
 /// Batches that are not over and in which nothing has changed since then, the most quiet first.

@@ -311,6 +311,14 @@ pub struct BatchStatus {
     /// When a member ended last, or the batch was opened or sealed; an older collector does not say.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub changed_at: Option<Timestamp>,
+    /// How many of those that have not ended are set aside because no worker knows their name.
+    #[serde(skip_serializing_if = "is_zero", default)]
+    pub parked: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Question {

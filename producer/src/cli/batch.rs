@@ -13,7 +13,7 @@ use super::context::{Context, goes_on};
 use super::error::{CliError, Exit};
 use super::options;
 use super::output::{Paint, cell, facts, keep_whole, table};
-use super::task::span;
+use super::task::{age, span};
 
 /// A batch that ends sooner needs no words.
 const FIRST_REMARK: Duration = Duration::from_secs(5);
@@ -130,11 +130,9 @@ async fn tell(context: &Context, producer: &Producer, id: &BatchId) -> Infallibl
     let (mut pause, mut before) = (FIRST_REMARK, None);
     loop {
         tokio::time::sleep(pause).await;
-        let status = match context.ask(producer, Question::Batch { id: id.clone() }).await {
-            Ok(Answer::Batch { batch }) => batch,
-            // Whoever waits is told in the end, by what waits for the batch itself.
-            Ok(_) | Err(_) => continue,
-        };
+        // If nothing answers, whoever waits is told in the end by what waits for the batch itself.
+        let asked = context.ask(producer, Question::Batch { id: id.clone() }).await;
+        let Ok(Answer::Batch { batch: status }) = asked else { continue };
         let ended = status.as_ref().map(|status| (status.summary.state, status.summary.ended()));
         if status.as_ref().is_some_and(|status| status.summary.state.is_final()) {
             continue;
@@ -146,7 +144,7 @@ async fn tell(context: &Context, producer: &Producer, id: &BatchId) -> Infallibl
 }
 
 fn waited_for(id: &BatchId, status: Option<&BatchStatus>, now: Timestamp) -> String {
-    let Some(BatchStatus { summary, changed_at, .. }) = status else {
+    let Some(BatchStatus { summary, changed_at, parked, .. }) = status else {
         return format!(
             "waiting for a first word of the batch {id}: the collector does not know it yet"
         );
@@ -161,10 +159,15 @@ fn waited_for(id: &BatchId, status: Option<&BatchStatus>, now: Timestamp) -> Str
         }
         (_, None) => format!("waiting; {ended} tasks have ended"),
     };
-    let quiet = changed_at.map(|at| now.since(at));
-    let quiet =
-        quiet.map_or(String::new(), |quiet| format!("; the last change was {} ago", span(quiet)));
-    format!("{what}{quiet}; if they were purged or lost: garenne batch abandon {id}")
+    let quiet = changed_at
+        .map_or(String::new(), |at| format!("; the last change was {} ago", age(at, now)));
+    match parked {
+        0 => format!("{what}{quiet}; if they were purged or lost: garenne batch abandon {id}"),
+        _ => format!(
+            "{what}{quiet}; {parked} of them are set aside, since no worker of their queue knows them: \
+             garenne dead list --batch {id}"
+        ),
+    }
 }
 
 /// Whether a batch ended as one wishes.
@@ -198,7 +201,7 @@ fn counts(summary: &BatchSummary, changed_at: Option<Timestamp>, paint: Paint) -
         .finished_at
         .map(|at| format!("{at} ({} after it was opened)", span(at.since(summary.opened_at))));
     let changed = changed_at.filter(|_| !summary.state.is_final());
-    let changed = changed.map(|at| format!("{at} ({} ago)", span(Timestamp::now().since(at))));
+    let changed = changed.map(|at| format!("{at} ({} ago)", age(at, Timestamp::now())));
     facts(&[
         ("batch", Some(summary.batch.to_string())),
         ("state", Some(state)),
@@ -263,19 +266,22 @@ mod tests {
     #[test]
     fn who_waits_is_told_for_what_and_how_to_end_it() {
         let (id, now) = (BatchId::new("b").unwrap(), Timestamp::from_millis(130_000));
-        let told = |state, total| {
+        let told = |state, total, parked| {
             let (summary, at) = (summary(state, total, 1), Timestamp::from_millis(10_000));
-            let status = BatchStatus { summary, failures: vec![], changed_at: Some(at) };
+            let changed_at = Some(at);
+            let status = BatchStatus { summary, failures: vec![], changed_at, parked };
             waited_for(&id, Some(&status), now)
         };
-        let sealed = told(BatchState::Sealed, Some(10));
+        let sealed = told(BatchState::Sealed, Some(10), 0);
         assert!(
             sealed.starts_with("waiting for 7 of 10 tasks; the last change was 2m"),
             "{sealed}"
         );
         assert!(sealed.ends_with("garenne batch abandon b"), "{sealed}");
-        let open = told(BatchState::Open, None);
+        let open = told(BatchState::Open, None, 0);
         assert!(open.contains("to seal the batch; 3 tasks have ended so far"), "{open}");
+        let parked = told(BatchState::Sealed, Some(10), 7);
+        assert!(parked.contains("; 7 of them are set aside"), "{parked}");
         assert!(waited_for(&id, None, now).contains("does not know it yet"));
     }
 

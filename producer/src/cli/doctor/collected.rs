@@ -8,7 +8,7 @@ use garenne_producer::Producer;
 
 use super::super::context::Context;
 use super::super::error::CliError;
-use super::super::task::span;
+use super::super::task::{age, span};
 use super::{Check, Verdict};
 
 pub(super) async fn collected(context: &Context, idle: Duration) -> Vec<Check> {
@@ -28,15 +28,12 @@ pub(super) async fn collected(context: &Context, idle: Duration) -> Vec<Check> {
 
 async fn totals(context: &Context, producer: &Producer) -> Result<String, CliError> {
     let started = Instant::now();
-    match context.ask(producer, Question::Totals).await? {
-        Answer::Totals { results, dead, batches, .. } => {
-            let took = span(started.elapsed());
-            Ok(format!(
-                "answers ({took}): {results} results, {dead} dead letters, {batches} batches"
-            ))
-        }
-        _ => Err(CliError::unexpected_answer()),
-    }
+    let answer = context.ask(producer, Question::Totals).await?;
+    let Answer::Totals { results, dead, batches, .. } = answer else {
+        return Err(CliError::unexpected_answer());
+    };
+    let took = span(started.elapsed());
+    Ok(format!("answers ({took}): {results} results, {dead} dead letters, {batches} batches"))
 }
 
 async fn standing(context: &Context, producer: &Producer, idle: Duration) -> Vec<Check> {
@@ -61,7 +58,7 @@ async fn standing(context: &Context, producer: &Producer, idle: Duration) -> Vec
 fn set_aside(kind: &ParkedKind, now: Timestamp) -> Check {
     let ParkedKind { queue, name, tasks, since } = kind;
     let (s, no) = if *tasks == 1 { ("", "waits") } else { ("s", "wait") };
-    let age = span(now.since(*since));
+    let age = age(*since, now);
     let detail = format!(
         "{tasks} task{s} {no} for a worker of the queue {queue} that knows {name}, for {age}"
     );
@@ -78,7 +75,7 @@ fn quiet(batch: &QuietBatch, now: Timestamp) -> Check {
         || format!("{ended} tasks have ended, and it is not sealed"),
         |total| format!("{ended} of {total} tasks have ended"),
     );
-    let age = span(now.since(*changed_at));
+    let age = age(*changed_at, now);
     let detail = format!("{id}: {counts}; nothing has changed for {age}");
     Check::new("quiet batch", Verdict::Odd, detail).advice(format!(
         "normal while long tasks run; if they were lost or purged: garenne batch abandon {id}"
