@@ -17,7 +17,7 @@ use super::task::{age, span};
 
 /// A batch that ends sooner needs no words.
 const FIRST_REMARK: Duration = Duration::from_secs(5);
-const LONGEST_PAUSE: Duration = Duration::from_mins(5);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -125,21 +125,18 @@ async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
     Ok(if all_succeeded(&summary) { Exit::Success } else { Exit::Failed })
 }
 
-/// Says on standard error what is waited for, less and less often while nothing changes.
+/// Says on standard error what is waited for, less and less often.
 async fn tell(context: &Context, producer: &Producer, id: &BatchId) -> Infallible {
-    let (mut pause, mut before) = (FIRST_REMARK, None);
+    let mut pause = FIRST_REMARK;
     loop {
         tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
         // If nothing answers, whoever waits is told in the end by what waits for the batch itself.
         let asked = context.ask(producer, Question::Batch { id: id.clone() }).await;
         let Ok(Answer::Batch { batch: status }) = asked else { continue };
-        let ended = status.as_ref().map(|status| (status.summary.state, status.summary.ended()));
-        if status.as_ref().is_some_and(|status| status.summary.state.is_final()) {
-            continue;
+        if status.as_ref().is_none_or(|status| !status.summary.state.is_final()) {
+            context.output.remark(waited_for(id, status.as_ref(), Timestamp::now()));
         }
-        context.output.remark(waited_for(id, status.as_ref(), Timestamp::now()));
-        pause = if before == ended { (pause * 2).min(LONGEST_PAUSE) } else { FIRST_REMARK };
-        before = ended;
     }
 }
 
