@@ -308,7 +308,7 @@ pub struct BatchStatus {
     pub summary: BatchSummary,
     /// Up to ten members that did not succeed, with their errors.
     pub failures: Vec<TaskResult>,
-    /// When a member ended last, or the batch was opened or sealed; an older collector does not say.
+    /// When something of it was stored last, repeats included; an older collector does not say.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub changed_at: Option<Timestamp>,
     /// How many of those that have not ended are set aside because no worker knows their name.

@@ -36,6 +36,6 @@ pub struct QuietBatch {
     /// The counts.
     #[serde(flatten)]
     pub summary: BatchSummary,
-    /// When a member ended last, or the batch was opened or sealed.
+    /// When something of it was stored last, repeats included.
     pub changed_at: Timestamp,
 }
