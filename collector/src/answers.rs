@@ -9,7 +9,9 @@ use garenne_common::broker::{Consumer, Delivery, Outgoing, Publisher, Settler};
 use garenne_common::wire::{
     Answer, CancelIntent, CodecError, Control, DeadLetter, Message, Question, Report, report, task,
 };
-use garenne_common::{DeadReason, QueueName, ReplyFormat, ReplyGate, ReplyTo, TaskId, TaskResult};
+use garenne_common::{
+    DeadReason, QueueName, ReplyFormat, ReplyGate, ReplyTo, TaskId, TaskResult, Timestamp,
+};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
@@ -134,6 +136,11 @@ impl<S: Store> Answers<S> {
                 let (intents, newest) = store.cancels(after, CANCELS_PAGE).await?;
                 let more = intents.len() == CANCELS_PAGE;
                 Answer::Cancels { intents, more, newest }
+            }
+            Question::Standing { quiet_ms } => {
+                let quiet_since = Timestamp::now().as_millis().saturating_sub(quiet_ms);
+                let standing = store.standing(Timestamp::from_millis(quiet_since)).await?;
+                Answer::Standing { standing }
             }
             Question::Totals => {
                 let totals = store.totals().await?;

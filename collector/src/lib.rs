@@ -27,6 +27,7 @@ pub mod lease;
 mod letters;
 mod live;
 mod notices;
+mod outlets;
 mod peers;
 mod pipeline;
 mod relay;

@@ -1,19 +1,22 @@
 //! The relay: publishes what waits in an outbox, in order, and forgets it once the broker has it.
 //!
-//! What the broker refuses (the queue it goes to is full, say) keeps nothing else waiting: the relay
-//! goes on with what comes after it, and tries again when it has been through all.
+//! What the broker refuses (the queue it goes to is full, say) or never confirms (that queue does not
+//! answer) keeps nothing else waiting: the relay goes on with what comes after it, and tries again when
+//! it has been through all.
 //!
 //! At least once: what was published and not yet forgotten when the process died is published again.
 //! The same happens when two collectors share a store. So whatever goes through an outbox has an id by
 //! which its readers know it again. What the entries mean is the business of [`crate::notices`] and
 //! [`crate::resends`].
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use garenne_common::broker::{BrokerError, Outgoing, Publisher};
+use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt};
 use garenne_common::guards::Guard;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::store::{Answer, StoreError};
@@ -129,7 +132,7 @@ impl<O: Outbox> Relay<O> {
         if !Guard::ForgetAfterConfirm.holds() {
             self.outbox.forget(entries.iter().map(O::seq).collect()).await?;
         }
-        let mut receipts = Vec::with_capacity(entries.len());
+        let (begun, mut receipts) = (Instant::now(), Vec::with_capacity(entries.len()));
         for entry in &entries {
             receipts.push(self.publisher.send(self.outbox.outgoing(entry)).await);
         }
@@ -137,7 +140,7 @@ impl<O: Outbox> Relay<O> {
         let all = entries.len();
         for (entry, receipt) in entries.into_iter().zip(receipts) {
             let outcome = match receipt {
-                Ok(receipt) => receipt.confirmed().await,
+                Ok(receipt) => self.outcome(receipt, begun).await,
                 Err(error) => Err(error),
             };
             match outcome {
@@ -151,5 +154,21 @@ impl<O: Outbox> Relay<O> {
             self.outbox.forget(seqs).await?;
         }
         Ok(failed.map_or(Slice::Done, |cause| Slice::Refused { last, count, cause }))
+    }
+
+    /// What the broker says of a message. It is waited for while it is away or takes nothing. What it
+    /// takes and does not confirm goes to a queue that does not answer, and waits for its next turn.
+    async fn outcome(&self, receipt: Receipt, begun: Instant) -> Result<(), BrokerError> {
+        let patience = self.publisher.patience();
+        let (mut confirmed, mut until) = (pin!(receipt.confirmed()), begun + patience);
+        loop {
+            match tokio::time::timeout_at(until, &mut confirmed).await {
+                Ok(outcome) => return outcome,
+                Err(_) if self.publisher.owes_confirms() => {
+                    return Err(self.publisher.why_late(patience));
+                }
+                Err(_) => until = Instant::now() + patience,
+            }
+        }
     }
 }

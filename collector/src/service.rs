@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{
-    Admin, BrokerError, Consumer, ConsumerSpec, Link, Pauser, Publisher, QueueSource, Settler,
+    Admin, BrokerError, Consumer, ConsumerSpec, Link, Pauser, QueueSource, Settler,
 };
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
@@ -17,10 +17,11 @@ use tokio_util::sync::CancellationToken;
 use crate::aggregate::Rules;
 use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
 use crate::deadlines::Deadlines;
-use crate::heartbeat::{self, Beat};
+use crate::heartbeat::Beat;
 use crate::keeper::Keeper;
 use crate::letters::Letters;
 use crate::notices::{Copies, Notices};
+use crate::outlets::Outlets;
 use crate::peers::Neighbours;
 use crate::pipeline::{
     Committer, DEAD_PREFETCH, Intake, Progress, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
@@ -41,9 +42,8 @@ pub struct Collector {
     store: SqliteStore,
     progress: Arc<Progress>,
     settlers: Vec<(&'static str, Settler)>,
-    publisher: Publisher,
+    outlets: Outlets,
     consuming: Link,
-    publishing: Link,
     health: ProcessHealth,
     /// Intake and committing: everything that takes deliveries.
     pipeline: JoinSet<()>,
@@ -81,16 +81,12 @@ impl Collector {
         let consuming = Link::new(&config.broker, &format!("garenne-collector {name} consume"));
         let (sources, questions) = consume(&consuming, &topology).await?;
 
-        let publishing = Link::new(&config.broker, &format!("garenne-collector {name} publish"));
-        // All of it, like a producer: tasks go from here to any queue, and through any delay.
-        let publisher = Publisher::start(publishing.clone(), topology.core(), &config.broker);
         let mut collector = Self {
             store,
             progress: Arc::default(),
             settlers: sources.settlers(&questions),
-            publisher,
+            outlets: Outlets::start(&config.broker, &name),
             consuming,
-            publishing,
             health: ProcessHealth::default(),
             pipeline: JoinSet::new(),
             background: JoinSet::new(),
@@ -160,7 +156,7 @@ impl Collector {
             store: self.store.clone(),
             letters,
             questions,
-            publisher: self.publisher.clone(),
+            publisher: self.outlets.answers.clone(),
             gate: replies.gate.clone(),
             control: topology.control(),
             cancelled: Arc::clone(&cancelled),
@@ -179,7 +175,7 @@ impl Collector {
         let deadlines = Deadlines {
             store: self.store.clone(),
             admin: Admin::new(self.consuming.clone()),
-            publisher: self.publisher.clone(),
+            publisher: self.outlets.answers.clone(),
             topology,
             consuming: reading,
             progress,
@@ -187,7 +183,7 @@ impl Collector {
             resends_filled,
             stop: self.stop_all.clone(),
         };
-        let sending = send_replies(outgoing, self.publisher.clone(), self.stop_all.clone());
+        let sending = send_replies(outgoing, self.outlets.answers.clone(), self.stop_all.clone());
         self.background.spawn(answers.run());
         self.background.spawn(releaser.run());
         self.background.spawn(deadlines.run());
@@ -208,13 +204,13 @@ impl Collector {
                 exchange: topology.notices_exchange(),
                 copies: copies.map(Copies::new),
             },
-            publisher: self.publisher.clone(),
+            publisher: self.outlets.notices.clone(),
             filled: Arc::clone(outbox_filled),
             stop: self.stop_all.clone(),
         };
         let resends = Relay {
             outbox: Resends { store: self.store.clone() },
-            publisher: self.publisher.clone(),
+            publisher: self.outlets.tasks.clone(),
             filled: Arc::clone(resends_filled),
             stop: self.stop_all.clone(),
         };
@@ -240,11 +236,8 @@ impl Collector {
             health: self.health.clone(),
             stop: self.stop_all.clone(),
         };
-        let mut small = config.broker.clone();
-        small.publish_window = heartbeat::WINDOW;
-        let wanted = topology.named(&topology.heartbeats());
         let beat = Beat {
-            publisher: Publisher::start(self.publishing.clone(), wanted, &small),
+            publisher: self.outlets.heartbeats.clone(),
             exchange: topology.heartbeats(),
             collector: by.to_owned(),
             store: self.store.identity(),
@@ -303,7 +296,7 @@ impl Collector {
         CollectorState {
             health: self.health.clone(),
             store: self.store.downgrade(),
-            publisher: self.publisher.clone(),
+            outlets: self.outlets.clone(),
             progress: Arc::clone(&self.progress),
             settlers: self.settlers.clone(),
         }
@@ -319,7 +312,7 @@ impl Collector {
         self.stop_all.cancel();
         join_all(&mut self.background).await;
         // 3. Answers may still be under way.
-        self.publisher.close(CLOSING).await;
+        self.outlets.close(CLOSING).await;
         // 4. Deliveries that were never looked at go back to the broker by this.
         self.consuming.close().await;
         // 5. The last handle: joins the store's threads, which may have a checkpoint to write.

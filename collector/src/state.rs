@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use garenne_common::broker::{Publisher, Settler};
+use garenne_common::broker::Settler;
 use garenne_common::{ProcessHealth, telemetry};
 
+use crate::outlets::Outlets;
 use crate::pipeline::Progress;
 use crate::store::{Backlog, Store, Waiting, WeakStore};
 
@@ -13,7 +14,7 @@ use crate::store::{Backlog, Store, Waiting, WeakStore};
 pub struct CollectorState {
     /// Weak, since the last handle of a store closes it.
     pub(crate) store: WeakStore,
-    pub(crate) publisher: Publisher,
+    pub(crate) outlets: Outlets,
     pub(crate) health: ProcessHealth,
     pub(crate) progress: Arc<Progress>,
     /// What is consumed, by name.
@@ -26,13 +27,13 @@ impl CollectorState {
     pub async fn log(&self) {
         let (gathered, committed) = self.progress.groups();
         let last_commit = self.progress.last_commit().map(|at| at.to_string());
-        let publishing = self.publisher.trouble().map(|trouble| trouble.to_string());
+        let publishing = self.outlets.trouble().map(|trouble| trouble.to_string());
         tracing::info!(
             groups_gathered = gathered,
             groups_committed = committed,
             groups_waiting = gathered.saturating_sub(committed),
             last_commit,
-            to_publish = self.publisher.queued(),
+            to_publish = self.outlets.queued(),
             not_publishing = publishing,
             lost_log_lines = telemetry::lost_lines(),
             "state of the collector"

@@ -1,15 +1,15 @@
 //! Judges what `scripts/bench-beside` has measured: the reports of two builds, run by run, side by side.
 //!
 //! `bench-judge NAME DIRECTORY` reads `this.RUN.SCENARIO.json` and `that.RUN.SCENARIO.json`, reports of
-//! `garenne bench`, and prints a table. Exit code 0: the standing speed rule holds in every row; 1: it does not; 2: there is
+//! `garenne bench`, and prints a table; with `--missed` only the scenarios of rows below the rule. Exit code 0: the standing speed rule holds in every row; 1: it does not; 2: there is
 //! nothing to judge. It measures nothing itself.
 
 mod report;
 mod row;
 mod table;
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,17 +20,30 @@ use row::LEAST;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [name, directory] = &arguments[..] else {
-        return refuse("usage: bench-judge NAME DIRECTORY");
+    let (name, directory, only_missed) = match &arguments[..] {
+        [name, directory] => (name, directory, false),
+        [name, directory, flag] if flag == "--missed" => (name, directory, true),
+        _ => return refuse("usage: bench-judge NAME DIRECTORY [--missed]"),
     };
     let reports = |build: &str| {
         let read = read(Path::new(directory), build);
         read.map_err(|error| format!("the reports in {directory} cannot be read: {error}"))
     };
     match (reports("this"), reports("that")) {
+        (Ok(this), Ok(that)) if only_missed => missed(&this, &that),
         (Ok(this), Ok(that)) => judge(name, &this, &that),
         (Err(error), _) | (_, Err(error)) => refuse(&error),
     }
+}
+
+/// The scenarios with a row that misses, separated by commas.
+fn missed(this: &[Report], that: &[Report]) -> ExitCode {
+    let rows = row::compare(this, that);
+    let missed = rows.iter().filter(|row| !row.holds()).map(|row| row.scenario.as_str());
+    let scenarios: BTreeSet<&str> = missed.collect();
+    let scenarios: Vec<_> = scenarios.into_iter().collect();
+    drop(writeln!(io::stdout(), "{}", scenarios.join(",")));
+    ExitCode::SUCCESS
 }
 
 fn judge(name: &str, this: &[Report], that: &[Report]) -> ExitCode {

@@ -26,6 +26,7 @@ pub(crate) struct Settings {
 pub(crate) struct Figure {
     /// The same in every version.
     pub(crate) id: String,
+    pub(crate) scenario: String,
     pub(crate) title: String,
     pub(crate) unit: Unit,
     pub(crate) garenne: Option<Samples>,

@@ -25,6 +25,7 @@ pub(crate) struct Pair {
 /// One figure of the bench in both builds.
 #[derive(Debug, Clone)]
 pub(crate) struct Row {
+    pub(crate) scenario: String,
     pub(crate) title: String,
     pub(crate) unit: Unit,
     pub(crate) figure: Pair,
@@ -64,6 +65,7 @@ fn row(figure: &Figure, this: &[Report], that: &[Report]) -> Option<Row> {
         pair(&values(this, of), &values(that, of), more_is_better)
     };
     Some(Row {
+        scenario: figure.scenario.clone(),
         title: figure.title.clone(),
         unit: figure.unit,
         figure: both(&|report| ours(report, id), more_is_better)?,
@@ -120,7 +122,7 @@ mod tests {
         let report = json!({
             "machine": { "profile": "release", "load_before": 0.1 },
             "settings": { "quick": false },
-            "figures": [{ "id": "singles", "title": "singles, stored", "unit": "per_second",
+            "figures": [{ "id": "singles", "scenario": "singles", "title": "singles, stored", "unit": "per_second",
                           "garenne": { "median": rate }, "ratio": ratio, "more": "to come" }],
             "processor_time": efforts.unwrap_or_else(|| json!([])),
         });

@@ -1,15 +1,16 @@
 //! Something always goes on, and what stands still is reported (promise 10): failing tasks whose
 //! producer waits, little room at every publisher, and a worker that cannot settle.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
-use garenne_common::wire::{Heartbeat, ReplayPlan};
+use garenne_common::wire::{CollectorHeartbeat, Heartbeat, ReplayPlan};
 use garenne_common::{QueueName, RetryPolicy};
 use garenne_producer::Submission;
 use garenne_worker::Worker;
 use serde_json::json;
 
-use crate::harness::{PrivateNode, Soon, Tap, Warren, eventually, soon};
+use crate::harness::{PrivateNode, SilentQueue, Soon, Tap, Warren, eventually, soon};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 /// Tasks of one run: more than every queue inside a worker holds.
@@ -52,6 +53,12 @@ async fn problem(heartbeats: &mut Tap, code: &str) -> String {
     .await
 }
 
+async fn doctor_names(warren: &Warren, arguments: &[&str], problem: &str) {
+    let ended = warren.garenne(&[&["doctor"], arguments].concat()).await;
+    assert_eq!(ended.code, Some(1), "{ended:#?}");
+    assert!(ended.stdout.contains(problem), "{ended:#?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_whose_results_are_refused_says_so_and_recovers() {
     let node = PrivateNode::take().await;
@@ -69,6 +76,7 @@ async fn a_worker_whose_results_are_refused_says_so_and_recovers() {
     assert!(outcomes.iter().all(Result::is_ok), "tasks are taken");
     let detail = problem(&mut heartbeats, "settling_stalled").await;
     assert!(detail.contains("not settled"), "{detail}");
+    doctor_names(&warren, &["--queue", "default"], "settling_stalled").await;
     node.ctl(&["clear_policy", &policy]);
     eventually(PATIENCE, "the worker is healthy again", async || {
         let heartbeat = Heartbeat::decode(&heartbeats.next().await).ok()?;
@@ -114,6 +122,7 @@ async fn a_full_queue_does_not_keep_tasks_of_others_from_going_back() {
     for handle in handles {
         ids.push(handle.unwrap().result().within(PATIENCE, "it fails").await.unwrap().id);
     }
+    let mut heartbeats = warren.amqp().await.heartbeats().await;
     let all = (REFUSED + 1) as u64;
     eventually(PATIENCE, "all letters are stored", async || {
         (producer.totals().await.ok()?.dead == all).then_some(())
@@ -132,10 +141,69 @@ async fn a_full_queue_does_not_keep_tasks_of_others_from_going_back() {
     .await;
     let left = warren.rows::<u32>("SELECT count(*) FROM resends")[0];
     assert!(left >= 200, "a whole slice was refused, or this shows nothing: {left}");
+    eventually(PATIENCE, "the collector says that they do not go", async || {
+        let beat = CollectorHeartbeat::decode(&heartbeats.next().await).ok()?;
+        beat.problems.iter().any(|problem| problem.code == "outbox_stalled").then_some(())
+    })
+    .await;
+    doctor_names(&warren, &["--queue", "free"], "outbox_stalled").await;
     node.ctl(&["clear_policy", &queue]);
     eventually(PATIENCE, "the rest goes back when there is room", async || {
         (warren.rows::<u32>("SELECT count(*) FROM resends")[0] == 0).then_some(())
     })
     .await;
     drop((collector, free));
+}
+
+/// Tasks whose notices go to a queue that does not answer: more than RabbitMQ takes over a connection
+/// meanwhile.
+const UNANSWERED: usize = 700;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_of_notices_that_does_not_answer_stops_notices_only() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let collector = warren.collector().set("collector.task_notices", true);
+    let mut collector = collector.set("broker.publish_timeout", "5s").start().await;
+    let _worker = warren.worker().queues("default,other").start().await;
+    let amqp = warren.amqp().await;
+    let keeper = warren.config().broker.topology().notice_keeper();
+    amqp.admin.declare(&keeper).await.unwrap();
+    let (mut notices, mut heartbeats) = (amqp.notices().await, amqp.heartbeats().await);
+    let silent = SilentQueue::new(&node, keeper[0].name());
+    let producer = warren.producer().await;
+    let fatal = Submission::dynamic("garenne.fail", json!({ "fatal": true })).unwrap();
+    let fatal = fatal.retry_policy(RetryPolicy::NONE).queue("other").unwrap();
+    let failed = producer.submit(fatal).await.unwrap();
+    let letter = failed.id().clone();
+    failed.result().within(PATIENCE, "it fails").await.unwrap();
+    let words = || Submission::dynamic("text.count_words", json!({ "text": "a" })).unwrap();
+    let outcomes = producer.submit_many_detached((0..UNANSWERED).map(|_| words())).await;
+    assert!(outcomes.iter().all(Result::is_ok), "tasks are taken");
+    let all = (UNANSWERED + 1) as u64;
+    eventually(PATIENCE, "all results are stored", async || {
+        (producer.totals().await.ok()?.results == all).then_some(())
+    })
+    .await;
+    let plan = ReplayPlan::default();
+    producer.replay(&[letter], &plan).within(PATIENCE, "an answer").await.unwrap();
+    eventually(PATIENCE, "the task that was sent back has run again", async || {
+        (producer.totals().await.ok()?.results > all).then_some(())
+    })
+    .await;
+    eventually(PATIENCE, "the collector says that notices wait", async || {
+        let beat = CollectorHeartbeat::decode(&heartbeats.next().await).ok()?;
+        beat.problems.iter().any(|problem| problem.code == "outbox_stalled").then_some(())
+    })
+    .await;
+    doctor_names(&warren, &[], "outbox_stalled").await;
+    collector.logged("RabbitMQ does not confirm a message").await;
+    drop(silent);
+    let every_task = async {
+        let mut told = HashSet::new();
+        while told.len() as u64 <= all {
+            told.insert(notices.next().await.properties.message_id);
+        }
+    };
+    every_task.within(PATIENCE, "all notices are published").await;
 }

@@ -32,6 +32,7 @@ mod dead_letter;
 mod dead_letters_again;
 mod deep_and_large;
 mod demo_and_bench;
+mod doctor;
 mod errors;
 mod examples;
 mod file_tasks;

@@ -22,7 +22,8 @@ use std::sync::Arc;
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
     BatchStatus, BatchSummary, CancelIntent, CancelState, Cancelled, DeadCursor, DeadFilter,
-    DeadPage, DeadSummary, Notice, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote, TaskState,
+    DeadPage, DeadSummary, Notice, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote, Standing,
+    TaskState,
 };
 use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 
@@ -141,6 +142,9 @@ pub trait Store: Clone + Send + Sync + 'static {
 
     /// What waits in the outboxes. Also refuses if the store's files are no longer those that are open.
     fn backlog(&self) -> impl Answer<Backlog>;
+
+    /// What is set aside, and which batches have not changed since then.
+    fn standing(&self, quiet_since: Timestamp) -> impl Answer<Standing>;
 
     /// How much there is.
     fn totals(&self) -> impl Answer<Totals>;

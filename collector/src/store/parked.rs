@@ -6,11 +6,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use garenne_common::wire::{DeadLetter, Message, Report};
-use garenne_common::{DeadReason, QueueName, TaskId, TaskName};
+use garenne_common::wire::{DeadLetter, Message, ParkedKind, Report};
+use garenne_common::{DeadReason, QueueName, TaskId, TaskName, Timestamp};
 use rusqlite::{Connection, OptionalExtension, params};
 
-use super::ledger::{SqliteLedger, from_count, from_time, parsed};
+use super::ledger::{SqliteLedger, from_count, from_time, parsed, time, to_count};
 use super::{EndedParked, StoreError, open_envelope};
 use crate::aggregate::{Ledger, Resend, Rules, apply};
 use crate::answers::APP_ID;
@@ -19,6 +19,8 @@ use crate::group::{Group, Letter};
 /// After its first release a task that comes back waits so long, and twice as long each time.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
+/// How many kinds of waiting tasks an answer names.
+const NAMED_KINDS: u32 = 20;
 
 /// Notes that a task waits for a handler. `false` if what it waits for cannot be named.
 pub(super) fn park(ledger: &mut SqliteLedger<'_>, letter: &DeadLetter) -> Result<(), StoreError> {
@@ -82,6 +84,24 @@ pub(super) fn kinds(
         }
     }
     Ok(kinds)
+}
+
+/// What waits and for what, the most first; few pairs of queue and name.
+pub(super) fn waiting(connection: &Connection) -> Result<Vec<ParkedKind>, StoreError> {
+    let mut select = connection.prepare_cached(
+        "SELECT queue, name, COUNT(*), MIN(stored_at) FROM parked WHERE waiting = 1 \
+         GROUP BY queue, name ORDER BY COUNT(*) DESC LIMIT ?1",
+    )?;
+    let rows = select.query_map([NAMED_KINDS], |row| {
+        Ok((row.get(0)?, row.get(1)?, to_count(row.get(2)?), time(row, 3)?))
+    })?;
+    let kinds: Vec<(String, String, u64, Timestamp)> = rows.collect::<Result<_, _>>()?;
+    let named = |(queue, name, tasks, since): (String, String, u64, Timestamp)| {
+        // A letter that a stranger wrote may name anything, and must not hide the others.
+        let (queue, name) = (QueueName::new(&queue).ok()?, TaskName::new(&name).ok()?);
+        Some(ParkedKind { queue, name, tasks, since })
+    };
+    Ok(kinds.into_iter().filter_map(named).collect())
 }
 
 /// Sends parked tasks of a kind back to their queue that are due, at most `limit`; how many.

@@ -1,6 +1,6 @@
 //! What is read from SQLite, for questions and for the outbox. Nothing here writes.
 
-use garenne_common::wire::{BatchStatus, Codec, Notice, Payload, RetryNote, TaskState};
+use garenne_common::wire::{BatchStatus, Codec, Notice, Payload, QuietBatch, RetryNote, TaskState};
 use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -17,6 +17,8 @@ use crate::aggregate::Resend;
 const NAMED_ATTEMPTS: u32 = 50;
 /// How many failed members the status of a batch names.
 const NAMED_FAILURES: u32 = 10;
+/// How many quiet batches an answer names.
+const NAMED_BATCHES: u32 = 10;
 
 /// What is shown of an error, and of a worker's name.
 const ERROR_CHARS: usize = 4_000;
@@ -69,6 +71,10 @@ pub(super) fn batch_status(
     let Some(batch) = select.query_row([id.as_str()], batch).optional()? else {
         return Ok(None);
     };
+    let changed_at = connection
+        .prepare_cached("SELECT stored_at FROM batches WHERE id = ?1")?
+        .query_row([id.as_str()], |row| time(row, 0))
+        .optional()?;
     let mut select = connection.prepare_cached(&format!(
         "SELECT {RESULT_COLUMNS} FROM results \
          WHERE batch = ?1 AND status <> 'succeeded' ORDER BY rowid DESC LIMIT ?2"
@@ -79,7 +85,34 @@ pub(super) fn batch_status(
     for failure in &mut failures {
         failure.output = None;
     }
-    Ok(Some(BatchStatus { summary: batch.summary(), failures }))
+    let parked = connection
+        .prepare_cached("SELECT COUNT(*) FROM parked WHERE batch = ?1 AND waiting = 1")?
+        .query_row([id.as_str()], |row| row.get(0).map(to_count))?;
+    Ok(Some(BatchStatus { summary: batch.summary(), failures, changed_at, parked }))
+}
+
+/// Batches that are not over and in which nothing has changed since then, the most quiet first.
+pub(super) fn quiet_batches(
+    connection: &Connection,
+    since: Timestamp,
+) -> Result<Vec<QuietBatch>, StoreError> {
+    let quiet: Vec<(String, Timestamp)> = connection
+        .prepare_cached(
+            "SELECT id, stored_at FROM batches \
+             WHERE state IN ('open', 'sealed') AND stored_at <= ?1 ORDER BY stored_at LIMIT ?2",
+        )?
+        .query_map([from_time(since), i64::from(NAMED_BATCHES)], |row| {
+            Ok((row.get(0)?, time(row, 1)?))
+        })?
+        .collect::<Result<_, _>>()?;
+    let mut select = connection.prepare_cached(&select_batches("id = ?1"))?;
+    let mut batches = vec![];
+    for (id, changed_at) in quiet {
+        if let Some(batch) = select.query_row([id], batch).optional()? {
+            batches.push(QuietBatch { summary: batch.summary(), changed_at });
+        }
+    }
+    Ok(batches)
 }
 
 pub(super) fn identity(connection: &Connection) -> Result<StoreIdentity, StoreError> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
     BatchStatus, CancelIntent, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
-    RetryNote, TaskState,
+    RetryNote, Standing, TaskState,
 };
 use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
@@ -295,6 +295,16 @@ impl Store for SqliteStore {
             questions::backlog(connection)
         };
         self.read(look).await
+    }
+
+    async fn standing(&self, quiet_since: Timestamp) -> Result<Standing, StoreError> {
+        self.read(move |connection| {
+            Ok(Standing {
+                parked: parked::waiting(connection)?,
+                batches: questions::quiet_batches(connection, quiet_since)?,
+            })
+        })
+        .await
     }
 
     async fn totals(&self) -> Result<Totals, StoreError> {

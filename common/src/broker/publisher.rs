@@ -246,6 +246,18 @@ impl Publisher {
         self.shared.link.is_blocked()
     }
 
+    /// Whether a broker that is there, and takes messages, has to confirm what it is given: one that
+    /// does not by [`patience`](Self::patience) is silent.
+    pub fn owes_confirms(&self) -> bool {
+        let silent = |trouble| matches!(trouble, BrokerError::Unconfirmed(_));
+        !self.is_blocked() && self.trouble().is_none_or(silent)
+    }
+
+    /// How long a confirm may take until the message goes over another channel.
+    pub fn patience(&self) -> Duration {
+        self.shared.patience()
+    }
+
     /// What a caller should hear who waited `deadline` in vain: the trouble known, else silence.
     pub fn why_late(&self, deadline: Duration) -> BrokerError {
         let trouble = self.shared.standing.borrow().trouble.clone();
@@ -441,7 +453,13 @@ impl PublishTask {
                     // A blocked broker owes no confirm. A cluster that lost a node may forget confirms
                     // on a channel that looks well.
                     let (owed_since, patience) = (self.shared.watch_alarm(), self.shared.patience());
-                    if window.oldest(owed_since).is_some_and(|age| age > patience) {
+                    if let Some((job, _)) = window.oldest(owed_since).filter(|(_, age)| *age > patience) {
+                        let Outgoing { exchange, routing_key, .. } = &*job.outgoing;
+                        tracing::warn!(
+                            exchange,
+                            routing_key,
+                            "RabbitMQ does not confirm a message; the queue it goes to may have no leader"
+                        );
                         return self.give_back(window, BrokerError::Unconfirmed(patience));
                     }
                     if begun.elapsed() >= STABLE {
@@ -493,7 +511,7 @@ impl PublishTask {
                 self.to_send.push_front(job);
             }
         }
-        if barren {
+        if barren && !silent {
             self.careful = self.to_send.len();
         }
         End::Lost { error: lost, barren }

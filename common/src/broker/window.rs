@@ -51,10 +51,11 @@ impl<'c> Window<'c> {
         self.jobs.is_empty()
     }
 
-    /// How long the oldest message has waited for its confirm, counted from `since` at the earliest.
-    pub(super) fn oldest(&self, since: Instant) -> Option<Duration> {
+    /// The oldest message, and how long it has waited for its confirm, counted from `since` at the
+    /// earliest.
+    pub(super) fn oldest(&self, since: Instant) -> Option<(&Job, Duration)> {
         let (_, job) = self.jobs.first_key_value()?;
-        Some(job.written?.max(since).elapsed())
+        Some((job, job.written?.max(since).elapsed()))
     }
 
     /// Puts one message on the channel. A message that AMQP cannot carry fails alone; an error means

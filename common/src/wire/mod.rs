@@ -22,6 +22,7 @@ pub mod query;
 pub mod replay;
 pub mod report;
 pub mod task;
+pub mod waiting;
 
 pub use codec::{Codec, CodecError, Payload};
 pub use collector::CollectorHeartbeat;
@@ -39,6 +40,7 @@ pub use message::{HeaderName, HeaderValue, Message, Properties};
 pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
 pub use query::{Answer, BatchStatus, CancelState, Cancelled, Question, TaskState};
 pub use report::{Report, RetryNote};
+pub use waiting::{ParkedKind, QuietBatch, Standing};
 
 use crate::printable::neutral;
 

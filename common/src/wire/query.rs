@@ -13,6 +13,7 @@ use super::letters::{
 use super::message::{Message, Properties};
 use super::notice::BatchSummary;
 use super::report::RetryNote;
+use super::waiting::Standing;
 use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use crate::names::{BatchId, TaskId};
 use crate::outcome::{Status, TaskResult};
@@ -84,6 +85,11 @@ pub enum Question {
     },
     /// How much the collector has seen.
     Totals,
+    /// What waits for something that may never come.
+    Standing {
+        /// Batches in which nothing has changed for so many milliseconds.
+        quiet_ms: u64,
+    },
     /// Cancels tasks, as far as they have not ended; at most 1,000 ids. Asking again changes nothing.
     Cancel {
         /// Which.
@@ -182,6 +188,12 @@ pub enum Answer {
         dead: u64,
         /// Batches in the store.
         batches: u64,
+    },
+    /// What stands still, as far as the collector can tell.
+    Standing {
+        /// What.
+        #[serde(flatten)]
+        standing: Standing,
     },
     /// What became of a wish to cancel tasks, in the order of the question.
     Cancel {
@@ -296,6 +308,17 @@ pub struct BatchStatus {
     pub summary: BatchSummary,
     /// Up to ten members that did not succeed, with their errors.
     pub failures: Vec<TaskResult>,
+    /// When something of it was stored last, repeats included; an older collector does not say.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub changed_at: Option<Timestamp>,
+    /// How many of those that have not ended are set aside because no worker knows their name.
+    #[serde(skip_serializing_if = "is_zero", default)]
+    pub parked: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 impl Question {

@@ -1,17 +1,23 @@
 //! `garenne batch`: how a batch stands, and waiting for its end.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use comfy_table::Color;
 use garenne_common::wire::{Answer, BatchState, BatchStatus, BatchSummary, Question};
-use garenne_common::{BatchId, DeadReason, TaskResult};
+use garenne_common::{BatchId, DeadReason, TaskResult, Timestamp};
+use garenne_producer::Producer;
 
 use super::context::{Context, goes_on};
 use super::error::{CliError, Exit};
 use super::options;
 use super::output::{Paint, cell, facts, keep_whole, table};
-use super::task::span;
+use super::task::{age, span};
+
+/// A batch that ends sooner needs no words.
+const FIRST_REMARK: Duration = Duration::from_secs(5);
+const LONGEST_PAUSE: Duration = Duration::from_mins(1);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -106,6 +112,7 @@ async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
     };
     let summary = tokio::select! {
         done = done => done,
+        never = tell(context, &producer, id) => match never {},
         exit = context.stop.requested() => {
             goes_on(output, "batch", &format!("garenne batch show {id}"));
             return Ok(exit);
@@ -114,8 +121,50 @@ async fn wait(context: &Context, arguments: &Wait) -> Result<Exit, CliError> {
     let summary = summary.map_err(CliError::from);
     context.close(producer, &summary).await;
     let summary = summary?;
-    output.show(&summary, |paint| counts(&summary, paint))?;
+    output.show(&summary, |paint| counts(&summary, None, paint))?;
     Ok(if all_succeeded(&summary) { Exit::Success } else { Exit::Failed })
+}
+
+/// Says on standard error what is waited for, less and less often.
+async fn tell(context: &Context, producer: &Producer, id: &BatchId) -> Infallible {
+    let mut pause = FIRST_REMARK;
+    loop {
+        tokio::time::sleep(pause).await;
+        pause = (2 * pause).min(LONGEST_PAUSE);
+        // If nothing answers, whoever waits is told in the end by what waits for the batch itself.
+        let asked = context.ask(producer, Question::Batch { id: id.clone() }).await;
+        let Ok(Answer::Batch { batch: status }) = asked else { continue };
+        if status.as_ref().is_none_or(|status| !status.summary.state.is_final()) {
+            context.output.remark(waited_for(id, status.as_ref(), Timestamp::now()));
+        }
+    }
+}
+
+fn waited_for(id: &BatchId, status: Option<&BatchStatus>, now: Timestamp) -> String {
+    let Some(BatchStatus { summary, changed_at, parked, .. }) = status else {
+        return format!(
+            "waiting for a first word of the batch {id}: the collector does not know it yet"
+        );
+    };
+    let ended = summary.ended();
+    let what = match (summary.state, summary.total) {
+        (BatchState::Open, _) => {
+            format!("waiting for the producer to seal the batch; {ended} tasks have ended so far")
+        }
+        (_, Some(total)) => {
+            format!("waiting for {} of {total} tasks", total.saturating_sub(ended))
+        }
+        (_, None) => format!("waiting; {ended} tasks have ended"),
+    };
+    let quiet = changed_at
+        .map_or(String::new(), |at| format!("; the last change was {} ago", age(at, now)));
+    match parked {
+        0 => format!("{what}{quiet}; if they were purged or lost: garenne batch abandon {id}"),
+        _ => format!(
+            "{what}{quiet}; {parked} of them are set aside, since no worker of their queue knows them: \
+             garenne dead list --batch {id}"
+        ),
+    }
 }
 
 /// Whether a batch ended as one wishes.
@@ -124,7 +173,7 @@ pub(crate) fn all_succeeded(summary: &BatchSummary) -> bool {
 }
 
 fn describe(status: &BatchStatus, paint: Paint) -> String {
-    let mut text = counts(&status.summary, paint);
+    let mut text = counts(&status.summary, status.changed_at, paint);
     if !status.failures.is_empty() {
         text.push_str("\n\n");
         text.push_str(&failures(&status.failures, paint));
@@ -132,7 +181,7 @@ fn describe(status: &BatchStatus, paint: Paint) -> String {
     text
 }
 
-fn counts(summary: &BatchSummary, paint: Paint) -> String {
+fn counts(summary: &BatchSummary, changed_at: Option<Timestamp>, paint: Paint) -> String {
     let state = match summary.state {
         BatchState::Done if all_succeeded(summary) => paint.green("done"),
         BatchState::Done => paint.yellow("done"),
@@ -148,6 +197,8 @@ fn counts(summary: &BatchSummary, paint: Paint) -> String {
     let took = summary
         .finished_at
         .map(|at| format!("{at} ({} after it was opened)", span(at.since(summary.opened_at))));
+    let changed = changed_at.filter(|_| !summary.state.is_final());
+    let changed = changed.map(|at| format!("{at} ({} ago)", age(at, Timestamp::now())));
     facts(&[
         ("batch", Some(summary.batch.to_string())),
         ("state", Some(state)),
@@ -157,6 +208,7 @@ fn counts(summary: &BatchSummary, paint: Paint) -> String {
         ("failed", Some(if summary.failed > 0 { paint.red(&failed) } else { failed })),
         ("cancelled", Some(summary.cancelled.to_string()).filter(|_| summary.cancelled > 0)),
         ("opened", Some(summary.opened_at.to_string())),
+        ("changed", changed),
         ("ended", took),
     ])
 }
@@ -187,7 +239,6 @@ fn failures(results: &[TaskResult], paint: Paint) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use garenne_common::Timestamp;
 
     fn summary(state: BatchState, total: Option<u64>, failed: u64) -> BatchSummary {
         BatchSummary {
@@ -210,10 +261,32 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_is_told_for_what_and_how_to_end_it() {
+        let (id, now) = (BatchId::new("b").unwrap(), Timestamp::from_millis(130_000));
+        let told = |state, total, parked| {
+            let (summary, at) = (summary(state, total, 1), Timestamp::from_millis(10_000));
+            let changed_at = Some(at);
+            let status = BatchStatus { summary, failures: vec![], changed_at, parked };
+            waited_for(&id, Some(&status), now)
+        };
+        let sealed = told(BatchState::Sealed, Some(10), 0);
+        assert!(
+            sealed.starts_with("waiting for 7 of 10 tasks; the last change was 2m"),
+            "{sealed}"
+        );
+        assert!(sealed.ends_with("garenne batch abandon b"), "{sealed}");
+        let open = told(BatchState::Open, None, 0);
+        assert!(open.contains("to seal the batch; 3 tasks have ended so far"), "{open}");
+        let parked = told(BatchState::Sealed, Some(10), 7);
+        assert!(parked.contains("; 7 of them are set aside"), "{parked}");
+        assert!(waited_for(&id, None, now).contains("does not know it yet"));
+    }
+
+    #[test]
     fn counts_say_what_is_missing_and_how_long_it_took() {
-        let text = counts(&summary(BatchState::Sealed, Some(10), 1), Paint::plain());
+        let text = counts(&summary(BatchState::Sealed, Some(10), 1), None, Paint::plain());
         assert!(text.contains("tasks      10, 7 not ended"), "{text}");
-        let text = counts(&summary(BatchState::Done, Some(3), 1), Paint::plain());
+        let text = counts(&summary(BatchState::Done, Some(3), 1), None, Paint::plain());
         assert!(text.contains("tasks      3\n"), "{text}");
         assert!(text.contains("(1m 30s after it was opened)"), "{text}");
     }

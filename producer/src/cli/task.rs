@@ -171,6 +171,11 @@ pub(crate) fn span(time: std::time::Duration) -> String {
     text.to_string().split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
+/// How long ago it was, in seconds and more.
+pub(crate) fn age(then: Timestamp, now: Timestamp) -> String {
+    span(std::time::Duration::from_secs(now.since(then).as_secs()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

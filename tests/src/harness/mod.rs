@@ -16,7 +16,7 @@ mod supervisor;
 mod warren;
 
 pub(crate) use amqp::{Amqp, Tap, message};
-pub(crate) use broker::PrivateNode;
+pub(crate) use broker::{PrivateNode, SilentQueue};
 pub(crate) use eventually::{SOON, Soon, eventually, soon, time_passes};
 pub(crate) use foreign::Foreign;
 pub(crate) use process::{Ended, GUARDS_OFF, Process, binary, finish};

@@ -2,13 +2,14 @@
 //! says for each break what to do. Mends nothing.
 
 mod backlogs;
+mod collected;
 mod processes;
 
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
-use garenne_common::wire::{Answer, Message, Properties, Question};
+use garenne_common::wire::{Message, Properties};
 use garenne_common::{QueueName, TaskId};
 use serde::Serialize;
 use serde_json::json;
@@ -16,6 +17,7 @@ use serde_json::json;
 use super::Globals;
 use super::context::Context;
 use super::error::{CliError, Exit};
+use super::options;
 use super::output::{Format, Output, Paint, line};
 use super::task::span;
 use super::topology::{Plan, State, wanted};
@@ -38,6 +40,9 @@ pub(crate) struct Arguments {
     /// Also check this queue of tasks; may be given several times [default: those of worker.queues]
     #[arg(long = "queue", short, value_name = "NAME")]
     queues: Vec<QueueName>,
+    /// Name batches in which nothing has ended for so long
+    #[arg(long, value_name = "TIME", value_parser = options::duration, default_value = "10m")]
+    idle: Duration,
 }
 
 /// How a check came out.
@@ -136,13 +141,18 @@ impl Report {
     }
 
     fn finish(self, exit: Option<Exit>) -> Result<Exit, CliError> {
-        let bad = self.checks.iter().filter(|check| check.state == Verdict::Bad).count();
+        let count = |state| self.checks.iter().filter(|check| check.state == state).count();
+        let (bad, odd) = (count(Verdict::Bad), count(Verdict::Odd));
         let s = if bad == 1 { "" } else { "s" };
         self.output.show(
             &json!({ "checks": self.checks, "problems": bad }),
-            |paint| match bad {
-                // Over AMQP a policy shows only by its effects.
-                0 => format!("\n{}\n{POLICIES}", paint.green("All is well.")),
+            // Over AMQP a policy shows only by its effects.
+            |paint| match (bad, odd) {
+                (0, 0) => format!("\n{}\n{POLICIES}", paint.green("All is well.")),
+                (0, _) => {
+                    let look = "No problem found; look at what is marked with !";
+                    format!("\n{}\n{POLICIES}", paint.yellow(look))
+                }
                 _ => paint.red(&format!("\n{bad} problem{s} found.")),
             },
         )?;
@@ -200,7 +210,14 @@ async fn examine(
     for queue in &queues {
         report.add(workers(context, &admin, queue).await)?;
     }
-    report.add(if complete { collector(context).await } else { not_asked() })?;
+    let collected = if complete {
+        collected::collected(context, arguments.idle).await
+    } else {
+        vec![not_asked()]
+    };
+    for check in collected {
+        report.add(check)?;
+    }
     for check in backlogs::backlogs(context, &admin).await {
         report.add(check)?;
     }
@@ -317,25 +334,6 @@ async fn workers(context: &Context, admin: &Admin, queue: &QueueName) -> Check {
 fn not_asked() -> Check {
     Check::new("collector", Verdict::Odd, "not asked: the topology is not as it should be")
         .advice("a collector declares what it needs when it starts")
-}
-
-async fn collector(context: &Context) -> Check {
-    let started = Instant::now();
-    let asked = async {
-        let producer = context.producer("doctor").await?;
-        let answer = context.ask(&producer, Question::Totals).await;
-        context.close(producer, &answer).await;
-        answer
-    };
-    match asked.await {
-        Ok(Answer::Totals { results, dead, batches, .. }) => {
-            let took = span(started.elapsed());
-            let kept = format!("{results} results, {dead} dead letters, {batches} batches");
-            Check::good("collector", format!("answers ({took}): {kept}"))
-        }
-        Ok(_) => Check::bad("collector", CliError::unexpected_answer()),
-        Err(error) => Check::bad("collector", error),
-    }
 }
 
 #[cfg(test)]

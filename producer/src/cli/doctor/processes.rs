@@ -18,6 +18,9 @@ const BUFFER: u16 = 256;
 /// Processes that are told apart; heartbeats are anybody's word.
 const MOST: usize = 10_000;
 
+const LEADERLESS: &str = "it may have no leader: `rabbitmq-queues quorum_status` tells; \
+                          docs/operations.md says what to do";
+
 /// Who was heard, by name.
 #[derive(Debug, Default)]
 struct Heard {
@@ -72,6 +75,20 @@ impl Consumers {
         Self { queues: counted, results: count(&topology.results()).await }
     }
 
+    /// The queues that nobody consumes although somebody says so, and who.
+    fn unanswering(&self, heard: &Heard) -> Vec<(String, u32, &'static str)> {
+        let draining = heard.workers.values().any(|worker| worker.draining);
+        let tasks = self.queues.iter().filter(|_| !draining).map(|(queue, consumers)| {
+            (format!("queue {queue}"), *consumers, heard.serving(queue), "worker")
+        });
+        let results = ("results".to_owned(), self.results, heard.collecting(), "collector");
+        tasks
+            .chain([results])
+            .filter(|(_, consumers, said, _)| *consumers == 0 && *said > 0)
+            .map(|(queue, _, said, who)| (queue, said, who))
+            .collect()
+    }
+
     fn all_heard(&self, heard: &Heard) -> bool {
         heard.collecting() >= self.results
             && self.queues.iter().all(|(queue, consumers)| heard.serving(queue) >= *consumers)
@@ -85,7 +102,7 @@ pub(super) async fn processes(
     admin: &Admin,
     queues: &[QueueName],
 ) -> Vec<Check> {
-    let consumers = Consumers::count(context, admin, queues).await;
+    let mut consumers = Consumers::count(context, admin, queues).await;
     let mut heartbeats = listen(context, link);
     if let Err(error) = heartbeats.ready().await {
         return vec![Check::bad("heartbeats", error.into())];
@@ -102,6 +119,10 @@ pub(super) async fn processes(
             Err(_) if until == most || consumers.all_heard(&heard) => break,
             Err(_) => {}
         }
+    }
+    if !consumers.unanswering(&heard).is_empty() {
+        // They may have come since.
+        consumers = Consumers::count(context, admin, queues).await;
     }
     judge(&heard, &consumers)
 }
@@ -129,6 +150,11 @@ fn judge(heard: &Heard, consumers: &Consumers) -> Vec<Check> {
         checks.extend(silent("worker", &what, *consumers, heard.serving(queue)));
     }
     checks.extend(silent("collector", "collectors", consumers.results, heard.collecting()));
+    for (queue, said, who) in consumers.unanswering(heard) {
+        let s = if said == 1 { "says that it consumes" } else { "say that they consume" };
+        let detail = format!("{said} {who} {s} it, and RabbitMQ counts no consumer");
+        checks.push(Check::new(queue, Verdict::Bad, detail).advice(LEADERLESS));
+    }
     if checks.is_empty() {
         let (workers, collectors) = (heard.workers.len(), heard.collectors.len());
         let detail = format!("workers heard: {workers}, collectors: {collectors}; none is ill");
@@ -197,5 +223,8 @@ mod tests {
         consumers.results = 2;
         let bad = ["collector", "worker", "collector"].map(|name| (name.to_owned(), Verdict::Bad));
         assert_eq!(verdicts(&heard, &consumers), bad);
+        (consumers.queues, consumers.results) = (vec![], 0);
+        heard.take(&collector(vec![]).encode());
+        assert_eq!(verdicts(&heard, &consumers), [("results".to_owned(), Verdict::Bad)]);
     }
 }
