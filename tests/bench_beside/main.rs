@@ -1,8 +1,9 @@
 //! Judges what `scripts/bench-beside` has measured: the reports of two builds, run by run, side by side.
 //!
 //! `bench-judge NAME DIRECTORY` reads `this.RUN.SCENARIO.json` and `that.RUN.SCENARIO.json`, reports of
-//! `garenne bench`, and prints a table; with `--missed` only the scenarios of rows below the rule. Exit code 0: the standing speed rule holds in every row; 1: it does not; 2: there is
-//! nothing to judge. It measures nothing itself.
+//! `garenne bench`, and prints a table; with `--missed` only the scenarios of rows below the rule. Exit
+//! code 0: the standing speed rule holds in every row; 1: it does not; 2: there is nothing to judge. It
+//! measures nothing itself.
 
 mod report;
 mod row;

@@ -3,7 +3,8 @@
 //! figure itself takes its place.
 //!
 //! What counts is the median of the quotients of the runs, not the quotient of the medians: the two
-//! builds measured a row of a run one after the other, and a machine drifts by more than a tenth from run to run.
+//! builds measured a row of a run one after the other, and a machine drifts by more than a tenth from
+//! run to run.
 
 use crate::report::{Figure, Report, Unit};
 

@@ -239,8 +239,8 @@ async fn a_stopping_worker_hands_nothing_back_while_the_broker_still_sends() {
 }
 
 /// Two workers with one slot each, for one bundle: what is slow in it must not make one of them busy
-/// while the other has nothing to do.
-/// One task each and none ahead: what one of them hands on must not come back to wait behind its slow one.
+/// while the other has nothing to do. They fetch nothing ahead: what one hands on must not come back to
+/// wait behind its slow task.
 async fn two_workers(warren: &Warren) -> (Process, Process) {
     let toml = effects::command(warren);
     let worker = || warren.worker().toml(&toml).set("worker.slots", 1).set("worker.lookahead", 0);
