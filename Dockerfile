@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 
-# One image with the three programs garenne, garenne-worker and garenne-collector.
+# One image with the programs garenne (and garenne-lab, which it becomes), garenne-worker and garenne-collector.
 
 # The version of rust-toolchain.toml, so that no other toolchain is fetched during the build.
 FROM rust:1.95.0-slim-bookworm AS build
@@ -12,8 +12,9 @@ ENV RUSTUP_TOOLCHAIN=1.95.0
 # The caches stay out of the image, and so does target/: hence the copy in the same step.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
-    cargo build --release --locked --bins -p garenne-producer -p garenne-worker -p garenne-collector \
-    && install -D -t /out target/release/garenne target/release/garenne-worker target/release/garenne-collector
+    cargo build --release --locked --bins -p garenne-cli -p garenne-lab -p garenne-worker -p garenne-collector \
+    && install -D -t /out target/release/garenne target/release/garenne-lab \
+       target/release/garenne-worker target/release/garenne-collector
 
 FROM debian:bookworm-slim
 # Certificates for amqps:// brokers.

@@ -8,8 +8,8 @@ use std::time::Duration;
 use clap::Parser;
 use garenne_collector::Collector;
 use garenne_common::config::{Config, Sources, without_arguments};
-use garenne_common::signals::Signals;
-use garenne_common::telemetry;
+use garenne_common::service::signals::Signals;
+use garenne_common::service::telemetry;
 use garenne_common::wire::Notice;
 use tokio::sync::{mpsc, oneshot};
 
@@ -77,7 +77,7 @@ impl Flags {
 }
 
 fn main() -> ExitCode {
-    garenne_common::init::run(service)
+    garenne_common::service::init::run(service)
 }
 
 #[tokio::main]
@@ -86,7 +86,7 @@ async fn service() -> ExitCode {
         Ok(flags) => flags,
         Err(error) => return usage(&error),
     };
-    if let Some(Err(error)) = flags.die_with.map(garenne_common::lifeline::die_with) {
+    if let Some(Err(error)) = flags.die_with.map(garenne_common::service::lifeline::die_with) {
         return refuse(&error);
     }
     let config = match Config::load(&flags.sources()) {

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use garenne_common::ProcessHealth;
 use garenne_common::broker::Settler;
-use garenne_common::{ProcessHealth, telemetry};
+use garenne_common::service::telemetry;
 
 use crate::outlets::Outlets;
 use crate::pipeline::Progress;

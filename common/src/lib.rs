@@ -1,9 +1,10 @@
 //! What a Garenne task is and how it travels.
 //!
-//! The pure half ([`batch_key`], [`bundling`], [`names`], [`task`], [`outcome`], [`printable`], [`reply_gate`], [`retry`],
-//! [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`],
-//! [`init`], [`lifeline`], [`signals`], [`telemetry`]) is how every Garenne process meets the outside world, and [`guards`] is for the tests of
-//! the tests. Nothing lives here that only one crate needs.
+//! The pure half ([`batch_key`], [`bundling`], [`names`], [`task`], [`outcome`], [`printable`],
+//! [`reply_gate`], [`retry`], [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The
+//! other half ([`broker`], [`config`], [`health`], and the module `service` with its feature) is how every
+//! Garenne process meets the outside world, and [`guards`] is for the tests of the tests. Nothing lives
+//! here that only one crate needs.
 
 pub mod batch_key;
 pub mod broker;
@@ -11,17 +12,14 @@ pub mod bundling;
 pub mod config;
 pub mod guards;
 pub mod health;
-pub mod init;
-pub mod lifeline;
-mod log_lines;
 pub mod names;
 pub mod outcome;
 pub mod printable;
 pub mod reply_gate;
 pub mod retry;
-pub mod signals;
+#[cfg(feature = "service")]
+pub mod service;
 pub mod task;
-pub mod telemetry;
 pub mod timestamp;
 pub mod topology;
 pub mod wire;

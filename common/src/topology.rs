@@ -217,6 +217,17 @@ impl Topology {
         all
     }
 
+    /// [`core`](Self::core) and these queues of tasks, each object once.
+    pub fn with_queues(&self, queues: &[QueueName]) -> Vec<Declaration> {
+        let mut all = self.core();
+        for declaration in queues.iter().flat_map(|queue| self.task_queue_declarations(queue)) {
+            if !all.contains(&declaration) {
+                all.push(declaration);
+            }
+        }
+        all
+    }
+
     /// What of [`core`](Self::core) has this name: an exchange, a queue, its bindings.
     pub fn named(&self, name: &str) -> Vec<Declaration> {
         self.core().into_iter().filter(|declaration| declaration.name() == name).collect()

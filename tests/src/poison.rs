@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use garenne_common::broker::{Consumer, ConsumerSpec, Link, QueueSource};
-use garenne_common::lifeline::inode;
+use garenne_common::service::lifeline::inode;
 use garenne_common::wire::{HeaderValue, TaskState};
 use garenne_common::{DeadReason, QueueName, RetryPolicy, Status};
 use garenne_producer::Submission;

@@ -6,7 +6,11 @@ use std::path::{Path, PathBuf};
 use crate::harness::root;
 
 /// The crates and what else is Rust here.
-const CRATES: [&str; 6] = ["common", "producer", "worker", "collector", "examples", "tests"];
+const CRATES: [&str; 7] = ["common", "producer", "worker", "collector", "lab", "examples", "tests"];
+/// Their manifests, beside those of the crates within crates.
+fn manifests() -> impl Iterator<Item = String> {
+    CRATES.into_iter().chain(["producer/cli"]).map(|name| format!("{name}/Cargo.toml"))
+}
 
 /// Files below a directory with this ending, relative to the root.
 fn files(directory: &str, ending: &str) -> Vec<PathBuf> {
@@ -70,9 +74,8 @@ fn naming(name: &str, home: &str) -> Vec<String> {
 
 /// Crates other than `common` that depend on one of these.
 fn depending(names: &[&str]) -> Vec<String> {
-    let manifests = CRATES.iter().filter(|name| **name != "common");
     let mut found = vec![];
-    for path in manifests.map(|name| format!("{name}/Cargo.toml")) {
+    for path in manifests().filter(|path| path != "common/Cargo.toml") {
         let text = read(&path);
         let keys = text.lines().filter_map(|line| line.split(['.', '=', ' ']).next());
         found.extend(keys.filter(|key| names.contains(key)).map(|key| format!("{path}: {key}")));
@@ -100,7 +103,7 @@ fn one_module_owns_the_codec() {
 #[test]
 fn pure_modules_stay_pure() {
     let pure = files("common/src", ".rs").into_iter().filter(|path| {
-        let impure = ["broker", "config", "init.rs", "lifeline.rs", "signals.rs", "telemetry.rs"];
+        let impure = ["broker", "config", "service"];
         !impure.iter().any(|part| path.starts_with(Path::new("common/src").join(part)))
     });
     let impure = pure.filter(|path| {
@@ -139,10 +142,21 @@ fn roles_never_depend_on_each_other() {
     none(&found, "Producer, worker and collector meet on the wire and nowhere else:");
 }
 
+/// Whoever adds the library to a service must not get a terminal with it.
+#[test]
+fn libraries_need_nothing_of_a_command_line() {
+    let terminal =
+        ["clap", "clap_complete", "comfy-table", "hdrhistogram", "indicatif", "nix", "tempfile"];
+    let text = read("producer/Cargo.toml");
+    let keys = text.lines().filter_map(|line| line.split(['.', '=', ' ']).next());
+    let found: Vec<_> = keys.filter(|key| terminal.contains(key)).map(str::to_owned).collect();
+    none(&found, "The producer is a library; producer/cli is the command. But it depends on:");
+}
+
 #[test]
 fn versions_live_in_one_place() {
     let mut found = vec![];
-    for path in CRATES.map(|name| format!("{name}/Cargo.toml")) {
+    for path in manifests() {
         let text = read(&path);
         let pinned = text.lines().filter(|line| {
             line.contains("version = \"")
@@ -198,6 +212,7 @@ fn named_paths(text: &str) -> Vec<String> {
         "producer/",
         "worker/",
         "collector/",
+        "lab/",
         "tests/",
         "examples/",
         "docs/",

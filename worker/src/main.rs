@@ -4,9 +4,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use garenne_common::config::{Config, Sources, without_arguments};
-use garenne_common::lifeline;
-use garenne_common::signals::Signals;
-use garenne_common::telemetry;
+use garenne_common::service::lifeline;
+use garenne_common::service::signals::Signals;
+use garenne_common::service::telemetry;
 use garenne_worker::Worker;
 
 /// See docs/decisions/0021-mimalloc.md.
@@ -79,7 +79,7 @@ SIGUSR1 logs what runs and what waits for what. SIGHUP does not end a worker.
 Exit codes: 0 after draining, 2 when the configuration or the broker refuses.";
 
 fn main() -> ExitCode {
-    garenne_common::init::run(service)
+    garenne_common::service::init::run(service)
 }
 
 fn service() -> ExitCode {

@@ -3,7 +3,7 @@
 use std::sync::Weak;
 
 use garenne_common::broker::{Publisher, Settler};
-use garenne_common::telemetry;
+use garenne_common::service::telemetry;
 
 use crate::attempt::Pipeline;
 

@@ -3,7 +3,7 @@
 //!
 //! Served only by workers that were given the ledger's address (`worker.verify_ledger`). Each execution
 //! says that it began before it does anything else, and one that is to succeed leaves an effect. The
-//! ledger speaks lines (`producer/src/cli/verify/ledger.rs`); a line counts when it is whole, so a worker
+//! ledger speaks lines (`lab/src/verify/ledger.rs`); a line counts when it is whole, so a worker
 //! that is killed has left an effect or has not.
 
 use std::io;

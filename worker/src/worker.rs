@@ -9,7 +9,7 @@ use garenne_common::broker::{
 use garenne_common::bundling::Pace;
 use garenne_common::config::Config;
 use garenne_common::guards::Guard;
-use garenne_common::lifeline::is_isolated;
+use garenne_common::service::lifeline::is_isolated;
 use garenne_common::{InvalidName, Problem, ProcessHealth, QueueName, Task, TaskName};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;

@@ -267,7 +267,7 @@ impl Config {
 pub const ISOLATED_ON: &str = "GARENNE_ISOLATED_ON";
 
 /// The inode of the socket over which a worker gives orders to this process, or to one that this
-/// process descends from; [`is_isolated`](crate::lifeline::is_isolated) tells which.
+/// process descends from; `is_isolated` tells which.
 pub fn isolated_on() -> Option<u64> {
     std::env::var(ISOLATED_ON).ok()?.parse().ok()
 }

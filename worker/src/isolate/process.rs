@@ -8,7 +8,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use garenne_common::config::ISOLATED_ON;
-use garenne_common::lifeline::inode;
+use garenne_common::service::lifeline::inode;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde::Serialize;

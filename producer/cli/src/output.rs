@@ -1,0 +1,330 @@
+//! Standard output: data as text or JSON, tables that fit the terminal, colours where they are wanted.
+//!
+//! Results go to standard output and nothing else does; remarks for people go to standard error. A
+//! reader that leaves (`| head`) ends the command quietly.
+
+use std::fmt::Display;
+use std::io::{ErrorKind, IsTerminal, Write};
+
+use comfy_table::{Attribute, Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
+use garenne_common::config::{no_color, without_logins};
+use garenne_common::printable::{is_printable, neutral};
+use serde::Serialize;
+use serde_json::json;
+
+use super::error::{CliError, Exit};
+
+/// What output looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Writes in the format asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    /// What is asked for.
+    pub format: Format,
+}
+
+impl Output {
+    /// A result on standard output: as text for people, or the value as JSON, which is indented on a
+    /// terminal and one line otherwise.
+    pub fn show(
+        self,
+        value: &impl Serialize,
+        text: impl FnOnce(Paint) -> String,
+    ) -> Result<(), CliError> {
+        match self.format {
+            Format::Text => line(text(Paint::for_stdout())),
+            Format::Json if std::io::stdout().is_terminal() => {
+                put(&printable_json(serde_json::to_string_pretty(value))?)
+            }
+            Format::Json => json_line(value),
+        }
+    }
+
+    /// A remark for people on standard error; programs do not get it.
+    pub fn remark(self, text: impl Display) {
+        if self.format == Format::Text {
+            note(text);
+        }
+    }
+}
+
+/// One line on standard output.
+pub fn line(text: impl Display) -> Result<(), CliError> {
+    put(&harmless(&text.to_string()))
+}
+
+fn put(line: &str) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| lost(&error))
+}
+
+/// A value as one line of JSON on standard output, whatever the format.
+pub fn json_line(value: &impl Serialize) -> Result<(), CliError> {
+    put(&printable_json(serde_json::to_string(value))?)
+}
+
+/// JSON spells out the older control characters only; terminals obey some of the others too.
+fn printable_json(text: serde_json::Result<String>) -> Result<String, CliError> {
+    let text = text.map_err(|error| unwritable(&error))?;
+    let unprintable = |c: char| !is_printable(c) && c != '\n';
+    let Some(first) = text.find(unprintable) else { return Ok(text) };
+    let (shown, rest) = text.split_at(first);
+    let rest = rest.chars().map(|c| match c {
+        c if unprintable(c) => format!("\\u{:04x}", u32::from(c)),
+        c => c.to_string(),
+    });
+    Ok(shown.to_owned() + &rest.collect::<String>())
+}
+
+/// One line on standard error.
+pub fn note(text: impl Display) {
+    // Not worth failing for.
+    drop(writeln!(std::io::stderr(), "{}", harmless(&text.to_string())));
+}
+
+/// Everything shown passes here: names, ids and errors may be the words of strangers.
+///
+/// Colours stay, but none of the other things that a terminal can be told to do. A stranger's colours
+/// stay as well, which can mislead nobody for longer than a line.
+pub fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for line in text.split_inclusive('\n') {
+        let mut parts = line.split("\u{1b}[");
+        shown.push_str(&neutral(parts.next().unwrap_or_default()));
+        let mut coloured = false;
+        for part in parts {
+            // A colour: digits and semicolons, then an m. Conceal and inverse are none of ours.
+            let code = part.split_once('m').map(|(code, _)| code).filter(|code| is_colour(code));
+            shown.push_str(if code.is_some() { "\u{1b}[" } else { "\\u{1b}[" });
+            coloured = code.map_or(coloured, |code| code != "0");
+            shown.push_str(&neutral(part));
+        }
+        if coloured && line.ends_with('\n') {
+            shown.insert_str(shown.len() - 1, "\u{1b}[0m");
+        }
+    }
+    shown
+}
+
+fn is_colour(code: &str) -> bool {
+    let mut numbers = code.split(';').map(|number| number.parse::<u8>().ok());
+    let first = numbers.next().flatten();
+    // Bold, dim, their end, foregrounds, and the rest of an extended foreground.
+    let ours = matches!(first, Some(0 | 1 | 2 | 22 | 30..=39 | 90..=97));
+    ours && code.len() <= 12 && (first == Some(38) || numbers.all(|n| matches!(n, Some(30..=39))))
+}
+
+/// An error on standard error. A broken pipe says nothing: its reader has left on purpose.
+pub fn print_error(error: &CliError, format: Format) {
+    if error.exit == Exit::BrokenPipe {
+        return;
+    }
+    let text = match format {
+        Format::Text => error_as_text(error, Paint::for_stderr()),
+        Format::Json => error_as_json(error),
+    };
+    // Standard error is the last place to complain; if it is closed there is no other.
+    drop(writeln!(std::io::stderr(), "{}", harmless(&without_logins(&text))));
+}
+
+fn error_as_text(error: &CliError, paint: Paint) -> String {
+    let text = format!("{} {}", paint.red("error:"), error.message);
+    match &error.help {
+        Some(help) => format!("{text}\n {} {help}", paint.cyan("help:")),
+        None => text,
+    }
+}
+
+fn error_as_json(error: &CliError) -> String {
+    let mut value = json!({ "error": error.message, "exit_code": error.exit.code() });
+    if let Some(help) = &error.help {
+        value["help"] = json!(help);
+    }
+    value.to_string()
+}
+
+fn unwritable(error: &serde_json::Error) -> CliError {
+    CliError::unusable(format!("the answer cannot be written as JSON: {error}"))
+}
+
+fn lost(error: &std::io::Error) -> CliError {
+    let message = format!("cannot write to standard output: {error}");
+    if error.kind() == ErrorKind::BrokenPipe {
+        CliError::unusable(message).exit(Exit::BrokenPipe)
+    } else {
+        CliError::unusable(message)
+    }
+}
+
+/// A table without lines, as wide as the terminal or, into a pipe, as wide as it needs. The first
+/// column, which holds names or ids that people copy, is never folded.
+pub fn table<const N: usize>(header: [&str; N], paint: Paint) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    let title = |title| {
+        let cell = Cell::new(title);
+        if paint.0 { cell.add_attribute(Attribute::Dim) } else { cell }
+    };
+    table.set_header(header.map(title));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    keep_whole(&mut table, 0);
+    table
+}
+
+/// Another column that is never folded: codes, states.
+pub fn keep_whole(table: &mut Table, column: usize) {
+    if let Some(column) = table.column_mut(column) {
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
+}
+
+/// A cell of a table, in a colour where colours are wanted.
+pub fn cell(text: impl Display, colour: Option<Color>, paint: Paint) -> Cell {
+    let cell = Cell::new(neutral(&text.to_string()));
+    match colour.filter(|_| paint.0) {
+        Some(colour) => cell.fg(colour),
+        None => cell,
+    }
+}
+
+/// Aligned `key  value` lines; keys without a value are left out.
+pub fn facts(pairs: &[(&str, Option<String>)]) -> String {
+    let shown = pairs.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
+    let width = shown.clone().map(|(key, _)| key.len()).max().unwrap_or(0) + 2;
+    let indent = format!("\n{}", " ".repeat(width));
+    let lines = shown.map(|(key, value)| format!("{key:width$}{}", value.replace('\n', &indent)));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// Colours, or none where they are not wanted: not on a terminal, or `NO_COLOR` is set.
+#[derive(Debug, Clone, Copy)]
+pub struct Paint(bool);
+
+impl Paint {
+    /// For text on standard output.
+    pub fn for_stdout() -> Self {
+        Self(std::io::stdout().is_terminal() && !no_color())
+    }
+
+    /// For text on standard error.
+    pub fn for_stderr() -> Self {
+        Self(std::io::stderr().is_terminal() && !no_color())
+    }
+
+    /// None.
+    pub const fn plain() -> Self {
+        Self(false)
+    }
+
+    /// Whether there are any.
+    pub const fn is_on(self) -> bool {
+        self.0
+    }
+
+    /// For what is wrong.
+    pub fn red(self, text: &str) -> String {
+        self.wrap("1;31", text)
+    }
+
+    /// For what is fine.
+    pub fn green(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    /// For what deserves a look.
+    pub fn yellow(self, text: &str) -> String {
+        self.wrap("33", text)
+    }
+
+    /// For advice.
+    pub fn cyan(self, text: &str) -> String {
+        self.wrap("36", text)
+    }
+
+    /// For what matters less.
+    pub fn dim(self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    fn wrap(self, code: &str, text: &str) -> String {
+        if self.0 { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use garenne_common::broker::BrokerError;
+
+    use super::*;
+
+    #[test]
+    fn facts_are_aligned_and_leave_out_what_is_absent() {
+        let text = facts(&[
+            ("id", Some("7".to_owned())),
+            ("reason", None),
+            ("error", Some("one\ntwo".to_owned())),
+        ]);
+        assert_eq!(text, "id     7\nerror  one\n       two");
+    }
+
+    #[test]
+    fn without_colours_text_is_left_alone() {
+        assert_eq!(Paint(false).red("x"), "x");
+        assert_eq!(Paint(true).green("x"), "\u{1b}[32mx\u{1b}[0m");
+    }
+
+    #[test]
+    fn colours_pass_and_whatever_else_a_terminal_obeys_does_not() {
+        let ours = Paint(true).red("error:") + " " + &Paint(true).dim("x");
+        assert_eq!(harmless(&ours), ours);
+        let table = cell("\u{1b}[2Jx", Some(Color::Red), Paint(true));
+        assert_eq!(table.content(), "\\u{1b}[2Jx");
+        for evil in ["\u{1b}[2J", "\u{1b}[8m", "\u{1b}]0;t\u{7}", "\u{9b}31m", "\r", "\u{1b}[1;8m"]
+        {
+            let shown = harmless(evil);
+            assert!(!shown.contains(['\u{1b}', '\u{7}', '\u{9b}', '\r']), "{shown:?}");
+        }
+        assert_eq!(printable_json(serde_json::to_string("\u{9b}x")).unwrap(), "\"\\u009bx\"");
+        assert_eq!(harmless("\u{1b}[31mred\nplain"), "\u{1b}[31mred\u{1b}[0m\nplain");
+    }
+
+    #[test]
+    fn a_table_into_a_pipe_is_not_folded() {
+        let mut table = table(["NAME", "ERROR"], Paint::plain());
+        table.force_no_tty().add_row(["a", &"x".repeat(300)]);
+        assert_eq!(table.to_string().lines().count(), 2);
+    }
+
+    #[test]
+    fn advice_has_its_own_line_and_stands_once() {
+        let error = CliError::from(BrokerError::Unreachable {
+            url: "amqp://h:1/%2f".to_owned(),
+            cause: "Connection refused".to_owned(),
+        });
+        let text = error_as_text(&error, Paint::plain());
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(
+            text.starts_with(
+                "error: cannot reach RabbitMQ at amqp://h:1/%2f: Connection refused\n"
+            )
+        );
+        assert_eq!(text.matches("running").count(), 1, "{text}");
+    }
+
+    #[test]
+    fn json_errors_are_one_object() {
+        let text = error_as_json(&CliError::unusable("no \"x\"").help("do y"));
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value, json!({ "error": "no \"x\"", "help": "do y", "exit_code": 2 }));
+    }
+}
