@@ -13,7 +13,7 @@ ENV RUSTUP_TOOLCHAIN=1.95.0
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo build --release --locked --bins -p garenne-cli -p garenne-lab -p garenne-worker -p garenne-collector \
-    && install -D -t /out target/release/garenne target/release/garenne-lab \
+    && install -D -t /out target/release/garenne target/release/garenne-lab target/release/garenne-lab-worker \
        target/release/garenne-worker target/release/garenne-collector
 
 FROM debian:bookworm-slim

@@ -3,7 +3,10 @@
 
 ARGS ?=
 CARGO ?= cargo
-FAILPOINTS := --workspace --features garenne-common/failpoints --target-dir target/guards
+# Wherever cargo builds: CARGO_TARGET_DIR, build.target-dir or target/. Asked only by who needs it.
+TARGET = $(or $(shell $(CARGO) metadata --format-version 1 --no-deps | \
+	sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p'),$(error cargo does not say where it builds))
+FAILPOINTS = --workspace --features garenne-common/failpoints --target-dir $(TARGET)/guards
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench bench-beside microbench verify
@@ -13,8 +16,8 @@ help: ## this list
 
 demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 	scripts/setup --no-tests
-	$(CARGO) build --release --bins
-	scripts/rabbitmq run --management -- target/release/garenne demo $(ARGS)
+	$(CARGO) build --profile demo --bins
+	scripts/rabbitmq run --management -- $(TARGET)/demo/garenne demo $(ARGS)
 
 # Tests mostly wait for brokers and processes, so more of them than cores run at once.
 # The tests start the real binaries and the examples, so these are built first.
@@ -74,7 +77,7 @@ bench: export RABBITMQ_MEMORY ?= 6GB
 bench: ## throughput, latency and memory beside a bare client, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup --no-tests
 	$(CARGO) build --release --bins
-	scripts/rabbitmq run -- target/release/garenne bench $(ARGS)
+	scripts/rabbitmq run -- $(TARGET)/release/garenne bench $(ARGS)
 
 bench-beside: ## is this build as fast as that of COMMIT? both take turns, RUNS=5 each (ARGS for the bench)
 	@test -n "$(COMMIT)" || { echo "which commit? make bench-beside COMMIT=..." >&2; exit 2; }
@@ -88,4 +91,4 @@ microbench: ## criterion benchmarks of codec, settling and store (ARGS picks som
 verify: ## tasks under faults, and a certificate, on a private RabbitMQ (or on AMQP_URL)
 	scripts/setup --no-tests
 	$(CARGO) build --release --bins
-	scripts/rabbitmq run -- target/release/garenne verify $(ARGS)
+	scripts/rabbitmq run -- $(TARGET)/release/garenne verify $(ARGS)

@@ -64,12 +64,13 @@ mod isolate;
 mod lease;
 mod line;
 mod outcome;
+#[cfg(feature = "program")]
+pub mod program;
 mod register;
 mod settle;
 mod slots;
 mod state;
 mod suspect;
-mod verify;
 mod watchdog;
 mod worker;
 

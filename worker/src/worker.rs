@@ -36,7 +36,6 @@ use crate::outcome::TaskError;
 use crate::register::Register;
 use crate::settle::{Lane, SettleCore, SettleGauge, SettleTask, Signature};
 use crate::state::WorkerState;
-use crate::verify;
 
 /// How long the last confirms may take after all tasks have ended.
 const FLUSH_GRACE: Duration = Duration::from_secs(10);
@@ -290,11 +289,6 @@ impl Builder {
                 if !self.registry.contains(&name) {
                     self.add(name, handler);
                 }
-            }
-        }
-        if let Some(address) = self.config.worker.verify_ledger.clone() {
-            for (name, handler) in verify::handlers(&address)? {
-                self.add(name, handler);
             }
         }
         if self.config.worker.builtins && self.config.worker.faults {

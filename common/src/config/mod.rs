@@ -124,8 +124,6 @@ pub struct WorkerConfig {
     pub reply_queues: Vec<QueuePattern>,
     /// Command tasks by name.
     pub commands: BTreeMap<TaskName, CommandConfig>,
-    /// The ledger of `garenne verify`, whose tasks are served if it is set.
-    pub verify_ledger: Option<String>,
 }
 
 /// A task that is an external command.

@@ -116,7 +116,6 @@ struct RawWorker {
     max_body: usize,
     reply_queues: Vec<String>,
     commands: BTreeMap<String, RawCommand>,
-    verify_ledger: Option<String>,
 }
 
 impl Default for RawWorker {
@@ -143,7 +142,6 @@ impl Default for RawWorker {
             max_body: 1024 * 1024,
             reply_queues: vec![],
             commands: BTreeMap::new(),
-            verify_ledger: None,
         }
     }
 }
@@ -428,7 +426,6 @@ impl RawWorker {
             max_body: self.max_body,
             reply_queues,
             commands,
-            verify_ledger: self.verify_ledger,
         }
     }
 }

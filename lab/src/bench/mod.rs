@@ -22,7 +22,7 @@ use clap::{Args, ValueEnum};
 use garenne_common::broker::raw::Raw;
 use serde::Serialize;
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, STOCK_WORKER};
 use garenne_cli::context::Context;
 use garenne_cli::error::{CliError, Exit};
 use report::Report;
@@ -135,7 +135,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
         // Not after the minutes that measuring takes.
         make_writable(directory).map_err(|error| unwritable(directory, &error))?;
     }
-    let mut cluster = Cluster::start(context, "bench", &[]).await?;
+    let mut cluster = Cluster::start(context, "bench", STOCK_WORKER, &[]).await?;
     let measured = tokio::select! {
         measured = measure(context, &arguments, &mut cluster, machine) => measured.map(Some),
         _ = context.stop.requested() => Ok(None),

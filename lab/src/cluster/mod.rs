@@ -26,6 +26,8 @@ use garenne_cli::error::CliError;
 pub(crate) use process::Process;
 use process::{Pipes, Programs, Spawning};
 
+/// The worker that people run.
+pub(crate) const STOCK_WORKER: &str = "garenne-worker";
 /// How long a process may take until it serves.
 const READY_WITHIN: Duration = Duration::from_secs(20);
 /// How long a stopping process may take until it is killed.
@@ -60,13 +62,15 @@ pub(crate) struct WorkerSpec {
 }
 
 impl Cluster {
-    /// Finds the programs, connects and declares everything in a new namespace.
+    /// Finds the programs, connects and declares everything in a new namespace. `worker` is the program of
+    /// its workers.
     pub(crate) async fn start(
         context: &Context,
         purpose: &str,
+        worker: &str,
         queues: &[QueueName],
     ) -> Result<Self, CliError> {
-        let programs = Programs::beside_this_one()?;
+        let programs = Programs::beside_this_one(worker)?;
         let directory = tempfile::Builder::new().prefix(&format!("garenne-{purpose}.")).tempdir();
         let directory = directory
             .map_err(|error| CliError::unusable(format!("no temporary directory: {error}")))?;

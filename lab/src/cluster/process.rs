@@ -30,7 +30,7 @@ pub(crate) struct Programs {
 
 impl Programs {
     /// They are built and installed together with this one.
-    pub(crate) fn beside_this_one() -> Result<Self, CliError> {
+    pub(crate) fn beside_this_one(worker: &str) -> Result<Self, CliError> {
         let here = std::env::current_exe()
             .map_err(|error| CliError::unusable(format!("cannot find this program: {error}")))?;
         let sibling = |name: &str| {
@@ -39,12 +39,12 @@ impl Programs {
                 return Ok(path);
             }
             Err(CliError::unusable(format!("{} does not exist", path.display())).help(
-                "this command starts the worker and the collector that lie beside it: build all with \
+                "this command starts the programs that lie beside it: build all with \
                  `cargo build --release --bins`, or copy them there",
             ))
         };
         Ok(Self {
-            worker: sibling("garenne-worker")?,
+            worker: sibling(worker)?,
             collector: sibling("garenne-collector")?,
             garenne: here.clone(),
         })

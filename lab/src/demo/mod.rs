@@ -19,7 +19,7 @@ use garenne_common::QueueName;
 use garenne_producer::Producer;
 use serde_json::{Map, Value, json};
 
-use crate::cluster::{Cluster, WorkerSpec};
+use crate::cluster::{Cluster, STOCK_WORKER, WorkerSpec};
 use garenne_cli::context::Context;
 use garenne_cli::error::{CliError, Exit};
 use garenne_cli::output::{self, Format, Paint};
@@ -83,7 +83,7 @@ struct Stage<'a> {
 pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
     let queues: Vec<_> = (1..=NODES).map(own_queue).collect::<Result<_, _>>()?;
     let queues = if arguments.broadcast { queues } else { vec![] };
-    let mut cluster = Cluster::start(context, "demo", &queues).await?;
+    let mut cluster = Cluster::start(context, "demo", STOCK_WORKER, &queues).await?;
     let shown = tokio::select! {
         // In this order, so that a part which waits for Ctrl-C itself is asked first.
         biased;

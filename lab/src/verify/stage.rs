@@ -94,7 +94,7 @@ impl Setting {
 
     /// Starts everything but the producers, and waits until it is ready.
     pub(super) async fn start(self, context: &Context) -> Result<Stage, CliError> {
-        let mut cluster = Cluster::start(context, "verify", &[]).await?;
+        let mut cluster = Cluster::start(context, "verify", "garenne-lab-worker", &[]).await?;
         match self.furnish(context, &mut cluster).await {
             Ok(parts) => Ok(parts.stage(self, cluster)),
             Err(error) => {
@@ -126,7 +126,7 @@ impl Setting {
         // Bundles are part of what is tried, and the certificate counts their tasks.
         cluster.set("GARENNE__PRODUCER__BUNDLE_TASKS", "500");
         cluster.set("GARENNE__WORKER__CRASH_BUDGET", CRASH_BUDGET.to_string());
-        cluster.set("GARENNE__WORKER__VERIFY_LEDGER", ledger.address());
+        cluster.set("GARENNE_LAB_LEDGER", ledger.address());
         if let Some(proxy) = &proxy {
             cluster.set("GARENNE__BROKER__URL", self.url.by_way_of(proxy.port()).expose());
         }

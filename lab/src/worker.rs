@@ -1,29 +1,37 @@
-//! The tasks of `garenne verify`: handlers that end as they are told, and leave word of it in a ledger
-//! outside the system.
+//! The program `garenne-lab-worker`: a stock worker with the tasks of `garenne verify`, which end as they
+//! are told and leave word of it in a ledger outside the system.
 //!
-//! Served only by workers that were given the ledger's address (`worker.verify_ledger`). Each execution
-//! says that it began before it does anything else, and one that is to succeed leaves an effect. The
-//! ledger speaks lines (`lab/src/verify/ledger.rs`); a line counts when it is whole, so a worker
-//! that is killed has left an effect or has not.
+//! Each execution says that it began before it does anything else, and one that is to succeed leaves an
+//! effect. The ledger speaks lines (`lab/src/verify/ledger.rs`); a line counts when it is whole, so a
+//! worker that is killed has left an effect or has not.
 
 use std::io;
+use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use garenne_common::{InvalidName, Task, TaskName};
+use garenne_common::Task;
+use garenne_worker::{Builder, Context, TaskError};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::runtime::Handle;
 
-use crate::builtin::Named;
-use crate::context::Context;
-use crate::handler::{AsyncHandler, BlockingHandler};
-use crate::outcome::TaskError;
+/// See docs/decisions/0021-mimalloc.md.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// The handlers, all with one ledger.
-pub(crate) fn handlers(address: &str) -> Result<Vec<Named>, InvalidName> {
-    let ledger = Arc::new(Ledger { address: address.to_owned(), idle: Mutex::default() });
+/// The address of the ledger, `host:port`.
+const LEDGER: &str = "GARENNE_LAB_LEDGER";
+
+fn main() -> ExitCode {
+    garenne_worker::program::main(with_tasks)
+}
+
+/// The handlers, both with one ledger.
+fn with_tasks(worker: Builder) -> Builder {
+    let address = std::env::var(LEDGER).unwrap_or_default();
+    let ledger = Arc::new(Ledger { address, idle: Mutex::default() });
     let patient = Arc::clone(&ledger);
     let run = move |context: Context, task: Verify| {
         let ledger = Arc::clone(&patient);
@@ -33,13 +41,7 @@ pub(crate) fn handlers(address: &str) -> Result<Vec<Named>, InvalidName> {
     let block = move |context: &Context, VerifyBlocking(task): VerifyBlocking| {
         Handle::current().block_on(perform(&ledger, context, task))
     };
-    Ok(vec![
-        (TaskName::new(Verify::NAME)?, Arc::new(AsyncHandler::<Verify, _>::new(run))),
-        (
-            TaskName::new(VerifyBlocking::NAME)?,
-            Arc::new(BlockingHandler::<VerifyBlocking, _>::new(block)),
-        ),
-    ])
+    worker.register::<Verify, _, _>(run).register_blocking::<VerifyBlocking, _>(block)
 }
 
 /// `garenne.verify`: what one task of a run is to do.
