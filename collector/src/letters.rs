@@ -9,7 +9,8 @@ use garenne_common::wire::{Answer, DeadPage, ReplayItem, ReplayOutcome, ReplayPl
 use garenne_common::{TaskId, wire};
 use tokio::sync::Notify;
 
-use crate::answers::{Refusal, Replies};
+use crate::refusal::Refusal;
+use crate::replies::Replies;
 use crate::store::{DeadQuery, Store};
 
 pub(crate) struct Letters<S> {

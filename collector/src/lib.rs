@@ -30,14 +30,19 @@ mod notices;
 mod outlets;
 mod peers;
 mod pipeline;
+mod refusal;
 mod relay;
 mod release;
+mod replies;
 mod resends;
 mod retention;
 mod service;
 mod state;
 pub mod store;
 mod watchdog;
+
+/// What our messages say of who published them.
+const APP_ID: &str = concat!("garenne-collector/", env!("CARGO_PKG_VERSION"));
 
 pub use service::{Collector, StartError};
 pub use state::CollectorState;

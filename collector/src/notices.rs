@@ -9,7 +9,7 @@ use garenne_common::broker::Outgoing;
 use garenne_common::wire::Notice;
 use tokio::sync::mpsc::{self, error::SendTimeoutError};
 
-use crate::answers::APP_ID;
+use crate::APP_ID;
 use crate::relay::Outbox;
 use crate::store::{OutboxEntry, Store, StoreError};
 

@@ -20,8 +20,8 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::answers::Replies;
 use crate::group::{Group, Source};
+use crate::replies::Replies;
 use crate::store::{Store, StoreError};
 
 /// Unacknowledged deliveries of results. Each may be a whole bundle, so it need not be large, and a

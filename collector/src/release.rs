@@ -13,8 +13,8 @@ use tokio::sync::Notify;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::answers::Replies;
 use crate::live::Live;
+use crate::replies::Replies;
 use crate::store::{Store, StoreError};
 
 /// Heartbeats between the connection and the reader.

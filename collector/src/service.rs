@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::aggregate::Rules;
-use crate::answers::{Answers, QUERIES_PREFETCH, Replies, send_replies};
+use crate::answers::{Answers, QUERIES_PREFETCH};
 use crate::deadlines::Deadlines;
 use crate::heartbeat::Beat;
 use crate::keeper::Keeper;
@@ -28,6 +28,7 @@ use crate::pipeline::{
 };
 use crate::relay::Relay;
 use crate::release::{HEARTBEATS_BUFFER, Releaser};
+use crate::replies::{Replies, send_replies};
 use crate::resends::Resends;
 use crate::retention::Retention;
 use crate::state::CollectorState;

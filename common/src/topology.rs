@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::guards::Guard;
 use crate::names::{Namespace, QueueName};
-use crate::wire::HeaderValue;
+use crate::wire::{DELAY_MARK, HeaderValue};
 
 /// The step in which the broker counts delays.
 pub const DELAY_UNIT: Duration = Duration::from_millis(100);
@@ -83,11 +83,6 @@ pub struct DelayRoute {
     pub marks: Vec<String>,
     /// What the delay became by rounding up.
     pub delay: Duration,
-}
-
-/// Whether a header is a delay mark. A republish must drop them: a stale mark is an extra wait.
-pub fn is_delay_mark(header: &str) -> bool {
-    header.starts_with("garenne-delay-")
 }
 
 impl Topology {
@@ -330,9 +325,8 @@ impl Declaration {
     }
 }
 
-/// No `x-` prefix: a headers exchange leaves such headers out when it matches.
 fn delay_mark(level: u32) -> String {
-    format!("garenne-delay-{level:02}")
+    format!("{DELAY_MARK}{level:02}")
 }
 
 fn round_up(units: u64, zero_digits: u32) -> u64 {

@@ -6,6 +6,7 @@
 mod bench;
 mod cluster;
 mod demo;
+mod node;
 mod verify;
 
 use std::process::ExitCode;

@@ -12,6 +12,7 @@ use garenne_common::{QueueName, TaskId};
 use tokio::time::Instant;
 
 use crate::dispatch::Parcel;
+use crate::error::submit_error;
 use crate::replies::Waiting;
 use crate::submission::Prepared;
 use crate::{Batch, Handle, Producer, Submission, SubmitError};
@@ -212,15 +213,6 @@ impl Producer {
         }
         Ok(())
     }
-}
-
-/// What a failed publish means for one of its tasks.
-pub(crate) fn submit_error(id: &TaskId, error: BrokerError) -> SubmitError {
-    // These are answers: the broker, or our own encoder, did not take the message.
-    if matches!(error, BrokerError::Rejected(_) | BrokerError::TooLong(_)) {
-        return error.into();
-    }
-    SubmitError::Unconfirmed { id: id.clone(), source: error }
 }
 
 /// Outcomes in the order of the submissions: promised, until something comes in between.

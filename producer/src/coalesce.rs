@@ -18,9 +18,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::SubmitError;
-use crate::bulk::submit_error;
+use crate::deadline::left;
 use crate::dispatch::{Dispatch, Parcel};
-use crate::producer::left;
+use crate::error::submit_error;
 
 /// So much is under way before submissions begin to gather.
 const PLACES: usize = 4;

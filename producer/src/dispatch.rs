@@ -10,7 +10,7 @@ use garenne_common::wire::{self, Message};
 use garenne_common::{TaskMessage, TaskName};
 use tokio::time::Instant;
 
-use crate::producer::left;
+use crate::deadline::left;
 
 /// A task that is ready to go, and what its submitter needs to know it by.
 pub(crate) struct Parcel<T> {

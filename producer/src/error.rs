@@ -208,6 +208,15 @@ fn word(reason: Option<DeadReason>) -> &'static str {
     reason.map_or("no reason given", DeadReason::as_str)
 }
 
+/// What a failed publish means for one of its tasks.
+pub(crate) fn submit_error(id: &TaskId, error: BrokerError) -> SubmitError {
+    // These are answers: the broker, or our own encoder, did not take the message.
+    if matches!(error, BrokerError::Rejected(_) | BrokerError::TooLong(_)) {
+        return error.into();
+    }
+    SubmitError::Unconfirmed { id: id.clone(), source: error }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

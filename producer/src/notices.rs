@@ -7,7 +7,7 @@ use garenne_common::broker::{BrokerError, Consumer, ConsumerSpec, QueueSource};
 use garenne_common::wire::Notice;
 use garenne_common::{BatchId, TaskId};
 
-use crate::producer::until;
+use crate::deadline::until;
 use crate::{Producer, QueryError};
 
 /// Notices on their way here. The rest waits in the broker, however slow the listener.

@@ -13,12 +13,13 @@ use garenne_common::topology::Topology;
 use garenne_common::wire::RetryNote;
 use garenne_common::{BatchId, Codec, QueueName, TaskId, TaskMessage};
 use tokio::sync::{OnceCell, broadcast};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::ask::Asker;
 use crate::coalesce::Coalescer;
+use crate::deadline::{left, until};
 use crate::dispatch::Dispatch;
 use crate::queues::KnownQueues;
 use crate::recovery;
@@ -301,23 +302,5 @@ impl Names {
         let program: String = program.chars().take(60).collect();
         let owner = format!("{host}:{}", std::process::id());
         Self { app: format!("{program} {owner}"), owner }
-    }
-}
-
-/// How long it is until `by`, in tenths of a second: errors show it to people.
-pub(crate) fn left(by: Instant) -> Duration {
-    let tenths = by.saturating_duration_since(Instant::now()).as_millis().div_ceil(100);
-    Duration::from_millis(100) * u32::try_from(tenths).unwrap_or(u32::MAX)
-}
-
-/// The result of `work`, or an error that says what did not come in time.
-pub(crate) async fn until<T, E: From<BrokerError>>(
-    by: Instant,
-    what: &str,
-    work: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
-    match timeout_at(by, work).await {
-        Ok(result) => result,
-        Err(_) => Err(BrokerError::Lost(format!("no {what} in time")).into()),
     }
 }

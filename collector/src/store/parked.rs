@@ -12,8 +12,8 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use super::ledger::{SqliteLedger, from_count, from_time, parsed, time, to_count};
 use super::{EndedParked, StoreError, open_envelope};
+use crate::APP_ID;
 use crate::aggregate::{Ledger, Resend, Rules, apply};
-use crate::answers::APP_ID;
 use crate::group::{Group, Letter};
 
 /// After its first release a task that comes back waits so long, and twice as long each time.

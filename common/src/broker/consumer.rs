@@ -4,71 +4,16 @@
 //! rebuilt channel is a new epoch, and a [`Settler`] that is asked to settle a delivery of an older one
 //! does nothing: the delivery comes again by itself.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use futures_util::FutureExt;
-use lapin::Channel;
 use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::sync::{mpsc, watch as watched};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
+use super::delivery::{ConsumerSpec, Delivery, DeliveryTag, Shared};
 use super::epochs::ConsumeTask;
-use super::watch::{self, Flow, Health};
+use super::watch::{self, Health};
 use super::{BrokerError, Link, QueueStatus};
-use crate::topology::Declaration;
-use crate::wire::Message;
-
-/// What to consume.
-pub struct ConsumerSpec {
-    /// Declared on every new channel, before consuming.
-    pub declarations: Vec<Declaration>,
-    /// From which queue.
-    pub queue: QueueSource,
-    /// How many deliveries may be unsettled at once. Quorum queues take at most 2,000 as such.
-    pub prefetch: u16,
-    /// The consumer tag that the management UI shows.
-    pub tag: String,
-    /// Whether the broker may forget deliveries at once; for events and replies.
-    pub no_ack: bool,
-}
-
-/// Which queue a consumer reads.
-pub enum QueueSource {
-    /// A durable one.
-    Named(String),
-    /// An exclusive one, under a new name in every epoch, with bindings (exchange, routing key).
-    ///
-    /// A new name, because the broker may still hold the old one for the dead connection.
-    Exclusive {
-        /// Makes the names.
-        name: Box<dyn Fn() -> String + Send + Sync>,
-        /// What to bind it to.
-        bindings: Vec<(String, String)>,
-    },
-}
-
-/// One delivery of a message.
-#[derive(Debug)]
-pub struct Delivery {
-    /// What to settle it by.
-    pub tag: DeliveryTag,
-    /// The routing key it was published with.
-    pub routing_key: String,
-    /// Whether the broker has delivered it before, to anybody.
-    pub redelivered: bool,
-    /// The message.
-    pub message: Message,
-}
-
-/// A delivery's number within its epoch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DeliveryTag {
-    /// Which channel, counted from 1.
-    pub epoch: u64,
-    /// Which delivery of it, counted from 1.
-    pub number: u64,
-}
 
 /// The stream of deliveries, and the hold on the task behind it.
 pub struct Consumer {
@@ -98,36 +43,11 @@ impl Pauser {
     }
 }
 
-pub(super) struct Shared {
-    pub(super) link: Link,
-    current: Mutex<Epoch>,
-    pub(super) queue: watched::Sender<Option<String>>,
-    pub(super) trouble: watched::Sender<Option<BrokerError>>,
-    pub(super) stop: CancellationToken,
-    pub(super) paused: watched::Sender<bool>,
-    task: TaskTracker,
-}
-
-pub(super) struct Epoch {
-    pub(super) number: u64,
-    /// `None` between two epochs.
-    pub(super) channel: Option<Channel>,
-    pub(super) flow: Flow,
-}
-
 impl Consumer {
     /// Starts consuming; connects, and reconnects, on its own.
     pub fn start(link: Link, spec: ConsumerSpec) -> Self {
         let (to_owner, deliveries) = mpsc::channel(usize::from(spec.prefetch).max(1));
-        let shared = Arc::new(Shared {
-            link,
-            current: Mutex::new(Epoch { number: 0, channel: None, flow: Flow::new(spec.prefetch) }),
-            queue: watched::Sender::new(None),
-            trouble: watched::Sender::new(None),
-            stop: CancellationToken::new(),
-            paused: watched::Sender::new(false),
-            task: TaskTracker::new(),
-        });
+        let shared = Arc::new(Shared::new(link, spec.prefetch));
         let task = ConsumeTask { shared: Arc::clone(&shared), spec, to_owner };
         shared.task.spawn(task.run());
         shared.task.close();
@@ -255,29 +175,4 @@ impl Settler {
 /// trip to lapin's thread and back.
 fn handed_over(sending: impl Future<Output = lapin::Result<()>>) -> bool {
     !matches!(sending.now_or_never(), Some(Err(_)))
-}
-
-impl Shared {
-    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, Epoch> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn channel_of(&self, epoch: u64) -> Option<Channel> {
-        let current = self.lock();
-        current.channel.as_ref().filter(|_| current.number == epoch).cloned()
-    }
-
-    fn settled(&self, tag: DeliveryTag, multiple: bool) {
-        let mut current = self.lock();
-        if current.number == tag.epoch {
-            current.flow.settled(tag.number, multiple);
-        }
-    }
-
-    fn health(&self) -> Health {
-        if self.queue.borrow().is_some() {
-            return Health::Flowing(self.lock().flow.proven().elapsed());
-        }
-        Health::Down(self.trouble.borrow().clone())
-    }
 }

@@ -13,8 +13,8 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::sync::{mpsc, watch as watched};
 use tokio::time::MissedTickBehavior;
 
-use super::consumer::{ConsumerSpec, Delivery, DeliveryTag, Epoch, QueueSource, Shared};
 use super::convert::{from_properties, short};
+use super::delivery::{ConsumerSpec, Delivery, DeliveryTag, Epoch, QueueSource, Shared};
 use super::link::Pause;
 use super::watch::{self, Flow, Watch};
 use super::{BrokerError, QueueStatus, admin};

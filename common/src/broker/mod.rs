@@ -11,19 +11,20 @@
 mod admin;
 mod consumer;
 mod convert;
+mod delivery;
 mod epochs;
 mod error;
 mod link;
 mod publisher;
-pub mod raw;
 mod transport;
 mod watch;
 mod window;
 
 pub use admin::{Admin, QueueStatus};
-pub use consumer::{Consumer, ConsumerSpec, Delivery, DeliveryTag, Pauser, QueueSource, Settler};
+pub use consumer::{Consumer, Pauser, Settler};
 #[doc(hidden)]
 pub use convert::parse_message;
+pub use delivery::{ConsumerSpec, Delivery, DeliveryTag, QueueSource};
 pub use error::BrokerError;
 pub use link::Link;
 pub use publisher::{Outgoing, Publisher, Receipt, Room};

@@ -285,36 +285,6 @@ pub fn broker_pid() -> Option<u32> {
     std::env::var("BROKER_PID").ok()?.parse().ok()
 }
 
-/// The version of the broker that `scripts/rabbitmq run` has started.
-pub fn broker_version() -> Option<String> {
-    std::env::var("BROKER_VERSION").ok().filter(|version| !version.is_empty())
-}
-
-/// The broker node that `scripts/rabbitmq` runs for this process, which may kill it and start it again.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OwnNode {
-    /// Where it lives; its file `env` says how to reach it.
-    pub directory: PathBuf,
-    /// What starts it again: `SCRIPT start DIRECTORY`.
-    pub script: PathBuf,
-}
-
-/// The node that `scripts/rabbitmq run` has started for this process alone.
-pub fn own_node() -> Option<OwnNode> {
-    let path = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    Some(OwnNode {
-        directory: path("GARENNE_NODE_DIRECTORY")?,
-        script: path("GARENNE_NODE_SCRIPT")?,
-    })
-}
-
-/// The guards that a test build switches off ([`crate::guards`]).
-#[cfg(feature = "failpoints")]
-pub(crate) fn guards_off() -> Vec<String> {
-    let names = std::env::var("GARENNE_GUARDS_OFF").unwrap_or_default();
-    names.split(',').map(str::to_owned).collect()
-}
-
 impl ConfigError {
     fn one(problem: &impl fmt::Display) -> Self {
         Self { problems: vec![problem.to_string()] }

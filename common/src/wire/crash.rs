@@ -46,7 +46,7 @@ impl CrashRecord {
     /// The same message, and attempt, with this record, ready to be published again.
     pub fn write(&self, message: &Message) -> Message {
         let mut message = task::for_republish(message);
-        lease::clear_lapses(&mut message);
+        headers::clear_lapses(&mut message);
         message.set_header(headers::CRASHES, HeaderValue::Int(self.count.into()));
         message.set_header(headers::CRASH_LOG, HeaderValue::Text(self.log.clone()));
         message

@@ -56,6 +56,10 @@ pub(super) const LAST_DEATH_REASON: &str = "x-last-death-reason";
 /// On what RabbitMQ dead-lettered itself; `broker` sees to it that old versions have it too.
 pub(super) const LAST_DEATH_QUEUE: &str = "x-last-death-queue";
 
+/// What the names of the marks of delay levels begin with. A republish drops them: a stale mark is an
+/// extra wait. No `x-` prefix: a headers exchange leaves such headers out when it matches.
+pub(crate) const DELAY_MARK: &str = "garenne-delay-";
+
 /// Headers that a republished message must not carry: RabbitMQ's own account of dead-lettering, by
 /// which it drops what seems to go in a circle, and the marks of a delay or a return that is over.
 pub(super) fn is_spent(name: &str) -> bool {
@@ -65,7 +69,12 @@ pub(super) fn is_spent(name: &str) -> bool {
         || name == RETURNED
         || name.starts_with("x-first-death-")
         || name.starts_with("x-last-death-")
-        || crate::topology::is_delay_mark(name)
+        || name.starts_with(DELAY_MARK)
+}
+
+/// Forgets lapses: an execution has come to its end, and its worker is alive.
+pub(super) fn clear_lapses(message: &mut Message) {
+    message.headers.retain(|(name, _)| name != LAPSES);
 }
 
 pub(super) fn text<'a>(message: &'a Message, name: &str) -> Result<Option<&'a str>, Malformed> {

@@ -151,11 +151,6 @@ pub fn lapses(message: &Message) -> u64 {
     number(message, headers::LAPSES).ok().flatten().unwrap_or_default()
 }
 
-/// Forgets them: an execution has come to its end, and its worker is alive.
-pub(super) fn clear_lapses(message: &mut Message) {
-    message.headers.retain(|(name, _)| name != headers::LAPSES);
-}
-
 /// The execution whose worker has sent a message on (a dead letter, a next attempt), if it had a lease.
 pub fn execution_of(message: &Message) -> Option<Fence> {
     let execution = text(message, headers::LEASE_EXECUTION).ok().flatten()?.to_owned();

@@ -27,6 +27,8 @@ pub mod waiting;
 pub use codec::{Codec, CodecError, Payload};
 pub use collector::CollectorHeartbeat;
 pub use control::{CancelIntent, CancelTarget, Control};
+pub(crate) use headers::DELAY_MARK;
+
 pub use crash::CrashRecord;
 pub use dead::DeadLetter;
 pub use depth::MAX_DEPTH;

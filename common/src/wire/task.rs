@@ -11,7 +11,7 @@ use super::codec::{Codec, Payload};
 use super::depth::is_too_deep;
 use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
-use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed, lease};
+use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed};
 use crate::guards::Guard;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::printable::is_printable;
@@ -156,7 +156,7 @@ pub fn for_republish(message: &Message) -> Message {
 /// The same message asking for attempt number `attempt`, all else as its sender wrote it.
 pub fn next_attempt(message: &Message, attempt: u32) -> Message {
     let mut message = for_republish(message);
-    lease::clear_lapses(&mut message);
+    headers::clear_lapses(&mut message);
     message.set_header(headers::ATTEMPT, HeaderValue::Int(attempt.into()));
     message
 }

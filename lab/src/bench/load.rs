@@ -3,13 +3,12 @@
 use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt, stream};
+use garenne_cli::error::CliError;
 use garenne_common::{Codec, Task, TaskId};
 use garenne_producer::{Batch, Handle, Producer, SealedBatch, Submission, SubmitError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
-
-use garenne_cli::error::CliError;
 
 /// A run that takes longer has gone wrong.
 const PATIENCE: Duration = Duration::from_mins(3);

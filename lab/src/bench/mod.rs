@@ -1,10 +1,11 @@
 //! `garenne bench`: how fast Garenne is here and now, beside a bare client on the same broker.
 //!
 //! Every figure is measured in this run, on real processes in a [`Cluster`] of its own, and every run of
-//! ours has a run of the bare client ([`garenne_common::broker::raw`]) right before it: machines differ
+//! ours has a run of the bare client ([`bare`]) right before it: machines differ
 //! and are never quite idle, so the ratio tells more than the figure. A figure may have a target; the
 //! exit code does not depend on it.
 
+mod bare;
 mod chart;
 mod extent;
 mod figure;
@@ -18,13 +19,13 @@ mod usage;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::bench::bare::Bare;
 use clap::{Args, ValueEnum};
-use garenne_common::broker::raw::Raw;
+use garenne_cli::context::Context;
+use garenne_cli::error::{CliError, Exit};
 use serde::Serialize;
 
 use crate::cluster::{Cluster, STOCK_WORKER};
-use garenne_cli::context::Context;
-use garenne_cli::error::{CliError, Exit};
 use report::Report;
 use stage::Bench;
 use usage::Machine;
@@ -159,7 +160,7 @@ async fn measure(
     cluster: &mut Cluster,
     machine: Machine,
 ) -> Result<(Report, Option<CliError>), CliError> {
-    let raw = Raw::prepare(&cluster.config().broker).await?;
+    let raw = Bare::prepare(&cluster.config().broker).await?;
     let measured = async {
         let mut bench = Bench::start(context, arguments, cluster, &raw).await?;
         let failed = scenarios(&mut bench, &arguments.scenario).await.err();

@@ -1,13 +1,13 @@
 //! What a run of the command found, and how it looks: tables for people, Markdown, JSON. The picture is
 //! in [`chart`](super::chart).
 
+use garenne_cli::output::{Paint, cell, table};
 use indicatif::HumanCount;
 use serde::Serialize;
 
 use super::figure::{Figure, Samples, Unit};
 use super::meter::Effort;
 use super::usage::Machine;
-use garenne_cli::output::{Paint, cell, table};
 
 /// What a debug build has to say of itself.
 pub(super) const DEBUG_WARNING: &str =

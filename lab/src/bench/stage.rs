@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use garenne_common::broker::BrokerError;
-use garenne_common::broker::raw::{ACK_EVERY, BODY_BYTES, PREFETCH, Raw, WINDOW};
+use super::bare::{ACK_EVERY, BODY_BYTES, Bare, PREFETCH, WINDOW};
+use garenne_cli::context::Context;
+use garenne_cli::error::CliError;
 use garenne_common::{QueueName, config::WorkerConfig};
 use garenne_producer::Producer;
 
@@ -15,8 +16,6 @@ use super::report::{Report, Settings};
 use super::usage::Machine;
 use super::{Arguments, Scenario};
 use crate::cluster::{Cluster, WorkerSpec};
-use garenne_cli::context::Context;
-use garenne_cli::error::CliError;
 
 /// Workers that are alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +64,7 @@ pub(super) struct Bench<'a> {
     arguments: &'a Arguments,
     pub(super) extent: Extent,
     pub(super) cluster: &'a mut Cluster,
-    pub(super) raw: &'a Raw,
+    pub(super) raw: &'a Bare,
     pub(super) producer: Producer,
     /// Gives each task a message of its own.
     apart: Producer,
@@ -79,7 +78,7 @@ impl<'a> Bench<'a> {
         context: &'a Context,
         arguments: &'a Arguments,
         cluster: &'a mut Cluster,
-        raw: &'a Raw,
+        raw: &'a Bare,
     ) -> Result<Self, CliError> {
         let producer = Producer::connect_as(cluster.config(), "garenne bench").await?;
         let mut config = cluster.config().clone();
@@ -116,7 +115,7 @@ impl<'a> Bench<'a> {
         &mut self,
         contest: Contest,
         ours: impl AsyncFn(&Self, u64) -> Result<Duration, CliError>,
-        raw: impl AsyncFn(&Raw, u64) -> Result<Duration, BrokerError>,
+        raw: impl AsyncFn(&Bare, u64) -> Result<Duration, CliError>,
     ) -> Result<Figure, CliError> {
         let Contest { scenario, id, title, target, share } = contest;
         self.remark(&title, 0);

@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
+use crate::node::broker_version;
 use garenne_common::Timestamp;
-use garenne_common::config::broker_version;
 use serde::Serialize;
 
 /// Ticks a second of the times in `/proc/PID/stat`; 100 on every architecture that Rust's std is built for.

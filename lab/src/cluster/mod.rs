@@ -9,6 +9,8 @@ mod process;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use garenne_cli::context::Context;
+use garenne_cli::error::CliError;
 use garenne_common::broker::{Admin, BrokerError, Link};
 use garenne_common::config::{BrokerUrl, Config};
 use garenne_common::topology::Declaration;
@@ -21,8 +23,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use garenne_cli::context::Context;
-use garenne_cli::error::CliError;
 pub(crate) use process::Process;
 use process::{Pipes, Programs, Spawning};
 

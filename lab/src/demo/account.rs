@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use garenne_cli::error::CliError;
+use garenne_cli::output::{Paint, cell, facts, table};
 use garenne_common::wire::{BatchState, BatchSummary, Payload};
 use garenne_common::{Status, TaskId, TaskResult};
 use garenne_producer::Producer;
@@ -12,8 +14,6 @@ use serde_json::{Value, json};
 
 use super::fate::Progress;
 use super::files::{self, Tree};
-use garenne_cli::error::CliError;
-use garenne_cli::output::{Paint, cell, facts, table};
 
 /// How many results one question asks for; the collector answers up to 1,000.
 const RESULTS_PER_QUESTION: usize = 500;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use garenne_cli::error::CliError;
+use garenne_cli::output::{self, Format};
 use garenne_common::BatchId;
 use garenne_common::wire::BatchState;
 use garenne_producer::Producer;
@@ -10,8 +12,6 @@ use tokio::time::sleep;
 
 use super::node_name;
 use crate::cluster::{Cluster, WorkerSpec};
-use garenne_cli::error::CliError;
-use garenne_cli::output::{self, Format};
 
 /// How often the collector is asked how far the job is.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

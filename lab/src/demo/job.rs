@@ -4,6 +4,8 @@
 use std::time::Instant;
 
 use futures_util::StreamExt;
+use garenne_cli::error::{CliError, Exit};
+use garenne_cli::output::Paint;
 use garenne_common::TaskId;
 use garenne_common::wire::BatchSummary;
 use garenne_producer::{Batch, Submission};
@@ -15,8 +17,6 @@ use super::account::{Account, Summary, compare};
 use super::fate::{Progress, watch};
 use super::files::Tree;
 use super::{PATIENCE, Stage, nodes};
-use garenne_cli::error::{CliError, Exit};
-use garenne_cli::output::Paint;
 
 /// A few per node, so that a node that dies leaves some work of its own behind.
 const SLOTS: usize = 4;

@@ -5,13 +5,13 @@ use std::io::{BufRead, IsTerminal};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use garenne_cli::error::CliError;
+use garenne_cli::output::{Format, Paint, facts};
 use garenne_common::config::management_url;
 use garenne_producer::Submission;
 use serde_json::{Value, json};
 
 use super::{Stage, nodes};
-use garenne_cli::error::CliError;
-use garenne_cli::output::{Format, Paint, facts};
 
 /// Two slots a node: six tasks run, six more are with the nodes, the rest waits in the queue.
 const SLOTS: usize = 2;

@@ -15,14 +15,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use garenne_cli::context::Context;
+use garenne_cli::error::{CliError, Exit};
+use garenne_cli::output::{self, Format, Paint};
 use garenne_common::QueueName;
 use garenne_producer::Producer;
 use serde_json::{Map, Value, json};
 
 use crate::cluster::{Cluster, STOCK_WORKER, WorkerSpec};
-use garenne_cli::context::Context;
-use garenne_cli::error::{CliError, Exit};
-use garenne_cli::output::{self, Format, Paint};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -3,13 +3,13 @@
 
 use std::time::Duration;
 
+use garenne_cli::error::CliError;
 use garenne_common::QueueName;
 use garenne_producer::Submission;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::{NODES, PATIENCE, Stage, nodes, own_queue};
-use garenne_cli::error::CliError;
 
 const TASKS: usize = 5;
 /// How long a task pretends to work: long enough to be seen and to be shared out.

@@ -4,13 +4,13 @@
 
 use std::collections::BTreeMap;
 
+use garenne_cli::output::{Paint, facts};
 use garenne_common::Timestamp;
 use serde::Serialize;
 
 use super::bounds;
 use super::check::{Invariant, Violation};
 use super::plan::{Kind, LeftOut};
-use garenne_cli::output::{Paint, facts};
 
 /// Breaches that are shown one by one.
 const SHOWN: usize = 20;

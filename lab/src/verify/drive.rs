@@ -2,17 +2,19 @@
 //! and settled. What it sees is judged elsewhere.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::time::{Duration, Instant};
 
-use garenne_common::TaskResult;
+use garenne_cli::error::CliError;
 use garenne_common::broker::Admin;
 use garenne_common::wire::{Answer, Question, TaskSummary};
+use garenne_common::{TaskResult, Timestamp};
 use garenne_producer::Producer;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
+use super::bounds::Held;
 use super::check::{Invariant, Violation};
 use super::crew::Crew;
 use super::faults::Nemesis;
@@ -20,14 +22,13 @@ use super::ledger::Ledger;
 use super::listener::{Listener, Told};
 use super::liveness::{Depths, Waiting, Watch};
 use super::mix::Mix;
+use super::plan::{Kind, LeftOut};
 use super::producers::{Line, Producers};
 use super::progress::Progress;
 use super::proxy::Proxy;
-use super::stage::Facts;
 use super::vitals::Vitals;
 use super::workload::{BatchFate, Said, Workload};
 use crate::cluster::Cluster;
-use garenne_cli::error::CliError;
 
 /// How often the drive looks around.
 const TICK: Duration = Duration::from_millis(20);
@@ -58,6 +59,16 @@ pub(super) struct Stage {
     pub(super) patience: Duration,
     pub(super) facts: Facts,
     pub(super) seen: Seen,
+}
+
+/// What a run was, for its certificate.
+pub(super) struct Facts {
+    pub(super) schedule: BTreeMap<Kind, u64>,
+    pub(super) left_out: LeftOut,
+    pub(super) repeat: String,
+    pub(super) started_at: Timestamp,
+    /// What the processes held before the first task.
+    pub(super) before: Vec<(String, Held)>,
 }
 
 /// What the drive notes on its way.

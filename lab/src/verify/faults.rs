@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use garenne_cli::error::CliError;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use tokio::process::Child;
@@ -15,7 +16,6 @@ use super::node::{Node, is_gone};
 use super::plan::{Fault, Kind, Schedule, Victim};
 use super::proxy::Proxy;
 use crate::cluster::Cluster;
-use garenne_cli::error::CliError;
 
 /// So many things are broken at the same time at most.
 const AT_ONCE: usize = 3;

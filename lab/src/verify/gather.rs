@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
+use garenne_cli::error::CliError;
 use garenne_common::TaskResult;
 use garenne_common::wire::DeadSummary;
 use garenne_producer::{Producer, QueryError, Totals};
 
 use super::mix::Mix;
-use garenne_cli::error::CliError;
 
 /// How many ids one question has.
 const PAGE: usize = 500;

@@ -4,12 +4,11 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use garenne_cli::error::CliError;
 use garenne_common::outcome::{DeadReason, Status};
 use garenne_common::{RetryPolicy, TaskId};
 use garenne_producer::{Submission, SubmitError};
 use serde_json::{Value, json};
-
-use garenne_cli::error::CliError;
 
 /// How many tasks stand together; some of these blocks are batches.
 const BLOCK: u64 = 40;

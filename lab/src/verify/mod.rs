@@ -30,9 +30,9 @@ mod workload;
 use std::time::Duration;
 
 use clap::Args;
-
 use garenne_cli::context::Context;
 use garenne_cli::error::{CliError, Exit};
+
 use plan::Wanted;
 use progress::Progress;
 

@@ -5,12 +5,13 @@
 
 use std::process::Stdio;
 
-use garenne_common::config::{BrokerUrl, OwnNode, own_node};
+use garenne_cli::error::CliError;
+use garenne_common::config::BrokerUrl;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::process::{Child, Command};
 
-use garenne_cli::error::CliError;
+use crate::node::{OwnNode, own_node};
 
 /// The node.
 pub(super) struct Node(OwnNode);

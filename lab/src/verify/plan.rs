@@ -8,9 +8,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use serde::Serialize;
-
 use garenne_cli::error::CliError;
+use serde::Serialize;
 
 /// A run of so many tasks has the full number of faults; a smaller one its share, and of each kind one.
 const FULL: u64 = 100_000;

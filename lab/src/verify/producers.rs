@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use garenne_cli::error::CliError;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{ChildStdin, ChildStdout};
 use tokio::sync::mpsc;
@@ -12,7 +13,6 @@ use tokio_util::task::TaskTracker;
 use super::mix::{Mix, Unit};
 use super::workload::{Said, Workload};
 use crate::cluster::Cluster;
-use garenne_cli::error::CliError;
 
 /// How many processes submit at once.
 pub(super) const PRODUCERS: usize = 2;

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use garenne_cli::context::Context;
+use garenne_cli::output::Output;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::faults::Nemesis;
-use garenne_cli::context::Context;
-use garenne_cli::output::Output;
 
 const LINE_EVERY: Duration = Duration::from_secs(1);
 

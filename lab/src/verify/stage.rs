@@ -1,17 +1,18 @@
 //! Setting a run up and clearing it away.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use garenne_cli::context::Context;
+use garenne_cli::error::CliError;
 use garenne_common::Timestamp;
 use garenne_common::config::{BrokerConfig, BrokerUrl};
 use garenne_producer::Producer;
 use tokio::time::sleep;
 
 use super::Arguments;
-use super::bounds::{self, Held};
+use super::bounds;
 use super::crew::Crew;
-use super::drive::{Seen, Stage};
+use super::drive::{Facts, Seen, Stage};
 use super::faults::Nemesis;
 use super::ledger::Ledger;
 use super::listener::Listener;
@@ -22,8 +23,6 @@ use super::proxy::Proxy;
 use super::vitals::Vitals;
 use super::workload::Workload;
 use crate::cluster::{Cluster, Process};
-use garenne_cli::context::Context;
-use garenne_cli::error::CliError;
 
 /// Short, so that frozen processes and silent lines are noticed within a run.
 const HEARTBEAT: Duration = Duration::from_secs(2);
@@ -40,16 +39,6 @@ pub(super) struct Setting {
     url: BrokerUrl,
     node: Option<Node>,
     repeat: String,
-}
-
-/// What a run was, for its certificate.
-pub(super) struct Facts {
-    pub(super) schedule: BTreeMap<Kind, u64>,
-    pub(super) left_out: LeftOut,
-    pub(super) repeat: String,
-    pub(super) started_at: Timestamp,
-    /// What the processes held before the first task.
-    pub(super) before: Vec<(String, Held)>,
 }
 
 impl Setting {

@@ -14,14 +14,14 @@ use clap::Args;
 use futures_util::StreamExt;
 use futures_util::future::try_join_all;
 use futures_util::stream::FuturesUnordered;
+use garenne_cli::context::Context;
+use garenne_cli::error::{CliError, Exit};
+use garenne_cli::output;
 use garenne_producer::{Batch, Handle, Producer, SubmitError};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 
 use super::mix::{Mix, Unit};
-use garenne_cli::context::Context;
-use garenne_cli::error::{CliError, Exit};
-use garenne_cli::output;
 
 /// Between two tries of what failed for the moment.
 const PAUSE: Duration = Duration::from_millis(200);

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use garenne_common::config::broker_version;
+use crate::node::broker_version;
+use garenne_cli::error::CliError;
 use garenne_common::wire::BatchState;
 use garenne_common::{Status, TaskResult};
 
@@ -15,7 +16,6 @@ use super::producers::PRODUCERS;
 use super::progress::Progress;
 use super::proxy::Proxy;
 use super::stall;
-use garenne_cli::error::CliError;
 
 /// Lines of history that a breach is shown with.
 const HISTORY: usize = 12;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use garenne_common::wire::{self, Report};
 
-use super::core::Claim;
+use super::order::Claim;
 
 pub(super) const MAX_REPORTS: usize = 500;
 const MAX_BYTES: usize = 1024 * 1024;

@@ -17,7 +17,7 @@ use garenne_common::{ReplyFormat, ReplyTo};
 
 use super::bundle::{Bundle, are_the_same, parts, spelt_out};
 use super::lane::Lane;
-use super::order::{Reply, Settlement, Subject, Successor, Then};
+use super::order::{Claim, Reply, Settlement, Subject, Successor, Then};
 use super::signature::Signature;
 use crate::acks::Ack;
 use crate::inflight::{Deliveries, DeliveryRef, Inflight};
@@ -75,13 +75,6 @@ pub enum Answer {
     Impossible,
     /// Nobody will ever know: the publisher has stopped.
     Unknown,
-}
-
-/// Deliveries that a confirm settles.
-#[derive(Debug)]
-pub(super) struct Claim {
-    subject: Subject,
-    then: Then,
 }
 
 #[derive(Debug)]

@@ -80,3 +80,10 @@ impl Settlement {
         Self { subject, successor, then: Then::Over, notes: vec![], reply: None }
     }
 }
+
+/// Deliveries that a confirm settles.
+#[derive(Debug)]
+pub(super) struct Claim {
+    pub(super) subject: Subject,
+    pub(super) then: Then,
+}

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use garenne_cli::error::CliError;
 use garenne_producer::SealedBatch;
 use indicatif::HumanCount;
 
@@ -10,7 +11,6 @@ use crate::bench::figure::{Figure, Samples, Target, Unit};
 use crate::bench::load::{Load, Way, Work, done};
 use crate::bench::meter::rate;
 use crate::bench::stage::Bench;
-use garenne_cli::error::CliError;
 
 /// How long a run lasts, as a share of the usual time.
 const SHARE: f64 = 0.6;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use garenne_cli::error::CliError;
 use hdrhistogram::Histogram;
 use tokio::time::sleep;
 
@@ -9,7 +10,6 @@ use crate::bench::Scenario;
 use crate::bench::figure::{Figure, RAW, Samples, Target, Unit};
 use crate::bench::load::{echo, round_trip};
 use crate::bench::stage::Bench;
-use garenne_cli::error::CliError;
 
 /// Between two round trips on an idle system: what the one before leaves to do is done by then (its
 /// acknowledgements, the collector's commits), and does not share disk and cores with the next one.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use garenne_cli::error::CliError;
 use garenne_common::QueueName;
 use indicatif::HumanCount;
 use tokio::time::{Instant, sleep};
@@ -13,7 +14,6 @@ use crate::bench::load::{Load, Way, Work};
 use crate::bench::stage::{Bench, Crew};
 use crate::bench::usage::Memory;
 use crate::cluster::WorkerSpec;
-use garenne_cli::error::CliError;
 
 /// How long a process is left alone before its memory is read.
 const SETTLING: Duration = Duration::from_secs(1);

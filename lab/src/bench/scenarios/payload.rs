@@ -1,9 +1,10 @@
 //! Tasks a second with arguments and outputs of some size, beside the bare client with bodies of that size.
 
+use garenne_cli::error::CliError;
+
 use crate::bench::Scenario;
 use crate::bench::load::{Way, Work};
 use crate::bench::stage::{Bench, Contest};
-use garenne_cli::error::CliError;
 
 impl Bench<'_> {
     /// An echo, so the size counts twice: there and back.

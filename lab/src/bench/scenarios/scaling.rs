@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
+use garenne_cli::error::CliError;
 use garenne_common::QueueName;
 use garenne_producer::Producer;
 
@@ -11,7 +12,6 @@ use crate::bench::figure::Samples;
 use crate::bench::load::{Load, Way, Work};
 use crate::bench::stage::{Bench, Contest};
 use crate::cluster::WorkerSpec;
-use garenne_cli::error::CliError;
 
 /// How long a run lasts, as a share of the usual time.
 const SHARE: f64 = 0.5;

@@ -3,15 +3,15 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
+use crate::bench::bare::Bare;
+use garenne_cli::error::CliError;
 use garenne_common::QueueName;
-use garenne_common::broker::raw::Raw;
 
 use crate::bench::Scenario;
 use crate::bench::figure::{Figure, RAW, Samples, Target, Unit};
 use crate::bench::load::{Load, Way, Work};
 use crate::bench::meter::rate;
 use crate::bench::stage::{Bench, Contest};
-use garenne_cli::error::CliError;
 
 /// What a handler of the scenarios `sleep` and `spin` takes.
 const MILLIS: u64 = 1;
@@ -68,7 +68,7 @@ impl Bench<'_> {
     pub(in super::super) async fn submit(&mut self) -> Result<(), CliError> {
         self.no_workers().await?;
         let consumed = RefCell::new(vec![]);
-        let raw = async |raw: &Raw, count| {
+        let raw = async |raw: &Bare, count| {
             let published = raw.publish(count).await?;
             let took = raw.consume(count).await?;
             consumed.borrow_mut().push(rate(count, took));

@@ -8,57 +8,61 @@
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesOrdered, FuturesUnordered, StreamExt};
+use garenne_cli::error::CliError;
+use garenne_common::config::{BrokerConfig, BrokerUrl};
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
-    ConfirmSelectOptions,
+    ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
-use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Confirmation, Consumer};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer};
 
-use super::convert::short;
-use super::{Admin, BrokerError, Link, admin};
-use crate::config::BrokerConfig;
-use crate::topology::Declaration;
-use crate::wire::HeaderValue;
+type Result<T> = std::result::Result<T, CliError>;
 
 /// How many bytes a message carries if nothing else is asked for.
-pub const BODY_BYTES: usize = 100;
+pub(crate) const BODY_BYTES: usize = 100;
 /// Publishes under way at once, if their bodies are small.
-pub const WINDOW: usize = 1_000;
+pub(crate) const WINDOW: usize = 1_000;
 /// Deliveries unacknowledged at once, if their bodies are small.
-pub const PREFETCH: u16 = 500;
+pub(crate) const PREFETCH: u16 = 500;
 /// One acknowledgement settles so many deliveries.
-pub const ACK_EVERY: u64 = 50;
+pub(crate) const ACK_EVERY: u64 = 50;
 
 /// Bodies under way at once, in bytes: more would fill sockets and buffers and gain nothing.
 const BYTES_UNDER_WAY: usize = 8 * 1024 * 1024;
 
 /// The bare client, with two quorum queues of its own in the namespace.
-pub struct Raw {
+pub(crate) struct Bare {
     config: BrokerConfig,
     tasks: String,
     results: String,
     body: Vec<u8>,
 }
 
-impl Raw {
+impl Bare {
     /// Declares the two queues.
-    pub async fn prepare(config: &BrokerConfig) -> Result<Self, BrokerError> {
-        let name = |what: &str| format!("{}.raw.{what}", config.namespace);
+    pub(crate) async fn prepare(config: &BrokerConfig) -> Result<Self> {
+        let name = |what: &str| format!("{}.bare.{what}", config.namespace);
         let body = vec![b'x'; BODY_BYTES];
-        let raw =
+        let bare =
             Self { config: config.clone(), tasks: name("tasks"), results: name("results"), body };
-        let (link, channel) = raw.connect("prepare").await?;
-        let declared = admin::declare(&channel, &[quorum(&raw.tasks), quorum(&raw.results)]).await;
-        link.close().await;
-        declared.map(|()| raw)
+        let (connection, channel) = bare.connect("prepare").await?;
+        for queue in [&bare.tasks, &bare.results] {
+            let mut arguments = FieldTable::default();
+            arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+            let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+            let declared = channel.queue_declare(queue.as_str().into(), options, arguments);
+            declared.await.map_err(failed)?;
+        }
+        close(connection).await;
+        Ok(bare)
     }
 
     /// The same client and the same queues with bodies of this size, in tasks and in results.
     ///
     /// Large bodies get smaller windows.
     #[must_use]
-    pub fn with_body(&self, bytes: usize) -> Self {
+    pub(crate) fn with_body(&self, bytes: usize) -> Self {
         let (config, tasks, results) =
             (self.config.clone(), self.tasks.clone(), self.results.clone());
         Self { config, tasks, results, body: vec![b'x'; bytes] }
@@ -75,42 +79,41 @@ impl Raw {
     }
 
     /// Deletes the two queues.
-    pub async fn remove(self) -> Result<(), BrokerError> {
-        let link = Link::new(&self.config, "raw lapin remove");
-        let admin = Admin::new(link.clone());
-        let removed = async {
-            admin.delete(&quorum(&self.tasks)).await?;
-            admin.delete(&quorum(&self.results)).await
-        };
-        let removed = removed.await;
-        link.close().await;
-        removed
+    pub(crate) async fn remove(self) -> Result<()> {
+        let (connection, channel) = self.connect("remove").await?;
+        for queue in [&self.tasks, &self.results] {
+            let deleted =
+                channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default());
+            deleted.await.map_err(failed)?;
+        }
+        close(connection).await;
+        Ok(())
     }
 
     /// Publishes `count` messages, many at once; the time until the last confirm.
-    pub async fn publish(&self, count: u64) -> Result<Duration, BrokerError> {
-        let (link, channel) = self.connect("publish").await?;
+    pub(crate) async fn publish(&self, count: u64) -> Result<Duration> {
+        let (connection, channel) = self.connect("publish").await?;
         let begin = Instant::now();
         let published = self.publish_to(&channel, &self.results, count).await;
         let took = begin.elapsed();
-        link.close().await;
+        close(connection).await;
         published.map(|()| took)
     }
 
     /// Takes `count` waiting messages, acknowledged together by [`ACK_EVERY`]; the time that took.
-    pub async fn consume(&self, count: u64) -> Result<Duration, BrokerError> {
-        let (link, channel) = self.connect("consume").await?;
+    pub(crate) async fn consume(&self, count: u64) -> Result<Duration> {
+        let (connection, channel) = self.connect("consume").await?;
         let begin = Instant::now();
         let stream = consume(&channel, &self.tasks, self.prefetch()).await?;
         let taken = take(&channel, stream, count).await;
         let took = begin.elapsed();
-        link.close().await;
+        close(connection).await;
         taken.map(|()| took)
     }
 
     /// `count` tasks through one queue and one result message for each through the other, with both
     /// ends at work at the same time; from the first publish to the last result in hand.
-    pub async fn tasks_with_results(&self, count: u64) -> Result<Duration, BrokerError> {
+    pub(crate) async fn tasks_with_results(&self, count: u64) -> Result<Duration> {
         let (producer, out) = self.connect("producer").await?;
         let (collector, back) = self.connect("collector").await?;
         let (worker, work) = self.connect("worker").await?;
@@ -124,25 +127,23 @@ impl Raw {
             take(&back, results, count),
         );
         let took = begin.elapsed();
-        for link in [producer, collector, worker] {
-            link.close().await;
+        for connection in [producer, collector, worker] {
+            close(connection).await;
         }
         done.map(|_| took)
     }
 
     /// One task at a time through the queue and back to an exclusive reply queue; how long each took
     /// until both its confirm and its reply were there. After each there is a pause.
-    pub async fn round_trips(
-        &self,
-        count: u64,
-        pause: Duration,
-    ) -> Result<Vec<Duration>, BrokerError> {
+    pub(crate) async fn round_trips(&self, count: u64, pause: Duration) -> Result<Vec<Duration>> {
         let (producer, out) = self.connect("producer").await?;
         let (worker, work) = self.connect("worker").await?;
         let answers = self.confirming(&worker).await?;
-        let back = producer.channel().await?;
-        let replies = format!("{}.raw.reply.{}", self.config.namespace, uuid::Uuid::now_v7());
-        admin::declare(&back, &[Declaration::exclusive_queue(replies.clone())]).await?;
+        let back = producer.create_channel().await.map_err(failed)?;
+        let options = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+        // The broker names it.
+        let replies = back.queue_declare("".into(), options, FieldTable::default()).await;
+        let replies = replies.map_err(failed)?.name().to_string();
         let tasks = consume(&work, &self.tasks, self.prefetch()).await?;
         let mut results = consume(&back, &replies, PREFETCH).await?;
         let client = async {
@@ -160,32 +161,30 @@ impl Raw {
             Ok(times)
         };
         let done = tokio::try_join!(client, self.answer(&work, &answers, tasks, count, 1));
-        for link in [producer, worker] {
-            link.close().await;
+        for connection in [producer, worker] {
+            close(connection).await;
         }
         done.map(|(times, ())| times)
     }
 
-    async fn connect(&self, what: &str) -> Result<(Link, Channel), BrokerError> {
-        let link = Link::new(&self.config, &format!("raw lapin {what}"));
-        let channel = self.confirming(&link).await?;
-        Ok((link, channel))
+    async fn connect(&self, what: &str) -> Result<(Connection, Channel)> {
+        let url = self.config.urls.first().map(BrokerUrl::expose);
+        let url = url.ok_or_else(|| CliError::unusable("no broker URL is configured"))?;
+        let properties =
+            ConnectionProperties::default().with_connection_name(format!("bare {what}").into());
+        let connection = Connection::connect(&url, properties).await.map_err(failed)?;
+        let channel = self.confirming(&connection).await?;
+        Ok((connection, channel))
     }
 
-    async fn confirming(&self, link: &Link) -> Result<Channel, BrokerError> {
-        let channel = link.channel().await?;
-        let confirms = channel.confirm_select(ConfirmSelectOptions::default()).await;
-        confirms.map_err(|error| BrokerError::operating(&error, "confirm mode"))?;
+    async fn confirming(&self, connection: &Connection) -> Result<Channel> {
+        let channel = connection.create_channel().await.map_err(failed)?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await.map_err(failed)?;
         Ok(channel)
     }
 
     /// Publishes into the task queue, as many at once as the window holds.
-    async fn publish_to(
-        &self,
-        channel: &Channel,
-        reply_to: &str,
-        count: u64,
-    ) -> Result<(), BrokerError> {
+    async fn publish_to(&self, channel: &Channel, reply_to: &str, count: u64) -> Result<()> {
         let mut confirms = FuturesUnordered::new();
         for _ in 0..count {
             if confirms.len() >= self.window()
@@ -209,7 +208,7 @@ impl Raw {
         mut tasks: Consumer,
         count: u64,
         ack_every: u64,
-    ) -> Result<(), BrokerError> {
+    ) -> Result<()> {
         let (mut settled, mut unacked) = (0, 0);
         // In order, so that one acknowledgement can settle all deliveries before it.
         let mut under_way = FuturesOrdered::new();
@@ -238,43 +237,38 @@ impl Raw {
     }
 }
 
-fn quorum(name: &str) -> Declaration {
-    let kind = HeaderValue::Text("quorum".to_owned());
-    Declaration::Queue {
-        name: name.to_owned(),
-        exclusive: false,
-        arguments: vec![("x-queue-type", kind)],
+#[expect(clippy::needless_pass_by_value, reason = "as `map_err` hands it over")]
+fn failed(error: lapin::Error) -> CliError {
+    CliError::unusable(format!("the bare client failed: {error}"))
+}
+
+async fn close(connection: Connection) {
+    if let Err(error) = connection.close(200, "bye".into()).await {
+        tracing::debug!(%error, "the bare client did not close in order");
     }
 }
 
-async fn publish_one(
-    channel: &Channel,
-    queue: &str,
-    reply_to: &str,
-    body: &[u8],
-) -> Result<(), BrokerError> {
+async fn publish_one(channel: &Channel, queue: &str, reply_to: &str, body: &[u8]) -> Result<()> {
     let properties =
-        BasicProperties::default().with_delivery_mode(2).with_reply_to(short(reply_to)?);
+        BasicProperties::default().with_delivery_mode(2).with_reply_to(reply_to.into());
     let options = BasicPublishOptions::default();
-    let lost = |error| BrokerError::operating(&error, queue);
-    let publish = channel.basic_publish("".into(), short(queue)?, options, body, properties);
-    match publish.await.map_err(lost)?.await.map_err(lost)? {
+    let publish = channel.basic_publish("".into(), queue.into(), options, body, properties);
+    match publish.await.map_err(failed)?.await.map_err(failed)? {
         Confirmation::Ack(_) => Ok(()),
         Confirmation::Nack(_) | Confirmation::NotRequested => {
-            Err(BrokerError::Rejected(queue.to_owned()))
+            Err(CliError::unusable(format!("the broker refused a message to {queue}")))
         }
     }
 }
 
-async fn consume(channel: &Channel, queue: &str, prefetch: u16) -> Result<Consumer, BrokerError> {
-    let lost = |error| BrokerError::operating(&error, queue);
-    channel.basic_qos(prefetch, BasicQosOptions { global: false }).await.map_err(lost)?;
+async fn consume(channel: &Channel, queue: &str, prefetch: u16) -> Result<Consumer> {
+    channel.basic_qos(prefetch, BasicQosOptions { global: false }).await.map_err(failed)?;
     let options = BasicConsumeOptions::default();
-    let stream = channel.basic_consume(short(queue)?, "".into(), options, FieldTable::default());
-    stream.await.map_err(lost)
+    let stream = channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());
+    stream.await.map_err(failed)
 }
 
-async fn take(channel: &Channel, mut stream: Consumer, count: u64) -> Result<(), BrokerError> {
+async fn take(channel: &Channel, mut stream: Consumer, count: u64) -> Result<()> {
     for taken in 1..=count {
         let tag = next(&mut stream).await?;
         if taken % ACK_EVERY == 0 || taken == count {
@@ -284,20 +278,20 @@ async fn take(channel: &Channel, mut stream: Consumer, count: u64) -> Result<(),
     Ok(())
 }
 
-async fn next(stream: &mut Consumer) -> Result<u64, BrokerError> {
+async fn next(stream: &mut Consumer) -> Result<u64> {
     delivery(stream.next().await).map(|delivery| delivery.delivery_tag)
 }
 
 fn delivery(
     item: Option<lapin::Result<lapin::message::Delivery>>,
-) -> Result<lapin::message::Delivery, BrokerError> {
+) -> Result<lapin::message::Delivery> {
     match item {
-        Some(delivery) => delivery.map_err(|error| BrokerError::operating(&error, "a consumer")),
-        None => Err(BrokerError::Lost("the broker ended the consumer".to_owned())),
+        Some(delivery) => delivery.map_err(failed),
+        None => Err(CliError::unusable("the broker ended the bare client's consumer")),
     }
 }
 
-async fn ack(channel: &Channel, tag: u64) -> Result<(), BrokerError> {
+async fn ack(channel: &Channel, tag: u64) -> Result<()> {
     let acked = channel.basic_ack(tag, BasicAckOptions { multiple: true }).await;
-    acked.map(drop).map_err(|error| BrokerError::operating(&error, "an acknowledgement"))
+    acked.map(drop).map_err(failed)
 }
