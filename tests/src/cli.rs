@@ -118,16 +118,33 @@ async fn map_keeps_the_order_of_its_lines() {
     assert_eq!(numbers, (0..20).map(|n| 2 * n + 1).collect::<Vec<_>>(), "blank lines are counted");
     assert_eq!(rows[3]["output"]["slept_millis"], 170);
 
-    let file = warren.file("lines.txt", "to be or not to be\n\nthat is\r\n");
+    let file = warren.file("lines.txt", "to be or not to be\n\nthat is\n");
     let map = ["map", "text.count_words", file.to_str().unwrap(), "--arg", "text"];
     let rows = lines(&warren.garenne(&map).await.ok());
     let words: Vec<_> = rows.iter().map(|row| &row["output"]["words"]).collect();
     assert_eq!(words, [&json!(6), &json!(2)]);
 
+    let names = ["map", "garenne.echo", "--arg", "name", "--null"];
+    let rows = lines(&warren.garenne_reading("a\nb\0 \0c\r\0", &names).await.ok());
+    let echoed: Vec<_> = rows.iter().map(|row| &row["output"]["name"]).collect();
+    assert_eq!(echoed, [&json!("a\nb"), &json!(" "), &json!("c\r")]);
+
     let unordered = warren.garenne_reading(&sleeps, &["map", "garenne.sleep", "--unordered"]).await;
     assert_eq!(lines(&unordered.ok()).len(), 20);
     let nothing = warren.garenne_reading("\n", &["map", "garenne.echo"]).await;
     assert_eq!(nothing.ok(), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_come_out_as_they_went_in() {
+    let warren = Warren::new().await;
+    let _crew = warren.crew().await;
+    for written in ["-5", "[18446744073709551616, 1.10, 1E5]", "0.1000000000000000055511"] {
+        let echoed = warren.garenne(&["submit", "garenne.echo", written, "--wait"]).await.ok();
+        assert_eq!(echoed.trim(), written);
+    }
+    let mapped = warren.garenne_reading("{\"n\": 1.10}\n", &["map", "garenne.echo"]).await.ok();
+    assert!(mapped.contains("\"output\":{\"n\": 1.10}"), "{mapped}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -301,6 +318,12 @@ async fn help_and_completions_need_no_broker() {
     {
         assert!(!nowhere(arguments).await.ok().is_empty(), "{arguments:?}");
     }
+    // Another program serves these, by the name that was typed.
+    for arguments in [&["demo", "--help"][..], &["bench", "-h"], &["help", "verify"]] {
+        let help = nowhere(arguments).await.ok();
+        assert!(help.contains("Usage: garenne ") && help.contains("--url"), "{help}");
+    }
+    assert_eq!(nowhere(&["verify", "--nonsense"]).await.code, Some(2));
     assert_eq!(nowhere(&[]).await.code, Some(2), "no command is a mistake");
     for service in ["garenne-worker", "garenne-collector"] {
         let mut command = warren.command(service);

@@ -252,3 +252,20 @@ async fn the_library_has_a_type_for_each_and_keeps_its_deadline() {
     assert!(matches!(error, BrokerError::NoVhost { .. }), "{error:?}");
     assert!(!SubmitError::Broker(error).is_transient());
 }
+
+/// The client library takes such an address for none, and this machine for its broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_of_version_6_leads_nowhere_else() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let warren = Warren::new().await;
+    let url = format!("amqp://guest:guest@[::1]:{port}/%2f");
+    let arguments = ["topology", "plan", "--deadline", "2s", "--url", &url];
+    let connecting = warren.garenne(&arguments);
+    let ended = tokio::select! {
+        ended = connecting => ended,
+        connected = listener.accept() => panic!("it connected to 127.0.0.1: {connected:?}"),
+    };
+    assert_eq!(ended.code, Some(2), "{ended:#?}");
+    assert!(ended.stderr.contains(&format!("amqp://[::1]:{port}/%2f")), "{ended:#?}");
+}

@@ -7,8 +7,10 @@ use std::time::Duration;
 use garenne_common::printable::one_line;
 use garenne_common::{InvalidName, Task, TaskName};
 use nix::time::{ClockId, clock_gettime};
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
+use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use crate::announce;
@@ -39,16 +41,26 @@ pub(crate) fn handlers(files: FileRoot) -> Result<Vec<Named>, InvalidName> {
     ])
 }
 
-/// `garenne.echo`: returns its arguments.
-#[derive(Serialize, Deserialize)]
-struct Echo(Value);
+/// `garenne.echo`: returns its arguments as they were written.
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Echo(Box<RawValue>);
+
+/// What few could read, a number beyond all floats, must not become an output.
+impl<'de> Deserialize<'de> for Echo {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let args = Box::<RawValue>::deserialize(from)?;
+        serde_json::from_str::<Value>(args.get()).map_err(D::Error::custom)?;
+        Ok(Self(args))
+    }
+}
 
 impl Task for Echo {
     const NAME: &'static str = "garenne.echo";
-    type Output = Value;
+    type Output = Box<RawValue>;
 }
 
-async fn echo(_: Context, Echo(value): Echo) -> Result<Value, TaskError> {
+async fn echo(_: Context, Echo(value): Echo) -> Result<Box<RawValue>, TaskError> {
     Ok(value)
 }
 

@@ -173,6 +173,11 @@ impl Link {
         let config = &self.0.config;
         let failed = |cause: String| BrokerError::Unreachable { url: url.to_string(), cause };
         let mut uri: AMQPUri = url.expose().parse().map_err(failed)?;
+        // Its parser takes an IPv6 address for no host at all, and the client would connect to this machine.
+        let (host, _) = url.address();
+        if host.contains(':') {
+            uri.authority.host = host;
+        }
         let heartbeat = u16::try_from(config.heartbeat.as_secs()).unwrap_or(u16::MAX);
         uri.query.heartbeat.get_or_insert(heartbeat);
         uri.query.frame_max.get_or_insert(FRAME_BYTES);

@@ -19,6 +19,7 @@ use crate::wire::Codec;
 
 mod problem;
 mod raw;
+mod strict;
 mod url;
 
 pub use problem::{without_arguments, without_logins};

@@ -9,6 +9,7 @@ use config::{Environment, File, FileFormat, Source};
 use serde::Deserialize;
 
 use super::problem::{self, without_logins};
+use super::strict::{self, Word};
 use super::{
     BrokerConfig, BrokerUrl, CollectorConfig, CommandConfig, CommandOutput, Config, ConfigError,
     LogConfig, LogFormat, ProducerConfig, Sources, WorkerConfig,
@@ -34,7 +35,9 @@ pub(super) struct RawConfig {
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct RawBroker {
+    #[serde(deserialize_with = "strict::text")]
     pub(super) url: String,
+    #[serde(deserialize_with = "strict::text")]
     pub(super) namespace: String,
     #[serde(with = "humantime_serde")]
     heartbeat: Duration,
@@ -42,6 +45,7 @@ pub(super) struct RawBroker {
     connect_timeout: Duration,
     #[serde(with = "humantime_serde")]
     publish_timeout: Duration,
+    #[serde(deserialize_with = "strict::whole")]
     publish_window: usize,
     #[serde(with = "humantime_serde")]
     consumer_timeout: Duration,
@@ -67,6 +71,7 @@ struct RawProducer {
     codec: Codec,
     #[serde(with = "humantime_serde")]
     batch_deadline: Duration,
+    #[serde(deserialize_with = "strict::whole")]
     bundle_tasks: usize,
     #[serde(with = "humantime_serde")]
     bundle_work: Duration,
@@ -86,9 +91,13 @@ impl Default for RawProducer {
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct RawWorker {
+    #[serde(deserialize_with = "strict::maybe_text")]
     name: Option<String>,
+    #[serde(deserialize_with = "strict::list")]
     queues: Vec<String>,
+    #[serde(deserialize_with = "strict::maybe_whole")]
     slots: Option<usize>,
+    #[serde(deserialize_with = "strict::maybe_whole")]
     lookahead: Option<usize>,
     #[serde(with = "humantime_serde")]
     task_timeout: Duration,
@@ -104,16 +113,23 @@ struct RawWorker {
     heartbeat: Duration,
     #[serde(with = "humantime_serde")]
     kill_grace: Duration,
+    #[serde(deserialize_with = "strict::whole")]
     crash_budget: u32,
+    #[serde(deserialize_with = "strict::whole")]
     max_attempts: u32,
     #[serde(with = "humantime_serde")]
     min_retry_delay: Duration,
     #[serde(with = "humantime_serde")]
     max_task_age: Duration,
+    #[serde(deserialize_with = "strict::flag")]
     faults: bool,
+    #[serde(deserialize_with = "strict::flag")]
     builtins: bool,
+    #[serde(deserialize_with = "strict::maybe_text")]
     file_root: Option<PathBuf>,
+    #[serde(deserialize_with = "strict::whole")]
     max_body: usize,
+    #[serde(deserialize_with = "strict::list")]
     reply_queues: Vec<String>,
     commands: BTreeMap<String, RawCommand>,
 }
@@ -149,24 +165,30 @@ impl Default for RawWorker {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawCommand {
+    #[serde(deserialize_with = "strict::words")]
     argv: Vec<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strict::flag")]
     stdin: bool,
     #[serde(default)]
     output: CommandOutput,
     #[serde(default)]
-    env: BTreeMap<String, String>,
+    env: BTreeMap<String, Word>,
+    #[serde(default, deserialize_with = "strict::maybe_text")]
     directory: Option<PathBuf>,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct RawCollector {
+    #[serde(deserialize_with = "strict::maybe_text")]
     name: Option<String>,
+    #[serde(deserialize_with = "strict::text")]
     store: PathBuf,
     #[serde(with = "humantime_serde")]
     retention: Duration,
+    #[serde(deserialize_with = "strict::flag")]
     task_notices: bool,
+    #[serde(deserialize_with = "strict::whole")]
     group_size: usize,
     #[serde(with = "humantime_serde")]
     group_linger: Duration,
@@ -192,6 +214,7 @@ const DEFAULT_FILTER: &str = "info,lapin=off";
 #[serde(default, deny_unknown_fields)]
 struct RawLog {
     format: LogFormat,
+    #[serde(deserialize_with = "strict::text")]
     filter: String,
 }
 
@@ -225,24 +248,13 @@ impl RawConfig {
             .and_then(config::ConfigBuilder::<config::builder::DefaultState>::build)
             .map_err(|error| ConfigError::of(&error))?;
         // AMQP_URL must lie between file and environment, hence the two steps.
-        let environment = around
-            .environment
-            .prefix("GARENNE")
-            .prefix_separator("__")
-            .separator("__")
-            .list_separator(",")
-            .with_list_parse_key("worker.queues")
-            .with_list_parse_key("worker.reply_queues")
-            .try_parsing(true);
+        let environment =
+            around.environment.prefix("GARENNE").prefix_separator("__").separator("__");
         let mut builder = config::Config::builder().add_source(all).add_source(layer(environment)?);
         for (key, value) in &sources.overrides {
-            let queues = key == "worker.queues";
-            let value = if queues {
-                config::Value::from(value.split(',').map(str::to_owned).collect::<Vec<_>>())
-            } else {
-                config::Value::from(value.as_str())
-            };
-            builder = builder.set_override(key, value).map_err(|error| ConfigError::of(&error))?;
+            builder = builder
+                .set_override(key, value.as_str())
+                .map_err(|error| ConfigError::of(&error))?;
         }
         let all = builder.build().map_err(|error| ConfigError::of(&error))?;
         all.try_deserialize().map_err(|error| ConfigError::of(&error))
@@ -328,6 +340,11 @@ impl RawBroker {
         // With zero every task would need a lease.
         let fine = self.consumer_timeout >= Duration::from_secs(1);
         problems.ensure(fine, "broker.consumer_timeout: must be at least 1s");
+        for (key, limit) in
+            [("connect_timeout", self.connect_timeout), ("publish_timeout", self.publish_timeout)]
+        {
+            problems.ensure(!limit.is_zero(), &format!("broker.{key}: must be longer than 0s"));
+        }
         let fine = (1..=65_535).contains(&self.publish_window);
         problems.ensure(fine, "broker.publish_window: must be between 1 and 65535");
         let namespace = Namespace::new(&self.namespace);
@@ -357,6 +374,8 @@ impl RawProducer {
         problems.ensure(fine, "producer.bundle_tasks: must be between 1 and 1000");
         let fine = self.bundle_work >= Duration::from_millis(1);
         problems.ensure(fine, "producer.bundle_work: must be at least 1ms");
+        let fine = !self.batch_deadline.is_zero();
+        problems.ensure(fine, "producer.batch_deadline: must be longer than 0s");
         ProducerConfig {
             codec: self.codec,
             batch_deadline: self.batch_deadline,
@@ -382,6 +401,11 @@ impl RawWorker {
         problems.ensure(fine, "worker.heartbeat: must be between 100ms and 1m");
         let lookahead = self.lookahead.unwrap_or(slots);
         problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
+        for (key, limit) in
+            [("task_timeout", self.task_timeout), ("max_task_age", self.max_task_age)]
+        {
+            problems.ensure(!limit.is_zero(), &format!("worker.{key}: must be longer than 0s"));
+        }
         let fine = self.lease_term >= Duration::from_secs(3);
         problems.ensure(fine, "worker.lease_term: must be at least 3s");
         let fine = (1..=100).contains(&self.crash_budget);
@@ -454,7 +478,7 @@ impl From<RawCommand> for CommandConfig {
             argv: raw.argv,
             stdin: raw.stdin,
             output: raw.output,
-            env: raw.env,
+            env: raw.env.into_iter().map(|(name, Word(value))| (name, value)).collect(),
             directory: raw.directory,
         }
     }
@@ -466,6 +490,8 @@ impl RawCollector {
         problems.ensure(fine, "collector.group_size: must be between 1 and 60000");
         let fine = !self.store.as_os_str().is_empty();
         problems.ensure(fine, "collector.store: no file is given");
+        let fine = !self.retention.is_zero();
+        problems.ensure(fine, "collector.retention: must be longer than 0s");
         CollectorConfig {
             name: self.name.filter(|name| !name.is_empty()),
             store: self.store,

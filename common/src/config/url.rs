@@ -29,6 +29,7 @@ impl BrokerUrl {
                         # as %23 and @ as %40 in the user name, the password and the vhost"
                 .to_owned());
         }
+        check_parameters(&url)?;
         Ok(Self(url))
     }
 
@@ -77,6 +78,49 @@ impl BrokerUrl {
     }
 }
 
+/// What may stand behind the `?`. The client library ignores what it does not know, and a setting that is
+/// ignored is one that somebody relies on.
+fn check_parameters(url: &url::Url) -> Result<(), String> {
+    let mut seen = vec![];
+    for (name, value) in url.query_pairs() {
+        let within = |least: u32, most: u32| match value.parse::<u32>() {
+            Ok(number) if (least..=most).contains(&number) => Ok(()),
+            Ok(_) | Err(_) => Err(format!("{name} must be a whole number from {least} to {most}")),
+        };
+        match &*name {
+            "heartbeat" | "channel_max" => within(0, 65_535)?,
+            // Larger frames are not screened, and RabbitMQ sends none.
+            "frame_max" => within(4_096, 131_072)?,
+            "connection_timeout" => within(1, 3_600_000)?,
+            "auth_mechanism" => {
+                if !["plain", "amqplain", "external", "anonymous"].contains(&&*value.to_lowercase())
+                {
+                    return Err(
+                        "auth_mechanism must be plain, amqplain, external or anonymous".to_owned()
+                    );
+                }
+            }
+            "cacertfile" | "certfile" | "keyfile" | "verify" | "server_name_indication" => {
+                return Err(format!(
+                    "{name} is not supported: certificates are checked with the authorities of the \
+                     operating system"
+                ));
+            }
+            // Not quoted: it may be a part of a password.
+            _ => {
+                return Err("an unknown parameter stands behind the ?; known are heartbeat, \
+                            channel_max, frame_max, connection_timeout and auth_mechanism"
+                    .to_owned());
+            }
+        }
+        if seen.contains(&name) {
+            return Err(format!("{name} is given twice"));
+        }
+        seen.push(name);
+    }
+    Ok(())
+}
+
 /// Without user name, password and query: what logs and messages show.
 impl fmt::Display for BrokerUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -121,6 +165,33 @@ mod tests {
         let url = BrokerUrl::parse("amqp://me:s3cret@host/v").unwrap();
         assert_eq!(url.address(), ("host".to_owned(), 5672));
         assert_eq!(url.by_way_of(77).expose(), "amqp://me:s3cret@127.0.0.1:77/v");
+    }
+
+    #[test]
+    fn parameters_are_known_and_within_their_bounds() {
+        let parse = |query: &str| BrokerUrl::parse(&format!("amqp://me:pw@host/v?{query}"));
+        for fine in ["heartbeat=30", "heartbeat=0&frame_max=4096", "auth_mechanism=EXTERNAL"] {
+            assert!(parse(fine).is_ok(), "{fine}");
+        }
+        for (wrong, named) in [
+            ("heartbeat=70000", "heartbeat must be"),
+            ("heartbeat=fast", "heartbeat must be"),
+            ("heartbeat=1&heartbeat=2", "heartbeat is given twice"),
+            ("frame_max=1", "frame_max must be"),
+            ("cacertfile=/etc/ca.pem", "cacertfile is not supported"),
+            ("auth_mechanism=magic", "auth_mechanism must be"),
+            ("s3cret=1", "an unknown parameter"),
+        ] {
+            let refused = parse(wrong).unwrap_err();
+            assert!(refused.contains(named) && !refused.contains("s3cret"), "{wrong}: {refused}");
+        }
+    }
+
+    #[test]
+    fn an_address_of_version_6_stays_one() {
+        let url = BrokerUrl::parse("amqp://guest:guest@[2001:db8::1]:5672/%2f").unwrap();
+        assert_eq!(url.address(), ("2001:db8::1".to_owned(), 5672));
+        assert_eq!(url.to_string(), "amqp://[2001:db8::1]:5672/%2f");
     }
 
     #[test]

@@ -79,6 +79,15 @@ impl Payload {
         }
     }
 
+    /// One line for people: the JSON as it was written, or a note of what cannot be shown.
+    pub fn to_line(&self) -> String {
+        match self.as_json() {
+            // Within strings JSON has no line ends, so these are space between its words.
+            Some(text) if !is_too_deep(&self.bytes) => text.trim().replace(['\r', '\n'], " "),
+            _ => self.to_json_value().to_string(),
+        }
+    }
+
     /// The value for people: the JSON itself, or a note of what cannot be shown.
     pub fn to_json_value(&self) -> serde_json::Value {
         let bytes = self.bytes.len();

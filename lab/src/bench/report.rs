@@ -1,7 +1,7 @@
 //! What a run of the command found, and how it looks: tables for people, Markdown, JSON. The picture is
 //! in [`chart`](super::chart).
 
-use garenne_cli::output::{Paint, cell, table};
+use garenne_cli::output::{Paint, cell, rendered, table};
 use indicatif::HumanCount;
 use serde::Serialize;
 
@@ -212,7 +212,7 @@ fn grid<const N: usize>(header: [&str; N], rows: Vec<[String; N]>, paint: Paint)
     for row in rows {
         grid.add_row(row.map(|text| cell(text, None, paint)));
     }
-    grid.trim_fmt()
+    rendered(&grid)
 }
 
 fn markdown<const N: usize>(header: [&str; N], rows: Vec<[String; N]>) -> String {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use garenne_cli::error::CliError;
-use garenne_cli::output::{Paint, cell, facts, table};
+use garenne_cli::output::{Paint, cell, facts, rendered, table};
 use garenne_common::wire::{BatchState, BatchSummary, Payload};
 use garenne_common::{Status, TaskId, TaskResult};
 use garenne_producer::Producer;
@@ -142,7 +142,7 @@ impl Summary {
             let cells = [name.clone(), HumanCount(*tasks).to_string(), share, progress.story(name)];
             nodes.add_row(cells.map(|text| cell(text, None, paint)));
         }
-        nodes.trim_fmt()
+        rendered(&nodes)
     }
 
     /// The figures.

@@ -12,7 +12,7 @@ use garenne_producer::Producer;
 use super::context::{Context, goes_on};
 use super::error::{CliError, Exit};
 use super::options;
-use super::output::{Paint, cell, facts, keep_whole, table};
+use super::output::{Paint, cell, facts, keep_whole, rendered, table};
 use super::task::{age, span};
 
 /// A batch that ends sooner needs no words.
@@ -233,7 +233,7 @@ fn failures(results: &[TaskResult], paint: Paint) -> String {
             cell(result.error.as_deref().unwrap_or_default(), None, paint),
         ]);
     }
-    table.trim_fmt()
+    rendered(&table)
 }
 
 #[cfg(test)]

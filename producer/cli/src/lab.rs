@@ -34,7 +34,7 @@ pub(crate) fn asked_for_help(arguments: &[OsString]) -> Option<[OsString; 2]> {
 }
 
 /// Replaces this process by that program; returns only if that fails, which has been explained then.
-pub(crate) fn become_lab(arguments: &[OsString]) -> Exit {
+pub(crate) fn become_lab(arguments: &[OsString], format: Format) -> Exit {
     let beside = std::env::current_exe().map(|here| here.with_file_name(PROGRAM));
     let program = beside.ok().filter(|path| path.is_file());
     // As a shell would find it.
@@ -44,6 +44,6 @@ pub(crate) fn become_lab(arguments: &[OsString]) -> Exit {
         "this command is a program of its own: build all with `cargo build --release --bins`, and keep \
          them in one directory",
     );
-    print_error(&error, Format::Text);
+    print_error(&error, format);
     error.exit
 }

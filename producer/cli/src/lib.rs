@@ -103,11 +103,11 @@ enum Command {
 /// Does what the arguments say, and says how to exit.
 pub fn main(arguments: &[OsString]) -> ExitCode {
     if let Some(asked) = lab::asked_for_help(arguments) {
-        return lab::become_lab(&asked).into();
+        return lab::become_lab(&asked, Format::Text).into();
     }
     match Cli::try_parse_from(arguments) {
-        Ok(Cli { command: Command::Demo(_) | Command::Bench(_) | Command::Verify(_), .. }) => {
-            lab::become_lab(&arguments[1..]).into()
+        Ok(Cli { globals, command: Command::Demo(_) | Command::Bench(_) | Command::Verify(_) }) => {
+            lab::become_lab(&arguments[1..], globals.output).into()
         }
         Ok(Cli { globals, command }) => finish(globals.output, run(&globals, command)),
         Err(error) => usage(&error, arguments).into(),

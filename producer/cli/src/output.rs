@@ -6,7 +6,9 @@
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
 
-use comfy_table::{Attribute, Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
+use comfy_table::{
+    Attribute, Cell, Color, ColumnConstraint, ContentArrangement, Row, Table, presets,
+};
 use garenne_common::config::{no_color, without_logins};
 use garenne_common::printable::{is_printable, neutral};
 use serde::Serialize;
@@ -188,6 +190,42 @@ pub fn keep_whole(table: &mut Table, column: usize) {
     }
 }
 
+/// A table as text. Where the terminal leaves a column that may be folded too little to be read, each row
+/// becomes a block of lines instead.
+pub fn rendered(table: &Table) -> String {
+    let widths = table.column_max_content_widths();
+    let whole = table.column_iter().map(|column| column.constraint().is_some());
+    let needed = widths.iter().zip(whole).map(|(width, whole)| {
+        let least = if whole { *width } else { READABLE.min(*width) };
+        usize::from(least) + 2
+    });
+    let needed: usize = needed.sum();
+    match table.width() {
+        Some(width) if needed > usize::from(width) + 2 => blocks(table),
+        _ => table.trim_fmt(),
+    }
+}
+
+/// What a column needs to be read.
+const READABLE: u16 = 20;
+
+fn blocks(table: &Table) -> String {
+    let titles: Vec<_> =
+        table.header().into_iter().flat_map(Row::cell_iter).map(Cell::content).collect();
+    let block = |row: &Row| {
+        let mut cells = row.cell_iter().zip(&titles).map(|(cell, title)| (title, cell.content()));
+        let head = cells.next().map(|(_, head)| head).unwrap_or_default();
+        let pairs: Vec<_> = cells
+            .filter(|(_, text)| !text.is_empty())
+            .map(|(title, text)| (title.to_lowercase(), text))
+            .collect();
+        let pairs = pairs.iter().map(|(title, text)| (title.as_str(), Some(text.clone())));
+        let body = facts(&pairs.collect::<Vec<_>>()).replace('\n', "\n  ");
+        format!("{head}\n  {body}")
+    };
+    table.row_iter().map(block).collect::<Vec<_>>().join("\n")
+}
+
 /// A cell of a table, in a colour where colours are wanted.
 pub fn cell(text: impl Display, colour: Option<Color>, paint: Paint) -> Cell {
     let cell = Cell::new(neutral(&text.to_string()));
@@ -296,6 +334,23 @@ mod tests {
         }
         assert_eq!(printable_json(serde_json::to_string("\u{9b}x")).unwrap(), "\"\\u009bx\"");
         assert_eq!(harmless("\u{1b}[31mred\nplain"), "\u{1b}[31mred\u{1b}[0m\nplain");
+    }
+
+    #[test]
+    fn a_terminal_without_room_for_columns_gets_blocks() {
+        let mut table = table(["ID", "TASK AND REASON", "ERROR"], Paint::plain());
+        keep_whole(&mut table, 1);
+        let id = "0192f0c1-8a5b-7c3d-9e4f-0123456789ab";
+        table.add_row([format!("{id}\nnow"), "mail.send\nfatal".to_owned(), "x ".repeat(60)]);
+        table.set_width(50);
+        let narrow = rendered(&table);
+        assert!(
+            narrow.starts_with(&format!("{id}\nnow\n  task and reason  mail.send\n")),
+            "{narrow}"
+        );
+        assert!(narrow.contains("\n  error            x x x"), "{narrow}");
+        table.set_width(100);
+        assert!(rendered(&table).starts_with("ID "), "{}", rendered(&table));
     }
 
     #[test]

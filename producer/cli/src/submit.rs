@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
     #[arg(value_name = "TASK")]
     task: TaskName,
     /// Its arguments; - reads standard input, @FILE a file [default: {}]
-    #[arg(value_name = "JSON")]
+    #[arg(value_name = "JSON", allow_negative_numbers = true)]
     json: Option<String>,
     /// Wait for the result, as long as it takes or at most TIME
     #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true)]
@@ -186,8 +186,8 @@ async fn ended(handle: &mut Handle<Value>, wait: Wait) -> Result<TaskResult, Out
 
 fn show(context: &Context, result: &TaskResult) -> Result<Exit, CliError> {
     if result.status == Status::Succeeded {
-        let output = result.output.as_ref().map(Payload::to_json_value).unwrap_or_default();
-        context.output.show(result, |_| output.to_string())?;
+        let output = result.output.as_ref().map_or_else(|| "null".to_owned(), Payload::to_line);
+        context.output.show(result, |_| output)?;
         return Ok(Exit::Success);
     }
     match context.output.format {

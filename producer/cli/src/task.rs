@@ -123,10 +123,7 @@ pub(crate) fn finished(result: &TaskResult, paint: Paint) -> String {
     facts(&[
         ("task", Some(format!("{}  {}", result.id, paint.dim(result.name.as_str())))),
         ("state", Some(state)),
-        (
-            "output",
-            result.output.as_ref().map(Payload::to_json_value).map(|value| value.to_string()),
-        ),
+        ("output", result.output.as_ref().map(Payload::to_line)),
         ("error", result.error.clone()),
         ("reason", result.reason.map(|reason| reason.as_str().to_owned())),
         ("attempts", Some(format!("{}{again}", result.attempt))),

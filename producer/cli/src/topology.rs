@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use super::context::Context;
 use super::difference::Difference;
 use super::error::{CliError, Exit};
-use super::output::{Paint, cell, keep_whole, table};
+use super::output::{Paint, cell, keep_whole, rendered, table};
 pub(super) use plan::{Plan, State};
 
 const EXAMPLES: &str = "\
@@ -106,7 +106,7 @@ fn as_text(plan: &Plan, topology: &Topology, paint: Paint) -> String {
             Declaration::Binding { .. } => {}
         }
     }
-    format!("{}\n\n{}\n\n{FOOTNOTE}\n\n{}", exchanges.trim_fmt(), queues.trim_fmt(), totals(plan))
+    format!("{}\n\n{}\n\n{FOOTNOTE}\n\n{}", rendered(&exchanges), rendered(&queues), totals(plan))
 }
 
 /// The objects to show. Delay levels that follow one another and stand alike become one, under a name

@@ -4,13 +4,16 @@
 //! placeholders, checked, or arrive on standard input as JSON. Exit code 0 is success, 75
 //! (`EX_TEMPFAIL`) asks for another attempt, anything else is final.
 
+use std::collections::HashMap;
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::time::Duration;
 
+use garenne_common::Payload;
 use garenne_common::config::{CommandConfig, CommandOutput};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -65,16 +68,13 @@ async fn run(
     config: &CommandConfig,
     warden: &Arc<Warden>,
     context: &Context,
-) -> Result<garenne_common::Payload, Fault> {
-    let args: Value =
-        context.task().args.decode().map_err(|error| {
-            Fault::BadArguments(format!("a command takes JSON arguments: {error}"))
-        })?;
+) -> Result<Payload, Fault> {
+    let args = Args::of(&context.task().args).map_err(Fault::BadArguments)?;
     let filled = config.argv.iter().map(|part| fill(part, &args));
     let filled = filled.collect::<Result<Vec<_>, _>>().map_err(Fault::BadArguments)?;
     let group = start::start(config, &filled, warden, context).await?;
     let id = group.id;
-    let mut talk = std::pin::pin!(talk(group, config.stdin.then(|| args.to_string())));
+    let mut talk = std::pin::pin!(talk(group, config.stdin.then(|| args.line())));
     let output = tokio::select! {
         output = &mut talk => output,
         () = context.cancelled() => {
@@ -85,11 +85,34 @@ async fn run(
     output_value(config.output, output).and_then(|value| encode(context.task().args.codec, &value))
 }
 
+/// The arguments of a task as they were written: a number that passes through a float would be another
+/// one for the command than for its sender.
+struct Args<'a> {
+    text: &'a str,
+    /// By key; of a key that stands twice the last one. Nothing if the arguments are no object.
+    fields: HashMap<String, &'a RawValue>,
+}
+
+impl<'a> Args<'a> {
+    fn of(payload: &'a Payload) -> Result<Self, String> {
+        let text =
+            payload.as_json().ok_or("a command takes JSON arguments, and these are not JSON")?;
+        let sound = serde_json::from_str::<&RawValue>(text);
+        let text = sound.map_err(|error| format!("a command takes JSON arguments: {error}"))?.get();
+        Ok(Self { text, fields: serde_json::from_str(text).unwrap_or_default() })
+    }
+
+    /// All of them in one line. Within strings JSON has no line ends, so those are space between words.
+    fn line(&self) -> String {
+        self.text.replace(['\r', '\n'], " ")
+    }
+}
+
 /// Fills the placeholders of one part of the argument vector.
 ///
-/// Braces around anything but a plain name are text, so that programs of awk or Python pass. A value
+/// Braces around anything but a key (letters, digits, `_`, `-`, `.`) are text, so that programs of awk or Python pass. A value
 /// that would be the whole beginning of the part must not begin with `-`: it would become an option.
-fn fill(part: &str, args: &Value) -> Result<String, String> {
+fn fill(part: &str, args: &Args<'_>) -> Result<String, String> {
     let mut filled = String::new();
     let mut rest = part;
     while let Some((before, after)) = rest.split_once('{') {
@@ -114,21 +137,22 @@ fn fill(part: &str, args: &Value) -> Result<String, String> {
 
 fn is_name(key: &str) -> bool {
     let first = key.bytes().next().is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
-    first && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    first && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
 }
 
-fn placeholder(key: &str, args: &Value) -> Result<String, String> {
-    match args.get(key) {
-        Some(Value::String(text)) if text.contains('\0') => {
-            Err(format!("argument {key:?} contains a zero byte"))
-        }
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Number(number)) => Ok(number.to_string()),
-        Some(Value::Bool(truth)) => Ok(truth.to_string()),
-        Some(Value::Null | Value::Array(_) | Value::Object(_)) => {
-            Err(format!("argument {key:?} must be a string, a number or a boolean"))
-        }
-        None => Err(format!("argument {key:?} is missing")),
+fn placeholder(key: &str, args: &Args<'_>) -> Result<String, String> {
+    let value = args.fields.get(key).ok_or_else(|| format!("argument {key:?} is missing"))?.get();
+    let refused = || format!("argument {key:?} must be a string, a number or a boolean");
+    match value.bytes().next() {
+        Some(b'"') => match serde_json::from_str::<String>(value) {
+            Ok(text) if text.contains('\0') => {
+                Err(format!("argument {key:?} contains a zero byte"))
+            }
+            Ok(text) => Ok(text),
+            Err(_) => Err(refused()),
+        },
+        Some(b'-' | b'0'..=b'9' | b't' | b'f') => Ok(value.to_owned()),
+        _ => Err(refused()),
     }
 }
 
@@ -234,51 +258,88 @@ async fn read_tail(from: Option<impl AsyncRead + Unpin>, tail: &mut Vec<u8>) {
     }
 }
 
-fn output_value(mode: CommandOutput, stdout: Vec<u8>) -> Result<Value, Fault> {
-    let json = |error| TaskError::fatal(format!("the command's output is not JSON: {error}"));
-    let text = |stdout: Vec<u8>| String::from_utf8_lossy(&stdout).into_owned();
-    match mode {
-        CommandOutput::Json => serde_json::from_slice(&stdout).map_err(json).map_err(Fault::Failed),
-        CommandOutput::Text => Ok(Value::String(text(stdout))),
-        CommandOutput::Auto => Ok(serde_json::from_slice(&stdout).unwrap_or_else(|_| {
-            let text = text(stdout);
-            Value::String(text.strip_suffix('\n').unwrap_or(&text).to_owned())
-        })),
+/// What a program has written, as JSON: as it was written, or as text.
+fn output_value(mode: CommandOutput, stdout: Vec<u8>) -> Result<Box<RawValue>, Fault> {
+    let fatal = |problem: String| Fault::Failed(TaskError::fatal(problem));
+    let written = String::from_utf8(stdout).map_err(|error| {
+        let place = error.utf8_error().valid_up_to() + 1;
+        fatal(format!("the command's output is not UTF-8 at byte {place}; let it write base64"))
+    })?;
+    // Read as any reader would, who has no place for a number beyond all floats.
+    let json = serde_json::from_str::<Value>(&written)
+        .and_then(|_| serde_json::from_str::<Box<RawValue>>(&written));
+    let text = |text: &str| {
+        let quoted = to_raw_value(text);
+        quoted.map_err(|error| fatal(format!("the command's output cannot be sent: {error}")))
+    };
+    match (mode, json) {
+        (CommandOutput::Json | CommandOutput::Auto, Ok(json)) => Ok(json),
+        (CommandOutput::Json, Err(error)) => {
+            Err(fatal(format!("the command's output is not JSON: {error}")))
+        }
+        (CommandOutput::Text, _) => text(&written),
+        (CommandOutput::Auto, Err(_)) => text(written.strip_suffix('\n').unwrap_or(&written)),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use garenne_common::Codec;
+
+    fn fill_from(part: &str, args: &str) -> Result<String, String> {
+        let bytes = args.as_bytes().to_vec().into();
+        fill(part, &Args::of(&Payload { codec: Codec::Json, bytes })?)
+    }
 
     #[test]
     fn placeholders_are_filled_and_checked() {
-        let args = json!({"src": "a b.png", "n": 3, "deep": {}, "evil": "--output=/etc/passwd"});
-        assert_eq!(fill("{src}", &args), Ok("a b.png".to_owned()));
-        assert_eq!(fill("--size={n}x{n}", &args), Ok("--size=3x3".to_owned()));
-        assert_eq!(fill("--name={evil}", &args), Ok("--name=--output=/etc/passwd".to_owned()));
-        for text in ["plain {", "{print $1}", "f'{os.getpid()}'", "{}", "}{"] {
-            assert_eq!(fill(text, &args), Ok(text.to_owned()));
+        let args = r#"{"src": "a b.png", "user-id": 7, "a.b": true, "n": 3, "deep": {}, "evil": "--output=/etc/passwd"}"#;
+        let fill = |part: &str| fill_from(part, args);
+        assert_eq!(fill("{src}"), Ok("a b.png".to_owned()));
+        assert_eq!(fill("--size={n}x{n}"), Ok("--size=3x3".to_owned()));
+        assert_eq!(fill("{user-id}/{a.b}"), Ok("7/true".to_owned()));
+        assert_eq!(fill("--name={evil}"), Ok("--name=--output=/etc/passwd".to_owned()));
+        for text in ["plain {", "{print $1}", "f'{os.getpid()}'", "{}", "}{", "a{3}", "{-x}"] {
+            assert_eq!(fill(text), Ok(text.to_owned()));
         }
-        assert_eq!(fill("{{n}}", &args), Ok("{3}".to_owned()));
-        assert!(fill("{evil}", &args).unwrap_err().contains("option"));
-        assert!(fill("{deep}", &args).unwrap_err().contains("must be a string"));
-        assert!(fill("{none}", &args).unwrap_err().contains("missing"));
+        assert_eq!(fill("{{n}}"), Ok("{3}".to_owned()));
+        assert!(fill("{evil}").unwrap_err().contains("option"));
+        assert!(fill("{deep}").unwrap_err().contains("must be a string"));
+        assert!(fill("{none}").unwrap_err().contains("missing"));
     }
 
     #[test]
     fn a_value_is_not_filled_a_second_time() {
-        let args = json!({"a": "{b}", "b": "no"});
-        assert_eq!(fill("{a}", &args), Ok("{b}".to_owned()));
+        assert_eq!(fill_from("{a}", r#"{"a": "{b}", "b": "no"}"#), Ok("{b}".to_owned()));
+    }
+
+    #[test]
+    fn numbers_stay_as_they_were_written() {
+        for number in ["18446744073709551616", "1.10", "1E5", "0.1000000000000000055511", "-0"] {
+            let args = format!("{{\"n\":\n {number} }}");
+            assert_eq!(fill_from("x{n}", &args), Ok(format!("x{number}")));
+            let output = output_value(CommandOutput::Auto, format!("{number}\n").into_bytes());
+            assert_eq!(output.unwrap().get(), number);
+        }
+        let payload = Payload { codec: Codec::Json, bytes: (&b"{\"n\":\n1.10}\n"[..]).into() };
+        assert_eq!(Args::of(&payload).unwrap().line(), "{\"n\": 1.10}");
+        assert_eq!(fill_from("{n}", r#"{"n": 1, "n": true}"#), Ok("true".to_owned()));
     }
 
     #[test]
     fn output_is_json_where_it_can_be() {
-        let auto =
-            |text: &str| output_value(CommandOutput::Auto, text.as_bytes().to_vec()).unwrap();
-        assert_eq!(auto("{\"a\":1}\n"), json!({"a": 1}));
-        assert_eq!(auto("hello\n"), json!("hello"));
+        let auto = |text: &str| output_value(CommandOutput::Auto, text.as_bytes().to_vec());
+        assert_eq!(auto("{\"a\":1}\n").unwrap().get(), "{\"a\":1}");
+        assert_eq!(auto("hello\n").unwrap().get(), "\"hello\"");
         assert!(output_value(CommandOutput::Json, b"hello".to_vec()).is_err());
+    }
+
+    #[test]
+    fn output_that_is_not_text_is_refused_and_not_altered() {
+        for mode in [CommandOutput::Auto, CommandOutput::Text, CommandOutput::Json] {
+            let refused = output_value(mode, b"ab\xff".to_vec()).unwrap_err();
+            assert!(matches!(refused, Fault::Failed(error) if error.message().contains("byte 3")));
+        }
     }
 }

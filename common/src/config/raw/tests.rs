@@ -94,3 +94,66 @@ fn text_in_place_of_a_section_is_refused_and_not_replaced_by_a_later_layer() {
     let error = error.unwrap_err().to_string();
     assert!(error.contains("broker: ") && !error.contains("s3cret"), "{error}");
 }
+
+/// What the configuration library would quietly make something else of.
+#[test]
+fn values_are_read_as_they_were_written_or_refused() {
+    let env = environment(&[
+        ("GARENNE__BROKER__NAMESPACE", "0042"),
+        ("GARENNE__WORKER__NAME", "1.10"),
+        ("GARENNE__WORKER__QUEUES", "007, true"),
+        ("GARENNE__WORKER__FAULTS", "true"),
+        ("GARENNE__WORKER__CRASH_BUDGET", "7"),
+    ]);
+    let config = RawConfig::read(&Sources::default(), env).unwrap().check().unwrap();
+    assert_eq!(config.broker.namespace.as_str(), "0042");
+    assert_eq!(config.worker.name.as_deref(), Some("1.10"));
+    let queues: Vec<_> = config.worker.queues.iter().map(QueueName::as_str).collect();
+    assert_eq!(
+        (queues, config.worker.faults, config.worker.crash_budget),
+        (vec!["007", "true"], true, 7)
+    );
+    for (text, key) in [
+        ("[broker]\nnamespace = 42\n", "broker.namespace"),
+        ("[broker]\npublish_window = true\n", "broker.publish_window"),
+        ("[worker]\nslots = 3.7\n", "worker.slots"),
+        ("[worker]\nslots = -1\n", "worker.slots"),
+        ("[worker]\nslots = \"3.0\"\n", "worker.slots"),
+        ("[worker]\ncrash_budget = 4294967299\n", "worker.crash_budget"),
+        ("[worker]\nfaults = 1\n", "worker.faults"),
+        ("[worker]\nqueues = [7]\n", "worker.queues"),
+        ("[collector]\nstore = 7\n", "collector.store"),
+        ("[collector]\ntask_notices = \"yes\"\n", "collector.task_notices"),
+        ("[worker.commands.run]\nargv = [\"sleep\", 1.10]\n", "argv"),
+        ("[worker.commands.run]\nargv = [\"sleep\"]\nenv = { V = 1.10 }\n", "env"),
+        ("[worker.commands.run]\nargv = \"sleep\"\n", "argv"),
+    ] {
+        let (_file, sources) = file(text);
+        let error =
+            RawConfig::read(&sources, environment(&[])).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(key), "{text}: {error}");
+    }
+}
+
+#[test]
+fn no_limit_is_zero() {
+    for key in [
+        "broker.connect_timeout",
+        "broker.publish_timeout",
+        "broker.consumer_timeout",
+        "broker.heartbeat",
+        "producer.batch_deadline",
+        "producer.bundle_work",
+        "worker.task_timeout",
+        "worker.max_task_age",
+        "worker.lease_term",
+        "worker.heartbeat",
+        "collector.retention",
+    ] {
+        let sources = Sources::default().set(key, Some("0s"));
+        let raw = RawConfig::read(&sources, environment(&[])).unwrap();
+        let problems = raw.check().unwrap_err().problems;
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert!(problems[0].starts_with(&format!("{key}: must be ")), "{problems:?}");
+    }
+}

@@ -8,7 +8,7 @@ use garenne_producer::Producer;
 use super::which::{Which, how_many, page};
 use crate::context::Context;
 use crate::error::{CliError, Exit};
-use crate::output::{Format, Paint, cell, keep_whole, table};
+use crate::output::{Format, Paint, cell, keep_whole, rendered, table};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -99,7 +99,7 @@ fn as_table(letters: &[DeadSummary], paint: Paint) -> String {
             cell(error, None, paint),
         ]);
     }
-    table.trim_fmt()
+    rendered(&table)
 }
 
 fn first_line(error: &str) -> String {

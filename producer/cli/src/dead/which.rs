@@ -26,7 +26,8 @@ pub(crate) struct Which {
     /// Only those given up for this reason; may be repeated
     #[arg(long, value_name = "REASON", value_delimiter = ',', value_parser = reason)]
     pub(crate) reason: Vec<DeadReason>,
-    /// Given up at most so long ago (2h, 3days), or since a moment (2026-11-23T09:00:00Z)
+    /// Given up at most so long ago (2h, 3days), or since a day (2026-11-23) or a moment
+    /// (2026-11-23T09:00:00Z), both in UTC
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub(crate) since: Option<Timestamp>,
     /// Given up at least so long ago, or before a moment
@@ -118,14 +119,17 @@ fn reason(text: &str) -> Result<DeadReason, String> {
     })
 }
 
-/// A span is meant from now on backwards.
+/// A span is meant from now on backwards; a day begins at midnight, and a moment without a zone is meant, as
+/// all moments are shown, in UTC.
 fn moment(text: &str) -> Result<Timestamp, String> {
     if let Ok(ago) = humantime::parse_duration(text) {
         let ago = u64::try_from(ago.as_millis()).unwrap_or(u64::MAX);
         return Ok(Timestamp::from_millis(Timestamp::now().as_millis().saturating_sub(ago)));
     }
-    text.parse().map_err(|_| {
-        "write how long ago (90s, 2h, 3days) or a moment (2026-11-23T09:00:00Z)".to_owned()
+    let spelt_out = [text.to_owned(), format!("{text}Z"), format!("{text}T00:00:00Z")];
+    spelt_out.iter().find_map(|text| text.parse().ok()).ok_or_else(|| {
+        "write how long ago (90s, 2h, 3days), a day (2026-11-23) or a moment (2026-11-23T09:00:00Z)"
+            .to_owned()
     })
 }
 
@@ -140,6 +144,9 @@ mod tests {
         let ago = Timestamp::now().since(hour_ago);
         assert!(ago >= Duration::from_hours(1) && ago < Duration::from_mins(61), "{ago:?}");
         assert_eq!(moment("1970-01-01T00:00:01Z"), Ok(Timestamp::from_millis(1_000)));
+        let day = moment("1970-01-02T00:00:00Z");
+        assert_eq!((moment("1970-01-02"), moment("1970-01-02T00:00:00")), (day.clone(), day));
+        assert!(moment("1970-13-02").is_err() && moment("1970").is_err());
         assert!(moment("yesterday").unwrap_err().contains("2h"));
         assert!(moment("5").unwrap_err().contains("2h"));
     }

@@ -21,6 +21,9 @@ pub(crate) type Receiver = mpsc::Receiver<Result<Line, CliError>>;
 /// together.
 pub(crate) const AHEAD: usize = 500;
 
+/// What programs of Windows put before text.
+const BYTE_ORDER_MARK: char = '\u{feff}';
+
 /// Where lines come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -70,42 +73,59 @@ fn unreadable(path: &Path, error: &std::io::Error) -> CliError {
     CliError::unusable(format!("cannot read {}: {error}", path.display()))
 }
 
-/// What a line is.
+/// What a line is, and where it ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Shape {
-    /// A JSON value: the task's arguments.
-    Json,
-    /// Text: the arguments are an object with the text under this key.
-    Text(String),
+pub(crate) struct Shape {
+    /// The arguments are an object with the line as text under this key; without, the line is the
+    /// arguments as JSON.
+    pub(crate) key: Option<String>,
+    /// A line ends with a zero byte, as `find -print0` writes them, and may hold anything else.
+    pub(crate) null: bool,
 }
 
 impl Shape {
-    /// The arguments that a line means; `None` for a blank line.
-    pub(crate) fn parse(&self, line: &[u8]) -> Result<Option<Box<RawValue>>, String> {
-        let line = line.strip_suffix(b"\n").unwrap_or(line);
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
+    fn end(&self) -> u8 {
+        if self.null { b'\0' } else { b'\n' }
+    }
+
+    /// The arguments that a line means; `None` for an empty one.
+    ///
+    /// What is not text, or hardly meant as it stands, is refused and never altered.
+    fn parse(&self, line: &[u8]) -> Result<Option<Box<RawValue>>, String> {
+        let line = line.strip_suffix(&[self.end()]).unwrap_or(line);
         let text = std::str::from_utf8(line)
             .map_err(|error| format!("is not UTF-8 at byte {}", error.valid_up_to() + 1))?;
-        if text.trim().is_empty() {
+        if text.starts_with(BYTE_ORDER_MARK) && !self.null {
+            return Err(
+                "begins with a byte order mark, which is no part of it; remove it".to_owned()
+            );
+        }
+        let Some(key) = &self.key else {
+            if text.trim().is_empty() {
+                return Ok(None);
+            }
+            let json = arguments::check(text.trim_end_matches('\r'));
+            return json.map(Some).map_err(|problem| format!("is not JSON: {problem}"));
+        };
+        if text.is_empty() {
             return Ok(None);
         }
-        match self {
-            Self::Json => {
-                let json = arguments::check(text);
-                json.map(Some).map_err(|problem| format!("is not JSON: {problem}"))
-            }
-            Self::Text(key) => {
-                let args = to_raw_value(&json!({ key.as_str(): text }));
-                args.map(Some).map_err(|error| error.to_string())
-            }
+        if text.ends_with('\r') && !self.null {
+            return Err(
+                "ends with a carriage return; convert a file from Windows (`tr -d '\\r'`), \
+                        or use --null for names that end so"
+                    .to_owned(),
+            );
         }
+        let args = to_raw_value(&json!({ key.as_str(): text }));
+        args.map(Some).map_err(|error| error.to_string())
     }
 }
 
 /// One line that is a task.
 #[derive(Debug)]
 pub(crate) struct Line {
-    /// Its number in the input, from 1, blank lines counted.
+    /// Its number in the input, from 1, empty lines counted.
     pub(crate) number: u64,
     /// The task's arguments.
     pub(crate) args: Box<RawValue>,
@@ -127,7 +147,7 @@ impl Lines {
             line.clear();
             // A line without an end must not fill the memory.
             let mut limited = (&mut self.reader).take(MAX_BODY_BYTES as u64 + 2);
-            let read = limited.read_until(b'\n', &mut line).await;
+            let read = limited.read_until(self.shape.end(), &mut line).await;
             let read = read.map_err(|error| {
                 CliError::unusable(format!("cannot read {}: {error}", self.name))
             })?;
@@ -151,12 +171,12 @@ impl Lines {
 
     fn bad(&self, problem: &str) -> CliError {
         let error = CliError::unusable(format!("line {} of {} {problem}", self.number, self.name));
-        match self.shape {
-            Shape::Json => error.help(
+        if self.shape.key.is_none() {
+            return error.help(
                 "each line must be one JSON value; --arg NAME takes lines of plain text instead",
-            ),
-            Shape::Text(_) => error,
+            );
         }
+        error
     }
 
     /// Reads into a channel until the end, the first bad line, or until nobody listens.
@@ -184,24 +204,50 @@ mod tests {
         Lines { name: "test".to_owned(), shape, reader: BufReader::new(reader), number: 0 }
     }
 
-    #[test]
-    fn a_json_line_stays_as_it_was_written() {
-        let args = Shape::Json.parse(b"{\"n\": 1.10}\r\n").unwrap().unwrap();
-        assert_eq!(args.get(), "{\"n\": 1.10}");
-        assert!(Shape::Json.parse(b"  \r\n").unwrap().is_none());
+    fn json() -> Shape {
+        Shape { key: None, null: false }
+    }
+
+    fn text(null: bool) -> Shape {
+        Shape { key: Some("path".to_owned()), null }
     }
 
     #[test]
-    fn a_plain_line_becomes_an_argument_whatever_it_holds() {
-        let shape = Shape::Text("path".to_owned());
-        let args = shape.parse(b"a \"b\"\t{\n").unwrap().unwrap();
-        assert_eq!(args.get(), r#"{"path":"a \"b\"\t{"}"#);
-        assert!(shape.parse(b"\xff\n").unwrap_err().contains("byte 1"));
+    fn a_json_line_stays_as_it_was_written() {
+        let args = json().parse(b"{\"n\": 1.10}\r\n").unwrap().unwrap();
+        assert_eq!(args.get(), "{\"n\": 1.10}");
+        assert!(json().parse(b"  \r\n").unwrap().is_none());
+    }
+
+    #[test]
+    fn a_plain_line_becomes_an_argument_or_is_refused_and_never_changed() {
+        let args =
+            |line: &[u8]| text(false).parse(line).map(|args| args.map(|a| a.get().to_owned()));
+        let path = |path: &str| Ok(Some(json!({ "path": path }).to_string()));
+        assert_eq!(args(b"a \"b\"\t{\n"), path("a \"b\"\t{"));
+        assert_eq!(args(b"  \n"), path("  "), "a name may be blank");
+        assert_eq!(args(b" a \n"), path(" a "));
+        assert_eq!(args(b"\n"), Ok(None));
+        assert!(args(b"\xff\n").unwrap_err().contains("byte 1"));
+        assert!(args(b"a\r\n").unwrap_err().contains("carriage return"));
+        assert!(args("\u{feff}a\n".as_bytes()).unwrap_err().contains("byte order mark"));
+        assert!(json().parse("\u{feff}1\n".as_bytes()).unwrap_err().contains("byte order mark"));
+    }
+
+    #[tokio::test]
+    async fn a_zero_byte_ends_a_name_that_may_hold_anything_else() {
+        let mut lines = lines(text(true), b"a\nb\0c\r\0\xef\xbb\xbfd\0 ");
+        let mut names = vec![];
+        while let Some(line) = lines.next().await.unwrap() {
+            let args: serde_json::Value = serde_json::from_str(line.args.get()).unwrap();
+            names.push(args["path"].as_str().unwrap().to_owned());
+        }
+        assert_eq!(names, ["a\nb", "c\r", "\u{feff}d", " "]);
     }
 
     #[tokio::test]
     async fn blank_lines_are_skipped_and_counted() {
-        let mut lines = lines(Shape::Json, b"\n1\n\n2");
+        let mut lines = lines(json(), b"\n1\n\n2");
         let mut numbers = vec![];
         while let Some(line) = lines.next().await.unwrap() {
             numbers.push((line.number, line.args.get().to_owned()));
@@ -211,7 +257,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_bad_line_is_named() {
-        let mut lines = lines(Shape::Json, b"1\n\n{oops}\n");
+        let mut lines = lines(json(), b"1\n\n{oops}\n");
         lines.next().await.unwrap();
         let error = lines.next().await.unwrap_err();
         assert!(error.message.starts_with("line 3 of test is not JSON: "), "{error:?}");
@@ -220,7 +266,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_line_without_an_end_is_refused() {
-        let mut lines = lines(Shape::Text("x".to_owned()), &vec![b'a'; MAX_BODY_BYTES + 10]);
+        let mut lines = lines(text(false), &vec![b'a'; MAX_BODY_BYTES + 10]);
         assert!(lines.next().await.unwrap_err().message.contains("16 MiB"));
     }
 }

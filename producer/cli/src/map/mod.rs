@@ -29,7 +29,7 @@ use pump::{Halt, Pump};
 const EXAMPLES: &str = "\
 Examples:
   garenne map text.count_words --arg text < lines.txt
-  find /srv/data -type f | garenne map file.sha256 --arg path > digests.jsonl
+  find /srv/data -type f -print0 | garenne map file.sha256 --arg path --null
   garenne map job.run jobs.jsonl --retries 5 --timeout 2m --failures-only
   id=$(garenne map job.run jobs.jsonl --detach) && garenne batch wait \"$id\"
 
@@ -43,7 +43,9 @@ File tasks need workers that may read there, such as garenne-worker
 Lines that are read together share messages; with producer.bundle_tasks = 1
 each has its own.
 
-Blank lines are skipped. A file is checked whole before anything is submitted.
+Empty lines are skipped. Text is taken as it is; a line that is not UTF-8 or
+ends as on Windows is refused. A file is checked whole before anything is
+submitted.
 Standard input is not: at a line that cannot be read no more is submitted, what
 was submitted before is finished, and the exit code is 2. Otherwise exit code 0
 means that all succeeded, 1 that some did not.
@@ -53,6 +55,7 @@ shows how it stands.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub(crate) struct Arguments {
     /// The name of the tasks
     #[arg(value_name = "TASK")]
@@ -63,6 +66,9 @@ pub(crate) struct Arguments {
     /// Lines are plain text: each becomes the arguments {"NAME": line}
     #[arg(long, value_name = "NAME")]
     arg: Option<String>,
+    /// Lines end with a zero byte and may hold line breaks: the names of `find -print0`
+    #[arg(long, short = '0')]
+    null: bool,
     /// Print results as they come, not in the order of the input
     #[arg(long)]
     unordered: bool,
@@ -118,7 +124,7 @@ async fn prepare(
     arguments: &Arguments,
     reader: &TaskTracker,
 ) -> Result<(Option<u64>, Producer, Receiver), CliError> {
-    let shape = arguments.arg.clone().map_or(Shape::Json, Shape::Text);
+    let shape = Shape { key: arguments.arg.clone(), null: arguments.null };
     let source = Source::new(arguments.file.clone());
     let total = source.check(&shape).await?;
     // A long job outlives a restart of the broker: what is under way then is sent again.
