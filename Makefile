@@ -16,7 +16,7 @@ help: ## this list
 
 demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 	scripts/setup --no-tests
-	$(CARGO) build --profile demo --bins
+	$(CARGO) build --profile demo --bin garenne --bin garenne-lab --bin garenne-worker --bin garenne-collector
 	scripts/rabbitmq run --management -- $(TARGET)/demo/garenne demo $(ARGS)
 
 # Tests mostly wait for brokers and processes, so more of them than cores run at once.

@@ -155,6 +155,15 @@ fn libraries_need_nothing_of_a_command_line() {
     none(&found, "The producer is a library; producer/cli is the command. But it depends on:");
 }
 
+/// `CARGO_TARGET_DIR` and `build.target-dir` may lead elsewhere.
+#[test]
+fn make_finds_programs_where_cargo_builds_them() {
+    let lines = read("Makefile");
+    let fixed = lines.lines().filter(|line| line.starts_with('\t') && line.contains(" target/"));
+    let fixed: Vec<_> = fixed.map(str::to_owned).collect();
+    none(&fixed, "The Makefile asks cargo where it builds, by $(TARGET). But:");
+}
+
 #[test]
 fn versions_live_in_one_place() {
     let mut found = vec![];
