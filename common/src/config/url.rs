@@ -91,7 +91,11 @@ fn check_parameters(url: &url::Url) -> Result<(), String> {
             "heartbeat" | "channel_max" => within(0, 65_535)?,
             // Larger frames are not screened, and RabbitMQ sends none.
             "frame_max" => within(4_096, 131_072)?,
-            "connection_timeout" => within(1, 3_600_000)?,
+            "connection_timeout" => {
+                return Err(
+                    "connection_timeout is not supported; set broker.connect_timeout".to_owned()
+                );
+            }
             "auth_mechanism" => {
                 if !["plain", "amqplain", "external", "anonymous"].contains(&&*value.to_lowercase())
                 {
@@ -109,7 +113,7 @@ fn check_parameters(url: &url::Url) -> Result<(), String> {
             // Not quoted: it may be a part of a password.
             _ => {
                 return Err("an unknown parameter stands behind the ?; known are heartbeat, \
-                            channel_max, frame_max, connection_timeout and auth_mechanism"
+                            channel_max, frame_max and auth_mechanism"
                     .to_owned());
             }
         }
@@ -179,6 +183,7 @@ mod tests {
             ("heartbeat=1&heartbeat=2", "heartbeat is given twice"),
             ("frame_max=1", "frame_max must be"),
             ("cacertfile=/etc/ca.pem", "cacertfile is not supported"),
+            ("connection_timeout=5", "connection_timeout is not supported"),
             ("auth_mechanism=magic", "auth_mechanism must be"),
             ("s3cret=1", "an unknown parameter"),
         ] {

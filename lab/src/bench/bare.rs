@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesOrdered, FuturesUnordered, StreamExt};
 use garenne_cli::error::CliError;
-use garenne_common::config::{BrokerConfig, BrokerUrl};
+use garenne_common::config::BrokerConfig;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
     ConfirmSelectOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
+use lapin::uri::AMQPUri;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, Consumer};
 
 type Result<T> = std::result::Result<T, CliError>;
@@ -168,11 +169,17 @@ impl Bare {
     }
 
     async fn connect(&self, what: &str) -> Result<(Connection, Channel)> {
-        let url = self.config.urls.first().map(BrokerUrl::expose);
+        let url = self.config.urls.first();
         let url = url.ok_or_else(|| CliError::unusable("no broker URL is configured"))?;
+        let mut uri: AMQPUri = url.expose().parse().map_err(CliError::unusable)?;
+        // As in `Link`: its parser takes an IPv6 address for no host at all.
+        let (host, _) = url.address();
+        if host.contains(':') {
+            uri.authority.host = host;
+        }
         let properties =
             ConnectionProperties::default().with_connection_name(format!("bare {what}").into());
-        let connection = Connection::connect(&url, properties).await.map_err(failed)?;
+        let connection = Connection::connect_uri(uri, properties).await.map_err(failed)?;
         let channel = self.confirming(&connection).await?;
         Ok((connection, channel))
     }
