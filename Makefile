@@ -6,13 +6,13 @@ CARGO ?= cargo
 # Wherever cargo builds: CARGO_TARGET_DIR, build.target-dir or target/. Asked only by who needs it.
 TARGET = $(or $(shell $(CARGO) metadata --format-version 1 --no-deps | \
 	sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p'),$(error cargo does not say where it builds))
-FAILPOINTS = --workspace --features garenne-common/failpoints --target-dir $(TARGET)/guards
+FAILPOINTS = --workspace --features garenne-common/failpoints --target-dir $(TARGET)/failpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench bench-beside microbench verify
+.PHONY: help demo test test-failpoints test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench bench-beside microbench verify
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: ## the demo, on a private RabbitMQ with management UI (or on AMQP_URL)
 	scripts/setup --no-tests
@@ -27,12 +27,14 @@ test: ## all tests, on a private RabbitMQ (or on AMQP_URL)
 	CARGO="$(CARGO)" RUST_TEST_THREADS=$${RUST_TEST_THREADS:-4} \
 		scripts/rabbitmq run -- scripts/run-tests --workspace $(ARGS)
 
-# In a directory of its own, so that a program whose guards can be switched off is never taken for another.
-test-guards: ## the tests of the tests: each guard off in turn (ARGS=EpochCheck,Adoption for some)
+# In a directory of its own, so that a program with failpoints is never taken for another.
+test-failpoints: ## the tests of the tests: each protection disabled in turn (ARGS=EpochCheck,Isolation for some)
 	scripts/setup
 	$(CARGO) build $(FAILPOINTS) --bins
-	GARENNE_TESTS_GUARDS=$(ARGS) scripts/rabbitmq run -- $(CARGO) test $(FAILPOINTS) --test garenne -- \
-		--exact guards::every_guard_is_missed_by_a_test --ignored --nocapture
+	GARENNE_TESTS_FAILPOINTS=$(ARGS) scripts/rabbitmq run -- $(CARGO) test $(FAILPOINTS) --test garenne -- \
+		--exact failpoints::every_protection_is_missed_by_a_test --ignored --nocapture
+
+test-guards: test-failpoints
 
 # With release builds, because their figures are what they are for. ARGS picks some: ARGS=soak::delays
 soak: ## the large runs behind the figures of the documentation (an hour or so)

@@ -10,7 +10,7 @@ use std::fmt::Debug;
 use garenne_collector::store::{open_envelope, seal_envelope};
 use garenne_common::broker::parse_message;
 use garenne_common::wire::{
-    Answer, Codec, DeadLetter, Lease, Message, Notice, Payload, Properties, Question, Report,
+    Codec, DeadLetter, Lease, Message, Notice, Payload, Properties, Query, Report, Response,
     bundle, frames, report, task,
 };
 use garenne_common::{DeadReason, QueueName};
@@ -155,14 +155,14 @@ pub(crate) fn notice(bytes: &[u8]) {
 
 /// A question to the collector.
 pub(crate) fn question(bytes: &[u8]) {
-    let Ok(question) = Question::decode(&of_body(bytes, "application/json")) else { return };
-    same(&Question::decode(&question.encode("r", "c", 1)), &Ok::<_, ()>(question));
+    let Ok(question) = Query::decode(&of_body(bytes, "application/json")) else { return };
+    same(&Query::decode(&question.encode("r", "c", 1)), &Ok::<_, ()>(question));
 }
 
 /// An answer of the collector.
 pub(crate) fn answer(bytes: &[u8]) {
-    let Ok(answer) = Answer::decode(&of_body(bytes, "application/json")) else { return };
-    same(&Answer::decode(&answer.encode("c")), &Ok::<_, ()>(answer));
+    let Ok(answer) = Response::decode(&of_body(bytes, "application/json")) else { return };
+    same(&Response::decode(&answer.encode("c")), &Ok::<_, ()>(answer));
 }
 
 /// Arguments and outputs; the first byte chooses the codec.

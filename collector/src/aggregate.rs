@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::time::Duration;
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::outcome::Status;
 use garenne_common::wire::lease::execution_of;
 use garenne_common::wire::{
@@ -190,7 +190,9 @@ impl<L: Ledger> Run<'_, L> {
 
     /// Whether an execution may say how its task ends. Without a lease anybody may.
     fn admits(&mut self, id: &TaskId, fence: Option<&Fence>) -> Result<bool, L::Error> {
-        let Some(fence) = fence.filter(|_| Guard::FenceCheck.holds()) else { return Ok(true) };
+        let Some(fence) = fence.filter(|_| Protection::FenceCheck.is_enabled()) else {
+            return Ok(true);
+        };
         let standing = self.ledger.lease(id)?;
         let admitted = standing.is_none_or(|standing| standing.admits(fence));
         self.done.outdated += u64::from(!admitted);
@@ -228,7 +230,7 @@ impl<L: Ledger> Run<'_, L> {
         let inserted = self.ledger.insert_result(result)?;
         if inserted != Inserted::Fresh {
             self.done.repeats += 1;
-            if Guard::MemberCountedOnce.holds() {
+            if Protection::MemberCountedOnce.is_enabled() {
                 return Ok(inserted);
             }
         }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use garenne_common::broker::{Consumer, Delivery, Outgoing, Publisher, Settler};
-use garenne_common::wire::{Answer, CancelIntent, Control, Message, Question, Report, report};
+use garenne_common::wire::{CancelRequest, Control, Message, Query, Report, Response, report};
 use garenne_common::{ReplyGate, TaskId, Timestamp};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -72,7 +72,7 @@ impl<S: Store> Answers<S> {
         let message = self.answer(&question.message, &correlation_id).await;
         let message = message.unwrap_or_else(|refusal| {
             tracing::debug!(%refusal, app_id = properties.app_id, "a question was refused");
-            Answer::Refused { error: refusal.to_string() }.encode(&correlation_id)
+            Response::Refused { error: refusal.to_string() }.encode(&correlation_id)
         });
         let outgoing = Outgoing { exchange: String::new(), routing_key: reply_to, message };
         if let Err(error) = self.publisher.send_and_forget(outgoing).await {
@@ -82,47 +82,47 @@ impl<S: Store> Answers<S> {
 
     async fn answer(&self, message: &Message, correlation_id: &str) -> Result<Message, Refusal> {
         let store = &self.store;
-        let answer = match Question::decode(message)? {
-            Question::Results { ids } => return self.results(ids, correlation_id).await,
-            Question::Task { id } => self.task(id).await?,
-            Question::Batch { id } => Answer::Batch { batch: store.batch(id).await? },
-            Question::Dead { id } => {
+        let answer = match Query::decode(message)? {
+            Query::Results { ids } => return self.results(ids, correlation_id).await,
+            Query::Task { id } => self.task(id).await?,
+            Query::Batch { id } => Response::Batch { batch: store.batch(id).await? },
+            Query::Dead { id } => {
                 let attempts = store.attempts(id.clone()).await?;
-                Answer::Dead { letter: store.dead(id).await?, attempts }
+                Response::Dead { letter: store.dead(id).await?, attempts }
             }
-            Question::DeadList { limit, filter, from, count, whole } => {
+            Query::DeadList { limit, filter, from, count, whole } => {
                 let limit = usize::try_from(limit).unwrap_or(MAX_ITEMS);
                 self.letters.list(DeadQuery { filter, from, limit, count, whole }).await?
             }
-            Question::DeadBody { id, offset } => self.letters.body(id, offset).await?,
-            Question::DeadReplay { letters, plan } => self.letters.replay(letters, plan).await?,
-            Question::DeadPurge { ids } => self.letters.purge(ids).await?,
-            Question::Cancel { ids, reason } => self.cancel(ids, reason, message).await?,
-            Question::CancelBatch { id, reason } => {
+            Query::DeadBody { id, offset } => self.letters.body(id, offset).await?,
+            Query::DeadReplay { letters, plan } => self.letters.replay(letters, plan).await?,
+            Query::DeadPurge { ids } => self.letters.purge(ids).await?,
+            Query::Cancel { ids, reason } => self.cancel(ids, reason, message).await?,
+            Query::CancelBatch { id, reason } => {
                 let done = self.store.cancel_batch(id, why(reason, message)).await?;
                 self.broadcast(done.intent.into_iter().collect()).await;
-                Answer::CancelBatch { state: done.state, batch: done.summary }
+                Response::CancelBatch { state: done.state, batch: done.summary }
             }
-            Question::AbandonBatch { id } => {
+            Query::AbandonBatch { id } => {
                 if store.abandon_batch(id.clone()).await? {
                     tracing::warn!(batch = %id, by = message.properties.app_id, "abandoned as asked");
                     self.letters.outbox_filled.notify_one();
                 }
-                Answer::Batch { batch: store.batch(id).await? }
+                Response::Batch { batch: store.batch(id).await? }
             }
-            Question::Cancels { after } => {
+            Query::Cancels { after } => {
                 let (intents, newest) = store.cancels(after, CANCELS_PAGE).await?;
                 let more = intents.len() == CANCELS_PAGE;
-                Answer::Cancels { intents, more, newest }
+                Response::Cancels { requests: intents, more, newest }
             }
-            Question::Standing { quiet_ms } => {
+            Query::Stalled { quiet_ms } => {
                 let quiet_since = Timestamp::now().as_millis().saturating_sub(quiet_ms);
                 let standing = store.standing(Timestamp::from_millis(quiet_since)).await?;
-                Answer::Standing { standing }
+                Response::Stalled { stalled: standing }
             }
-            Question::Totals => {
+            Query::Totals => {
                 let totals = store.totals().await?;
-                Answer::Totals {
+                Response::Totals {
                     results: totals.results,
                     repeats: totals.repeats,
                     dead: totals.dead,
@@ -133,10 +133,10 @@ impl<S: Store> Answers<S> {
         Ok(answer.encode(correlation_id))
     }
 
-    async fn task(&self, id: TaskId) -> Result<Answer, Refusal> {
+    async fn task(&self, id: TaskId) -> Result<Response, Refusal> {
         let state = self.store.task(id.clone()).await?;
         let ReplayLinks { replayed_as, replay_of } = self.store.replay_links(id).await?;
-        Ok(Answer::Task { state, replayed_as, replay_of })
+        Ok(Response::Task { state, replayed_as, replay_of })
     }
 
     async fn cancel(
@@ -144,17 +144,17 @@ impl<S: Store> Answers<S> {
         ids: Vec<TaskId>,
         reason: Option<String>,
         asked: &Message,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<Response, Refusal> {
         if ids.len() > MAX_ITEMS {
             return Err(Refusal::TooMany(ids.len()));
         }
         let done = self.store.cancel(ids, why(reason, asked)).await?;
         self.broadcast(done.intents).await;
-        Ok(Answer::Cancel { tasks: done.tasks })
+        Ok(Response::Cancel { tasks: done.tasks })
     }
 
-    /// Tells all workers. Best effort: whoever does not hear it asks for it (`Question::Cancels`).
-    async fn broadcast(&self, intents: Vec<CancelIntent>) {
+    /// Tells all workers. Best effort: whoever does not hear it asks for it (`Query::Cancels`).
+    async fn broadcast(&self, intents: Vec<CancelRequest>) {
         if intents.is_empty() {
             return;
         }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
 use garenne_common::broker::{Admin, Outgoing, Publisher};
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::topology::Topology;
 use garenne_common::wire::Message;
 use tokio::sync::{Notify, watch};
@@ -94,7 +94,7 @@ impl<S: Store> Deadlines<S> {
         if !batches && !leases {
             return Ok(None);
         }
-        if !Guard::DrainedTwice.holds() {
+        if !Protection::DrainedTwice.is_enabled() {
             self.abandon(now).await?;
         }
         let mark = self.progress.mark();

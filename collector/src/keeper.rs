@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use garenne_common::broker::{Admin, BrokerError};
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::topology::Declaration;
 use tokio_util::sync::CancellationToken;
 
@@ -24,7 +24,7 @@ impl Keeper {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(self.every) => {}
             }
-            if !Guard::KeptTopology.holds() {
+            if !Protection::TopologyReconciled.is_enabled() {
                 continue;
             }
             let declared = self.stop.run_until_cancelled(self.admin.declare(&self.wanted)).await;

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use garenne_common::wire::letters::MOST_LETTERS;
-use garenne_common::wire::{Answer, DeadPage, ReplayItem, ReplayOutcome, ReplayPlan};
+use garenne_common::wire::{DeadPage, ReplayItem, ReplayOutcome, ReplayPlan, Response};
 use garenne_common::{TaskId, wire};
 use tokio::sync::Notify;
 
@@ -23,23 +23,23 @@ pub(crate) struct Letters<S> {
 }
 
 impl<S: Store> Letters<S> {
-    pub(crate) async fn list(&self, query: DeadQuery) -> Result<Answer, Refusal> {
+    pub(crate) async fn list(&self, query: DeadQuery) -> Result<Response, Refusal> {
         few(query.filter.ids.len())?;
         let limit = query.limit.clamp(1, MOST_LETTERS);
         let page = self.store.dead_page(DeadQuery { limit, ..query }).await?;
         let DeadPage { letters, total, more_than_total, next } = page;
-        Ok(Answer::DeadList { letters, total, more_than_total, next })
+        Ok(Response::DeadList { letters, total, more_than_total, next })
     }
 
-    pub(crate) async fn body(&self, id: TaskId, offset: u64) -> Result<Answer, Refusal> {
-        Ok(Answer::DeadBody { base64: self.store.dead_body(id, offset).await? })
+    pub(crate) async fn body(&self, id: TaskId, offset: u64) -> Result<Response, Refusal> {
+        Ok(Response::DeadBody { base64: self.store.dead_body(id, offset).await? })
     }
 
     pub(crate) async fn replay(
         &self,
         letters: Vec<ReplayItem>,
         plan: ReplayPlan,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<Response, Refusal> {
         few(letters.len())?;
         let rehearsal = plan.dry_run;
         let exchange = self.tasks_exchange.clone();
@@ -51,10 +51,10 @@ impl<S: Store> Letters<S> {
             tracing::info!(replayed, of = letters.len(), "dead letters are replayed");
             self.resends_filled.notify_one();
         }
-        Ok(Answer::DeadReplay { letters })
+        Ok(Response::DeadReplay { letters })
     }
 
-    pub(crate) async fn purge(&self, ids: Vec<TaskId>) -> Result<Answer, Refusal> {
+    pub(crate) async fn purge(&self, ids: Vec<TaskId>) -> Result<Response, Refusal> {
         few(ids.len())?;
         let (purged, ended) = self.store.purge(ids).await?;
         if purged.purged > 0 {
@@ -64,7 +64,7 @@ impl<S: Store> Letters<S> {
         for letter in &ended.letters {
             self.replies.tell(letter);
         }
-        Ok(Answer::DeadPurge { purged })
+        Ok(Response::DeadPurge { purged })
     }
 }
 

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Settler};
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::{ProcessHealth, Timestamp};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
@@ -309,7 +309,7 @@ impl<S: Store> Committer<S> {
             return true;
         }
         let group = Arc::new(parcel.group);
-        if !Guard::CommitBeforeAck.holds() {
+        if !Protection::CommitBeforeAck.is_enabled() {
             for (_, settler, tag) in &parcel.newest {
                 settler.ack(*tag, true);
             }

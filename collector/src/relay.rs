@@ -14,12 +14,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt};
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::store::{Answer, StoreError};
+use crate::store::{StoreError, StoreFuture};
 
 /// Beside being woken, the relay looks so often; another collector's entries come without waking it.
 const LOOK: Duration = Duration::from_secs(1);
@@ -38,13 +38,13 @@ pub(crate) trait Outbox: Send + 'static {
     const WHAT: &'static str;
 
     /// The oldest entries after this one, as many as should be under way at once, in order.
-    fn oldest(&self, after: u64) -> impl Answer<Vec<Self::Entry>>;
+    fn oldest(&self, after: u64) -> impl StoreFuture<Vec<Self::Entry>>;
     /// An entry's place in line.
     fn seq(entry: &Self::Entry) -> u64;
     /// An entry as it goes to the broker.
     fn outgoing(&self, entry: &Self::Entry) -> Outgoing;
     /// Forgets what is confirmed.
-    fn forget(&self, confirmed: Vec<u64>) -> impl Answer<()>;
+    fn forget(&self, confirmed: Vec<u64>) -> impl StoreFuture<()>;
     /// Called with what is confirmed, before it is forgotten.
     fn confirmed(&mut self, entries: Vec<Self::Entry>) -> impl Future<Output = ()> + Send;
 }
@@ -129,7 +129,7 @@ impl<O: Outbox> Relay<O> {
     async fn relay_slice(&mut self, after: u64) -> Result<Slice, StoreError> {
         let entries = self.outbox.oldest(after).await?;
         let Some(last) = entries.last().map(O::seq) else { return Ok(Slice::Empty) };
-        if !Guard::ForgetAfterConfirm.holds() {
+        if !Protection::ForgetAfterConfirm.is_enabled() {
             self.outbox.forget(entries.iter().map(O::seq).collect()).await?;
         }
         let (begun, mut receipts) = (Instant::now(), Vec::with_capacity(entries.len()));

@@ -33,9 +33,9 @@ pub struct Limits {
 
 /// How long tasks of each name take, on average; recent ones count more.
 #[derive(Debug, Default)]
-pub struct Pace(Mutex<HashMap<TaskName, f64, RandomState>>);
+pub struct DurationEstimates(Mutex<HashMap<TaskName, f64, RandomState>>);
 
-impl Pace {
+impl DurationEstimates {
     /// A task took so long.
     pub fn note(&self, name: &TaskName, took: Duration) {
         let (mut means, took) = (self.lock(), took.as_secs_f64());
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn the_pace_follows_what_is_measured() {
-        let (pace, name) = (Pace::default(), TaskName::new("a").unwrap());
+        let (pace, name) = (DurationEstimates::default(), TaskName::new("a").unwrap());
         assert_eq!(pace.estimate(&name), None);
         pace.note(&name, Duration::from_secs(1));
         assert_eq!(pace.estimate(&name), Some(Duration::from_secs(1)));
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn the_names_that_are_kept_are_bounded() {
-        let pace = Pace::default();
+        let pace = DurationEstimates::default();
         for number in 0..=MOST_NAMES {
             pace.note(&TaskName::new(&format!("n{number}")).unwrap(), Duration::ZERO);
         }

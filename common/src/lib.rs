@@ -3,14 +3,14 @@
 //! The pure half ([`batch_key`], [`bundling`], [`names`], [`task`], [`outcome`], [`printable`],
 //! [`reply_gate`], [`retry`], [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The
 //! other half ([`broker`], [`config`], [`health`], and the module `service` with its feature) is how every
-//! Garenne process meets the outside world, and [`guards`] is for the tests of the tests. Nothing lives
+//! Garenne process meets the outside world, and [`failpoints`] is for the tests of the tests. Nothing lives
 //! here that only one crate needs.
 
 pub mod batch_key;
 pub mod broker;
 pub mod bundling;
 pub mod config;
-pub mod guards;
+pub mod failpoints;
 pub mod health;
 pub mod names;
 pub mod outcome;

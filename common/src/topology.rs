@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use crate::guards::Guard;
+use crate::failpoints::Protection;
 use crate::names::{Namespace, QueueName};
 use crate::wire::{DELAY_MARK, HeaderValue};
 
@@ -251,7 +251,7 @@ impl Topology {
 
     /// Where an exchange sends what no queue wants.
     fn last_stop(&self) -> Option<String> {
-        Guard::AlternateExchange.holds().then(|| self.unrouted())
+        Protection::AlternateExchange.is_enabled().then(|| self.unrouted())
     }
 
     /// A queue for what found no other. The unrouted one dead-letters, since a message that brought a
@@ -350,7 +350,7 @@ fn quorum(mut more: Vec<(&'static str, HeaderValue)>) -> Vec<(&'static str, Head
 /// Dead-lettering that waits for the target's confirm. The default strategy loses confirmed
 /// messages when the broker is killed, and this one needs `reject-publish` to be in force.
 fn dead_lettering(target: String) -> Vec<(&'static str, HeaderValue)> {
-    if !Guard::AtLeastOnceDeadLettering.holds() {
+    if !Protection::AtLeastOnceDeadLettering.is_enabled() {
         return vec![("x-dead-letter-exchange", HeaderValue::Text(target))];
     }
     vec![

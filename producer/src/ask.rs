@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use garenne_common::TaskId;
 use garenne_common::broker::{BrokerError, Outgoing, Publisher};
-use garenne_common::wire::{Malformed, Message, Question};
+use garenne_common::wire::{Malformed, Message, Query};
 use tokio::time::{Instant, sleep_until};
 
 use crate::QueryError;
@@ -20,7 +20,7 @@ pub(crate) const ASK_DEADLINE: Duration = Duration::from_secs(5);
 /// Without an answer for so long, the question is asked again: a collector that was killed has taken
 /// its questions with it. Each expires after as long, so that they do not pile up meanwhile.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
-/// The most ids in one [`Question::Results`].
+/// The most ids in one [`Query::Results`].
 pub(crate) const MOST_IDS: usize = 1_000;
 
 /// What it takes to ask.
@@ -44,7 +44,7 @@ impl Asker {
     /// change nothing; a replay names the new ids and a purge the old ones, so that they happen once.
     pub(crate) async fn ask(
         &self,
-        question: &Question,
+        question: &Query,
         patience: Duration,
     ) -> Result<Message, QueryError> {
         let by = Instant::now() + patience;
@@ -69,7 +69,7 @@ impl Asker {
 
     async fn send(
         &self,
-        (question, expires): (&Question, Instant),
+        (question, expires): (&Query, Instant),
         reply_to: &str,
         correlation: &str,
         by: Instant,

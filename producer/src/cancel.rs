@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use garenne_common::wire::{Answer, BatchSummary, CancelState, Cancelled, Question};
+use garenne_common::wire::{BatchSummary, CancelState, Cancelled, Query, Response};
 use garenne_common::{BatchId, TaskId};
 use tokio::time::{Instant, sleep};
 
@@ -45,8 +45,8 @@ impl Producer {
     ) -> Result<Vec<Cancelled>, QueryError> {
         let mut cancelled = Vec::with_capacity(ids.len());
         for slice in ids.chunks(MOST_IDS) {
-            let question = Question::Cancel { ids: slice.to_vec(), reason: Some(self.why(reason)) };
-            let Answer::Cancel { tasks } = self.ask(question).await? else {
+            let question = Query::Cancel { ids: slice.to_vec(), reason: Some(self.why(reason)) };
+            let Response::Cancel { tasks } = self.ask(question).await? else {
                 return Err(unexpected("a cancellation"));
             };
             cancelled.extend(tasks);
@@ -61,8 +61,8 @@ impl Producer {
         id: &BatchId,
         reason: Option<&str>,
     ) -> Result<BatchCancelled, QueryError> {
-        let question = Question::CancelBatch { id: id.clone(), reason: Some(self.why(reason)) };
-        let Answer::CancelBatch { state, batch } = self.ask(question).await? else {
+        let question = Query::CancelBatch { id: id.clone(), reason: Some(self.why(reason)) };
+        let Response::CancelBatch { state, batch } = self.ask(question).await? else {
             return Err(unexpected("a cancellation"));
         };
         Ok(BatchCancelled { state, batch })

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{BrokerError, Outgoing, Publisher};
-use garenne_common::bundling::{Limits, Pace};
+use garenne_common::bundling::{DurationEstimates, Limits};
 use garenne_common::topology::Topology;
 use garenne_common::wire::{self, Message};
 use garenne_common::{TaskMessage, TaskName};
@@ -28,7 +28,7 @@ pub(crate) struct Dispatch {
     /// What bounds a bundle.
     pub(crate) limits: Limits,
     /// How long tasks took whose results came back.
-    pub(crate) pace: Arc<Pace>,
+    pub(crate) pace: Arc<DurationEstimates>,
 }
 
 impl Dispatch {

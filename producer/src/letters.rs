@@ -9,8 +9,8 @@ use std::time::Duration;
 use futures_util::{Stream, stream};
 use garenne_common::TaskId;
 use garenne_common::wire::{
-    Answer, DeadCursor, DeadFilter, DeadPage, DeadSummary, Purged, Question, ReplayItem,
-    ReplayOutcome, ReplayPlan, Replayed,
+    DeadCursor, DeadFilter, DeadPage, DeadSummary, Purged, Query, ReplayItem, ReplayOutcome,
+    ReplayPlan, Replayed, Response,
 };
 
 use crate::ask::{ASK_DEADLINE, MOST_IDS, unexpected};
@@ -76,7 +76,7 @@ impl Producer {
         limit: u32,
     ) -> Result<DeadPage, QueryError> {
         let (filter, count) = (filter.clone(), from.is_none());
-        let question = Question::DeadList { limit, filter, from, count, whole: false };
+        let question = Query::DeadList { limit, filter, from, count, whole: false };
         page_in(self.ask(question).await?, from.is_none())
     }
 
@@ -113,9 +113,11 @@ impl Producer {
                 .take(REPLAY_SLICE)
                 .map(|id| ReplayItem { id: id.clone(), new_id: Some(TaskId::generate()) });
             let items: Vec<_> = items.collect();
-            let question = Question::DeadReplay { letters: items.clone(), plan: plan.clone() };
+            let question = Query::DeadReplay { letters: items.clone(), plan: plan.clone() };
             let answer = self.ask_within(question, patience).await?;
-            let Answer::DeadReplay { letters } = answer else { return Err(unexpected("replays")) };
+            let Response::DeadReplay { letters } = answer else {
+                return Err(unexpected("replays"));
+            };
             if letters.is_empty() {
                 return Err(unexpected("as many replays"));
             }
@@ -137,9 +139,9 @@ impl Producer {
     ) -> Result<Purged, QueryError> {
         let mut all = Purged::default();
         for slice in ids.chunks(MOST_IDS) {
-            let question = Question::DeadPurge { ids: slice.to_vec() };
+            let question = Query::DeadPurge { ids: slice.to_vec() };
             let answer = self.ask_within(question, patience).await?;
-            let Answer::DeadPurge { purged } = answer else { return Err(unexpected("a purge")) };
+            let Response::DeadPurge { purged } = answer else { return Err(unexpected("a purge")) };
             all.purged += purged.purged;
             all.ended += purged.ended;
         }
@@ -165,8 +167,8 @@ fn ours(letter: Replayed, item: &ReplayItem) -> Replayed {
 }
 
 /// A page of letters; an older collector knows no filters and no pages, and says no total.
-fn page_in(answer: Answer, counted: bool) -> Result<DeadPage, QueryError> {
-    let Answer::DeadList { letters, total, more_than_total, next } = answer else {
+fn page_in(answer: Response, counted: bool) -> Result<DeadPage, QueryError> {
+    let Response::DeadList { letters, total, more_than_total, next } = answer else {
         return Err(unexpected("dead letters"));
     };
     if counted && total.is_none() {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{
-    Answer, BatchStatus, DeadFilter, DeadSummary, Message, Question, Report, TaskState,
+    BatchStatus, DeadFilter, DeadSummary, Message, Query, Report, Response, TaskState,
 };
 use garenne_common::{BatchId, TaskId, TaskResult};
 use tokio::time::Instant;
@@ -28,20 +28,20 @@ pub struct Totals {
 impl Producer {
     /// Asks the collector, and waits 5 seconds for its answer.
     ///
-    /// [`Question::Results`] is not answered by an [`Answer`]; use [`results`](Self::results).
-    pub async fn ask(&self, question: Question) -> Result<Answer, QueryError> {
+    /// [`Query::Results`] is not answered by an [`Response`]; use [`results`](Self::results).
+    pub async fn ask(&self, question: Query) -> Result<Response, QueryError> {
         self.ask_within(question, ASK_DEADLINE).await
     }
 
     /// [`ask`](Self::ask) with another patience.
     pub async fn ask_within(
         &self,
-        question: Question,
+        question: Query,
         patience: Duration,
-    ) -> Result<Answer, QueryError> {
+    ) -> Result<Response, QueryError> {
         let message = self.asker(patience).await?.ask(&question, patience).await?;
-        let answer = Answer::decode(&message)?;
-        if let Answer::Refused { error } = answer {
+        let answer = Response::decode(&message)?;
+        if let Response::Refused { error } = answer {
             return Err(QueryError::Refused(error));
         }
         Ok(answer)
@@ -49,15 +49,15 @@ impl Producer {
 
     /// How a task stands.
     pub async fn task_state(&self, id: &TaskId) -> Result<TaskState, QueryError> {
-        let answer = self.ask(Question::Task { id: id.clone() }).await?;
-        let Answer::Task { state, .. } = answer else { return Err(unexpected("a task")) };
+        let answer = self.ask(Query::Task { id: id.clone() }).await?;
+        let Response::Task { state, .. } = answer else { return Err(unexpected("a task")) };
         Ok(state)
     }
 
     /// How a batch stands; `None` if the collector has not heard of it.
     pub async fn batch_status(&self, id: &BatchId) -> Result<Option<BatchStatus>, QueryError> {
-        let answer = self.ask(Question::Batch { id: id.clone() }).await?;
-        let Answer::Batch { batch } = answer else { return Err(unexpected("a batch")) };
+        let answer = self.ask(Query::Batch { id: id.clone() }).await?;
+        let Response::Batch { batch } = answer else { return Err(unexpected("a batch")) };
         Ok(batch)
     }
 
@@ -66,7 +66,7 @@ impl Producer {
         let asker = self.asker(ASK_DEADLINE).await?;
         let mut results = vec![];
         for slice in ids.chunks(MOST_IDS) {
-            let question = Question::Results { ids: slice.to_vec() };
+            let question = Query::Results { ids: slice.to_vec() };
             let message = asker.ask(&question, ASK_DEADLINE).await?;
             results.extend(results_in(&message)?);
         }
@@ -75,8 +75,8 @@ impl Producer {
 
     /// Totals since the collector's store was made.
     pub async fn totals(&self) -> Result<Totals, QueryError> {
-        let answer = self.ask(Question::Totals).await?;
-        let Answer::Totals { results, repeats, dead, batches } = answer else {
+        let answer = self.ask(Query::Totals).await?;
+        let Response::Totals { results, repeats, dead, batches } = answer else {
             return Err(unexpected("totals"));
         };
         Ok(Totals { results, repeats, dead, batches })
@@ -89,8 +89,8 @@ impl Producer {
 
     /// One dead letter with its message, if there is one of this id.
     pub async fn dead(&self, id: &TaskId) -> Result<Option<DeadSummary>, QueryError> {
-        let answer = self.ask(Question::Dead { id: id.clone() }).await?;
-        let Answer::Dead { letter, .. } = answer else { return Err(unexpected("a dead letter")) };
+        let answer = self.ask(Query::Dead { id: id.clone() }).await?;
+        let Response::Dead { letter, .. } = answer else { return Err(unexpected("a dead letter")) };
         Ok(letter)
     }
 
@@ -102,7 +102,7 @@ impl Producer {
 
 fn results_in(message: &Message) -> Result<Vec<TaskResult>, QueryError> {
     if message.properties.kind.as_deref() != Some(BUNDLE_KIND) {
-        let Answer::Refused { error } = Answer::decode(message)? else {
+        let Response::Refused { error } = Response::decode(message)? else {
             return Err(unexpected("results"));
         };
         return Err(QueryError::Refused(error));

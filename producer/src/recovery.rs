@@ -5,8 +5,8 @@
 
 use std::time::Duration;
 
-use garenne_common::guards::Guard;
-use garenne_common::wire::Question;
+use garenne_common::failpoints::Protection;
+use garenne_common::wire::Query;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
@@ -33,12 +33,12 @@ pub(crate) async fn run(asker: Asker, stop: CancellationToken) {
 async fn ask_for_what_is_due(asker: &Asker) {
     loop {
         let ids = asker.replies().due(MOST_IDS);
-        if ids.is_empty() || !Guard::RecoveryAsks.holds() {
+        if ids.is_empty() || !Protection::RecoveryQueries.is_enabled() {
             return;
         }
         let count = ids.len();
         // The results in the answer find their handles on the way in, as those of any reply do.
-        if let Err(error) = asker.ask(&Question::Results { ids }, ASK_DEADLINE).await {
+        if let Err(error) = asker.ask(&Query::Results { ids }, ASK_DEADLINE).await {
             // They are due again later. Replies may well come without a collector.
             tracing::debug!(%error, count, "asked in vain for results");
             return;

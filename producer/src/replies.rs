@@ -11,7 +11,7 @@ use garenne_common::batch_key::Memberships;
 use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, QueueSource, Settler,
 };
-use garenne_common::bundling::Pace;
+use garenne_common::bundling::DurationEstimates;
 use garenne_common::topology::Topology;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{Message, Report, RetryNote};
@@ -38,7 +38,7 @@ pub(crate) struct Replies {
     questions: Mutex<HashMap<String, oneshot::Sender<Message>>>,
     retries: broadcast::Sender<RetryNote>,
     /// How long tasks took, for whoever bundles others like them.
-    pace: Arc<Pace>,
+    pace: Arc<DurationEstimates>,
 }
 
 /// A reply queue and its number.
@@ -77,7 +77,7 @@ impl Replies {
         link: Link,
         topology: Topology,
         owner: String,
-        (retries, pace): (broadcast::Sender<RetryNote>, Arc<Pace>),
+        (retries, pace): (broadcast::Sender<RetryNote>, Arc<DurationEstimates>),
         (tasks, stop): (&TaskTracker, CancellationToken),
     ) -> Result<Arc<Self>, BrokerError> {
         // The consumer would try for ever; a first failure should be told at once and by name.

@@ -32,7 +32,7 @@ async fn an_alarm_is_an_error_in_time_and_then_a_memory() {
     let mut config = warren.config();
     config.broker.publish_timeout = DEADLINE;
     let worker = warren.worker().toml(&effects::command(&warren));
-    let worker = worker.set("worker.slots", 2).set("worker.lookahead", 2);
+    let worker = worker.set("worker.concurrency", 2).set("worker.prefetch", 4);
     let (mut worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = Producer::connect(&config).await.unwrap();
     let (gate, mut handles) = (Gate::shut(&warren, "all"), vec![]);

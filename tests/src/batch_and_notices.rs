@@ -157,7 +157,7 @@ async fn a_task_outside_batches_has_a_notice_of_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn task_notices_can_be_switched_off() {
+async fn task_notices_can_be_disabled() {
     let warren = Warren::new().await;
     let (_worker, _collector) = tokio::join!(
         warren.worker().start(),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use garenne_common::QueueName;
 use garenne_common::broker::BrokerError;
 use garenne_common::config::Config;
-use garenne_common::wire::Question;
+use garenne_common::wire::Query;
 use garenne_producer::{NoticeFilter, Producer, QueryError, Submission, SubmitError};
 use serde_json::Value;
 
@@ -76,7 +76,7 @@ async fn everything_fails_in_time(producer: &Producer) {
         assert!(matches!(error, QueryError::Broker(_)), "{error:?}");
     };
     let question = async {
-        let error = producer.ask_within(Question::Totals, DEADLINE).await.unwrap_err();
+        let error = producer.ask_within(Query::Totals, DEADLINE).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
     };
     tokio::join!(

@@ -163,7 +163,8 @@ async fn a_cut_line_in_the_middle_of_a_bundle_repeats_nothing_in_the_same_worker
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_that_waits_in_a_bundle_can_be_cancelled() {
     let warren = Warren::new().await;
-    let worker = warren.worker().set("worker.slots", 1).set("worker.cancel_sync_timeout", "60s");
+    let worker =
+        warren.worker().set("worker.concurrency", 1).set("worker.cancel_sync_timeout", "60s");
     let worker = worker.toml(&effects::command(&warren));
     let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = warren.producer().await;
@@ -184,7 +185,7 @@ async fn a_task_that_waits_in_a_bundle_can_be_cancelled() {
 async fn a_stopping_worker_gives_back_what_it_has_not_begun_of_a_bundle() {
     let warren = Warren::new().await;
     let (toml, gate) = (effects::command(&warren), Gate::shut(&warren, "begun"));
-    let first = warren.worker().toml(&toml).set("worker.slots", 2).arg("--name=first");
+    let first = warren.worker().toml(&toml).set("worker.concurrency", 2).arg("--name=first");
     let mut first = first.start().await;
     let (producer, amqp) = (warren.producer().await, warren.amqp().await);
     let tasks = (0..50).map(|number| if number < 2 { gate.task() } else { echo(number) });
@@ -195,7 +196,7 @@ async fn a_stopping_worker_gives_back_what_it_has_not_begun_of_a_bundle() {
     soon("the rest is back", async || (amqp.waiting().await > 0).then_some(())).await;
     gate.open();
     assert!(first.ended(PATIENCE).await.success());
-    let second = warren.worker().set("worker.slots", 50).arg("--name=second").start().await;
+    let second = warren.worker().set("worker.concurrency", 50).arg("--name=second").start().await;
     let ends = ended(handles).await;
     assert!(ends.iter().all(|end| end.attempt == 1), "{ends:#?}");
     assert!(!ends.iter().any(|end| end.redelivered), "{ends:#?}");
@@ -207,7 +208,7 @@ async fn a_stopping_worker_gives_back_what_it_has_not_begun_of_a_bundle() {
 async fn a_stopping_worker_hands_nothing_back_while_the_broker_still_sends() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
-    let first = warren.worker().url(&line.url(warren.url())).set("worker.slots", 2);
+    let first = warren.worker().url(&line.url(warren.url())).set("worker.concurrency", 2);
     let toml = effects::command(&warren);
     let mut first = first.toml(&toml).arg("--name=first").start().await;
     let producer = warren.producer().await;
@@ -219,7 +220,7 @@ async fn a_stopping_worker_hands_nothing_back_while_the_broker_still_sends() {
     line.hold(Sends::Cancels);
     first.signal(Signal::SIGTERM);
     line.caught().await;
-    let second = warren.worker().set("worker.slots", 50).toml(&toml);
+    let second = warren.worker().set("worker.concurrency", 50).toml(&toml);
     let _second = second.arg("--name=second").start().await;
     // What was handed back before would run there as this does, which the first one may be sent too.
     soon("the second one takes what comes", async || {
@@ -243,7 +244,8 @@ async fn a_stopping_worker_hands_nothing_back_while_the_broker_still_sends() {
 /// wait behind its slow task.
 async fn two_workers(warren: &Warren) -> (Process, Process) {
     let toml = effects::command(warren);
-    let worker = || warren.worker().toml(&toml).set("worker.slots", 1).set("worker.lookahead", 0);
+    let worker =
+        || warren.worker().toml(&toml).set("worker.concurrency", 1).set("worker.prefetch", 1);
     tokio::join!(worker().arg("--name=one").start(), worker().arg("--name=two").start())
 }
 
@@ -278,7 +280,7 @@ async fn quick_tasks_do_not_wait_behind_a_slow_one_in_their_bundle() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tasks_that_were_seen_to_be_slow_travel_alone() {
     let warren = Warren::new().await;
-    let mut worker = warren.worker().set("worker.slots", 8).start().await;
+    let mut worker = warren.worker().set("worker.concurrency", 8).start().await;
     let (producer, amqp) = (warren.producer().await, warren.amqp().await);
     let first = handles(producer.submit_many((0..8).map(|_| sleep(100))).await);
     ended(first).await;

@@ -137,7 +137,7 @@ async fn a_worker_that_starts_without_a_collector_works_and_hears_of_wishes_late
     assert_eq!(cancel(&producer, cancelled.id()).await, CancelState::Requested);
     collector.kill().await;
     // One slot, which the first task keeps.
-    let worker = warren.worker().toml(&effects::command(&warren)).set("worker.slots", 1);
+    let worker = warren.worker().toml(&effects::command(&warren)).set("worker.concurrency", 1);
     let mut worker = worker.start().await;
     worker.logged("no collector has said which tasks are cancelled").await;
     effects::begun(&warren, 1).await;
@@ -215,7 +215,7 @@ async fn tasks_that_wait_in_a_busy_worker_end_at_once_and_never_run() {
     let _collector = warren.collector().start().await;
     let producer = warren.producer().await;
     let mut config = warren.config();
-    (config.worker.slots, config.worker.lookahead) = (1, 10);
+    (config.worker.concurrency, config.worker.prefetch) = (1, 11);
     let ran = Arc::new(AtomicU32::new(0));
     let counter = Arc::clone(&ran);
     let builder = Worker::builder(config).register::<Count, _, _>(move |_, Count| {
@@ -296,7 +296,7 @@ async fn a_command_gets_sigterm_and_then_sigkill_with_all_its_children() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_is_cancelled_with_what_runs_what_waits_and_what_comes_later() {
     let warren = Warren::new().await;
-    let worker = warren.worker().set("worker.slots", 2).set("worker.lookahead", 0);
+    let worker = warren.worker().set("worker.concurrency", 2).set("worker.prefetch", 2);
     let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = warren.producer().await;
     let batch = producer.batch().await.unwrap();

@@ -109,7 +109,7 @@ async fn crew(warren: &Warren) -> (Process, Process, Producer) {
     config.broker.connect_timeout = Duration::from_secs(2);
     config.broker.publish_timeout = Duration::from_secs(5);
     let (worker, collector) = tokio::join!(
-        impatient(warren.worker().set("worker.slots", 32)).start(),
+        impatient(warren.worker().set("worker.concurrency", 32)).start(),
         impatient(warren.collector()).start()
     );
     (worker, collector, Producer::connect(&config).await.unwrap())

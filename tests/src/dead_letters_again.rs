@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use garenne_common::wire::{
-    DeadFilter, DeadLetter, HeaderValue, Message, Question, ReplayItem, ReplayOutcome, ReplayPlan,
+    DeadFilter, DeadLetter, HeaderValue, Message, Query, ReplayItem, ReplayOutcome, ReplayPlan,
     TaskState, replay,
 };
 use garenne_common::{DeadReason, QueueName, Status, TaskId, Timestamp};
@@ -262,7 +262,7 @@ async fn an_edit_that_cannot_be_made_is_refused_in_words() {
 
     let producer = warren.producer().await;
     let item = ReplayItem { id: id("number"), new_id: None };
-    let question = Question::DeadReplay { letters: vec![item; 1_001], plan: ReplayPlan::default() };
+    let question = Query::DeadReplay { letters: vec![item; 1_001], plan: ReplayPlan::default() };
     let refused = producer.ask(question).await;
     assert!(matches!(refused, Err(QueryError::Refused(_))), "{refused:?}");
     let queue = Some(QueueName::new("no-such-queue").unwrap());

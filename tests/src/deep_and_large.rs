@@ -150,7 +150,7 @@ async fn large_bodies_are_refused_before_they_are_parsed() {
         garenne_common::wire::task::decode(&message, &QueueName::default()).unwrap().unwrap()
     });
     amqp.task(garenne_common::wire::bundle::encode(&tasks, "tests").unwrap()).await;
-    let worker = warren.worker().set("worker.slots", 16).start().await;
+    let worker = warren.worker().set("worker.concurrency", 16).start().await;
     for _ in 0..17 {
         let letter = dead.letter().await;
         assert_eq!(letter.reason, DeadReason::Malformed);

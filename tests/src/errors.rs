@@ -93,7 +93,7 @@ async fn the_command_line_says_which_part_of_the_way_to_the_broker_is_broken() {
 async fn the_command_line_explains_wrong_input() {
     let warren = Warren::new().await;
     let echo = "garenne.echo";
-    let file = warren.file("bad.toml", "[broker]\nnamespac = \"x\"\n[worker]\nslots = 3\n");
+    let file = warren.file("bad.toml", "[broker]\nnamespac = \"x\"\n[worker]\nconcurrency = 3\n");
     let (file, missing) = (file.to_str().unwrap(), warren.path("missing"));
     let missing = missing.to_str().unwrap();
     let lines = warren.file("lines", "1\n{\"a\":\n3\n");
@@ -166,7 +166,7 @@ async fn services_refuse_what_waiting_cannot_mend() {
             (service(name).url(&no_vhost).fail(limit).await, &["no-such-vhost"]),
             (service(name).set("log.filter", "=oops=").fail(limit).await, &["log.filter"]),
             (service(name).set("worker.slotz", 3).fail(limit).await, &["slotz"]),
-            (service(name).set("worker.slots", 0).fail(limit).await, &["worker.slots"]),
+            (service(name).set("worker.concurrency", 0).fail(limit).await, &["worker.concurrency"]),
             (service(name).toml("[nonsense]\n").fail(limit).await, &["nonsense"]),
             (service(name).toml("not toml").fail(limit).await, &["config.toml"]),
             (service(name).arg("--config").arg("/nowhere").fail(limit).await, &["/nowhere"]),

@@ -137,8 +137,8 @@ fn giants() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         "[{}0]",
         r#"{"report":"batch_sealed","batch":"b","count":1,"at":"1ms"},"#.repeat(16_000)
     );
-    let ids = format!(r#"{{"ask":"results","ids":[{}"a"]}}"#, r#""a","#.repeat(json / 4 - 10));
-    let deep = format!(r#"{{"ask":{}"#, "[".repeat(json - 10));
+    let ids = format!(r#"{{"query":"results","ids":[{}"a"]}}"#, r#""a","#.repeat(json / 4 - 10));
+    let deep = format!(r#"{{"query":{}"#, "[".repeat(json - 10));
     let headers = format!(
         r#"{{"version":"1","headers":[{}["a",{{"bool":true}}]]}}"#,
         r#"["",{"bool":true}],"#.repeat(50_000)

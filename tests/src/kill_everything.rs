@@ -32,7 +32,7 @@ async fn every_confirmed_task_ends_exactly_once_whatever_is_killed() {
     let worker = |n: usize| {
         let worker =
             warren.worker().arg(format!("--name=worker-{n}")).set("broker.heartbeat", "2s");
-        worker.set("worker.slots", 8).start()
+        worker.set("worker.concurrency", 8).start()
     };
     let mut workers = [worker(0).await, worker(1).await, worker(2).await];
 

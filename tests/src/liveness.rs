@@ -25,11 +25,11 @@ async fn map_failures(warren: &Warren, line: &str) -> (usize, Option<i32>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_tasks_that_a_producer_waits_for_end() {
-    // Little room, and as much as is usual: what stands still without it needs more slots.
-    for (window, slots) in [(8, 4), (512, 8)] {
+    // Little room, and as much as is usual: what stands still without it needs more concurrency.
+    for (window, concurrency) in [(8, 4), (512, 8)] {
         let warren = Warren::new().await;
         let worker = warren.worker().set("broker.publish_window", window);
-        let worker = worker.set("worker.slots", slots);
+        let worker = worker.set("worker.concurrency", concurrency);
         let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
         assert_eq!(map_failures(&warren, r#"{"fatal":true}"#).await, (TASKS, Some(1)));
     }

@@ -25,7 +25,7 @@ async fn worker(warren: &Warren, name: &str) -> Process {
     let run = format!("while {held}; do sleep 0.1; done; echo $GARENNE_FENCE");
     let script = format!("echo $GARENNE_FENCE >> {file}; {run}");
     let toml = format!("[worker.commands.\"test.fence\"]\nargv = [\"sh\", \"-c\", \"{script}\"]\n");
-    let worker = warren.worker().toml(&toml).set("worker.name", name).set("worker.slots", 2);
+    let worker = warren.worker().toml(&toml).set("worker.name", name).set("worker.concurrency", 2);
     let worker = worker.set("broker.consumer_timeout", "2s").set("worker.task_timeout", "5m");
     // The broker keeps no task for a frozen worker for longer than two of these.
     let worker = worker.set("broker.heartbeat", "2s").set("worker.grace", "1s");

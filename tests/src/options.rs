@@ -87,7 +87,7 @@ async fn retries_are_as_many_as_asked_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_beyond_its_time_limit_is_cut_and_its_slot_is_free() {
     let warren = Warren::new().await;
-    let _worker = warren.worker().set("worker.slots", 1).start().await;
+    let _worker = warren.worker().set("worker.concurrency", 1).start().await;
     let producer = warren.producer().await;
     let endless = task("garenne.sleep", json!({ "millis": 600_000 }));
     let limit = Duration::from_millis(200);
@@ -124,7 +124,7 @@ async fn an_expired_task_is_given_up_without_an_attempt() {
 async fn the_same_id_ends_once_however_often_it_is_submitted() {
     let warren = Warren::new().await;
     // One slot: tasks run in the order of their submission.
-    let worker = warren.worker().set("worker.slots", 1);
+    let worker = warren.worker().set("worker.concurrency", 1);
     let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = warren.producer().await;
     let id = TaskId::new("order 17/été").unwrap();

@@ -40,7 +40,7 @@ pub(crate) async fn measure(
     tasks: u32,
     one_in: Option<u32>,
     millis: u64,
-    slots: usize,
+    concurrency: usize,
 ) -> Duration {
     let warren = Warren::new().await;
     let _collector = warren.collector().start().await;
@@ -60,7 +60,9 @@ pub(crate) async fn measure(
     let begun = tokio::time::Instant::now();
     let workers = supervise(3, |number| {
         let name = format!("w{number}");
-        worker(&warren, &name).set("worker.slots", slots).set("worker.lookahead", slots)
+        worker(&warren, &name)
+            .set("worker.concurrency", concurrency)
+            .set("worker.prefetch", 2 * concurrency)
     });
     let summary = tokio::select! {
         () = workers => unreachable!("the supervisor never ends"),
@@ -200,7 +202,7 @@ fn children(of: Pid) -> Vec<Pid> {
 
 /// A second worker at work on a suspect in a child process, after the first one was killed over it.
 async fn isolated(warren: &Warren, task: Submission<Value>) -> (Process, Pid) {
-    let first = worker(warren, "first").set("worker.slots", 1).start().await;
+    let first = worker(warren, "first").set("worker.concurrency", 1).start().await;
     // So that it gets the task and cannot run it.
     first.freeze();
     warren.producer().await.submit_detached(task).await.unwrap();

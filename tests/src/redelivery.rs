@@ -33,7 +33,8 @@ async fn many_cuts_in_a_stream_of_tasks_lose_and_repeat_nothing() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
     let toml = effects::command(&warren);
-    let worker = warren.worker().url(&line.url(warren.url())).toml(&toml).set("worker.slots", 6);
+    let worker =
+        warren.worker().url(&line.url(warren.url())).toml(&toml).set("worker.concurrency", 6);
     let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let producer = warren.producer().await;
     let batch = producer.batch().await.unwrap();
@@ -60,7 +61,7 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
     let url = line.url(warren.url());
-    let worker = warren.worker().url(&url).set("worker.slots", 1).set("log.filter", "debug");
+    let worker = warren.worker().url(&url).set("worker.concurrency", 1).set("log.filter", "debug");
     let worker = worker.start().await;
     let amqp = warren.amqp().await;
     // Results go nowhere from here on, while acknowledgements would still arrive.
@@ -89,7 +90,7 @@ async fn a_task_is_acknowledged_only_after_its_result_is_confirmed() {
 /// A worker with one slot on this line, which runs `t-1` and has begun; and what holds that.
 async fn at_work(warren: &Warren, line: &Proxy, amqp: &Amqp) -> (Process, Gate) {
     let worker = warren.worker().url(&line.url(warren.url())).toml(&effects::command(warren));
-    let worker = worker.set("worker.slots", 1).start().await;
+    let worker = worker.set("worker.concurrency", 1).start().await;
     let gate = Gate::shut(warren, "t-1");
     amqp.task(message(HELD, "t-1", &gate.args())).await;
     effects::begun(warren, 1).await;
@@ -138,8 +139,12 @@ async fn an_acknowledgement_of_an_old_connection_settles_nothing_of_the_next_one
     let warren = Warren::new().await;
     let line = Proxy::to(warren.url()).await;
     let toml = effects::command(&warren);
-    let worker = |slots: usize| {
-        warren.worker().toml(&toml).set("worker.slots", slots).set("worker.lookahead", 0)
+    let worker = |concurrency: usize| {
+        warren
+            .worker()
+            .toml(&toml)
+            .set("worker.concurrency", concurrency)
+            .set("worker.prefetch", concurrency)
     };
     let runs = async |id: &str, count: usize| {
         let ran = || effects::done(&warren).iter().filter(|done| done.starts_with(id)).count();

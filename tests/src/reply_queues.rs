@@ -76,7 +76,7 @@ async fn a_collector_answers_reply_queues_only() {
     let queues = foreign_queues(&warren, &amqp).await;
     let topology = warren.config().broker.topology();
     let question = |correlation: &str| {
-        let mut question = Message { body: r#"{"ask":"totals"}"#.into(), ..Message::default() };
+        let mut question = Message { body: r#"{"query":"totals"}"#.into(), ..Message::default() };
         question.properties.correlation_id = Some(correlation.to_owned());
         question
     };

@@ -145,7 +145,7 @@ fn a_test_that_fails_twice_fails_the_run() {
 
 #[test]
 fn some_modules_are_never_run_again() {
-    for module in ["liveness", "random_configurations", "verify", "simulation", "guards"]
+    for module in ["liveness", "random_configurations", "verify", "simulation", "failpoints"]
         .into_iter()
         .chain(["kill_everything"])
     {

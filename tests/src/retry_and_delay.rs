@@ -81,7 +81,7 @@ async fn a_used_up_budget_is_a_dead_letter_a_record_and_a_typed_failure() {
 #[tokio::test(flavor = "multi_thread")]
 async fn fatal_failures_panics_and_time_limits_end_as_what_they_are() {
     let warren = Warren::new().await;
-    let _worker = warren.worker().set("worker.slots", 1).start().await;
+    let _worker = warren.worker().set("worker.concurrency", 1).start().await;
     let producer = warren.producer().await;
     let fail = |args| Submission::dynamic("garenne.fail", args).unwrap().retry_policy(quick(2));
     let sleep = Submission::dynamic("garenne.sleep", json!({ "millis": 600_000 })).unwrap();

@@ -96,7 +96,7 @@ async fn an_output_of_another_type_is_a_typed_error() {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_submissions_come_back_in_order() {
     let warren = Warren::new().await;
-    let _worker = warren.worker().set("worker.slots", 20).start().await;
+    let _worker = warren.worker().set("worker.concurrency", 20).start().await;
     let producer = warren.producer().await;
     let submissions = (0..1_000).map(|n| Submission::dynamic("garenne.echo", n).unwrap());
     let handles: Vec<_> =

@@ -133,7 +133,7 @@ async fn a_configuration_file_is_not_quoted() {
         (format!("[broker]\nurll = \"{url}\"\n"), "urll"),
         (format!("[broker]\nurl = [\"{url}\"]\n"), "broker.url"),
         (format!("broker = \"{url}\"\n"), "broker"),
-        (format!("[worker]\nslots = \"{url}\"\n"), "worker.slots"),
+        (format!("[worker]\nconcurrency = \"{url}\"\n"), "worker.concurrency"),
         (format!("[worker]\nfaults = \"{PASSWORD}\"\n"), "worker.faults"),
         (format!("[worker]\nqueues = [\"{url}\"]\n"), "worker.queues"),
         (format!("[worker]\ngrace = \"{PASSWORD}\"\n"), "worker.grace"),

@@ -93,7 +93,7 @@ async fn a_broker_that_answers_and_delivers_nothing_is_noticed() {
     let mut config = impatient(warren.config());
     config.broker.heartbeat = Duration::from_secs(1);
     config.broker.urls = urls(&[line.url(warren.url())]);
-    (config.worker.slots, config.worker.lookahead) = (2, 0);
+    (config.worker.concurrency, config.worker.prefetch) = (2, 2);
     let worker = warren.work(Worker::builder(config)).await;
     let producer = warren.producer().await;
     line.mute_deliveries(true);
@@ -139,7 +139,7 @@ async fn what_went_astray_on_its_way_to_an_idle_worker_runs() {
 async fn an_idle_or_a_busy_worker_is_not_suspected() {
     let warren = Warren::new().await;
     let mut config = impatient(warren.config());
-    (config.worker.slots, config.worker.lookahead) = (2, 0);
+    (config.worker.concurrency, config.worker.prefetch) = (2, 2);
     let line = Proxy::to(warren.url()).await;
     config.broker.urls = urls(&[line.url(warren.url())]);
     let worker = warren.work(Worker::builder(config)).await;

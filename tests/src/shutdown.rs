@@ -32,10 +32,10 @@ async fn delivered(warren: &Warren) {
 async fn sigterm_finishes_what_runs_and_hands_back_the_rest() {
     let warren = Warren::new().await;
     let (toml, gate) = (effects::command(&warren), Gate::shut(&warren, "all"));
-    let worker = |slots: usize, name: &str| {
-        warren.worker().toml(&toml).set("worker.slots", slots).arg("--name").arg(name)
+    let worker = |concurrency: usize, name: &str| {
+        warren.worker().toml(&toml).set("worker.concurrency", concurrency).arg("--name").arg(name)
     };
-    let mut first = worker(2, "first").set("worker.lookahead", 8).start().await;
+    let mut first = worker(2, "first").set("worker.prefetch", 10).start().await;
     let producer = warren.producer().await;
     let mut handles = vec![];
     for _ in 0..6 {
@@ -66,8 +66,8 @@ async fn sigterm_finishes_what_runs_and_hands_back_the_rest() {
 async fn what_is_handed_back_goes_at_once_and_does_not_wait_for_what_runs() {
     let warren = Warren::new().await;
     let gate = Gate::shut(&warren, "long");
-    let worker = warren.worker().toml(&effects::command(&warren)).set("worker.slots", 1);
-    let mut worker = worker.set("worker.lookahead", 8).start().await;
+    let worker = warren.worker().toml(&effects::command(&warren)).set("worker.concurrency", 1);
+    let mut worker = worker.set("worker.prefetch", 9).start().await;
     let amqp = warren.amqp().await;
     let producer = warren.producer().await;
     let long = producer.submit(gate.task()).await.unwrap();
@@ -130,7 +130,7 @@ async fn idle_processes_stop_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopping_worker_sends_the_last_results_before_it_goes() {
     let warren = Warren::new().await;
-    let mut worker = warren.worker().set("worker.slots", 50).start().await;
+    let mut worker = warren.worker().set("worker.concurrency", 50).start().await;
     let amqp = warren.amqp().await;
     for n in 0..50 {
         amqp.task(message("garenne.sleep", &format!("t-{n}"), &json!({ "millis": 700 }))).await;
@@ -165,7 +165,7 @@ async fn a_stopping_worker_says_what_it_waits_for() {
 async fn a_rolling_restart_under_load_changes_no_outcome() {
     let warren = Warren::new().await;
     let _collector = warren.collector().start().await;
-    let worker = |n: u32| warren.worker().arg(format!("--name=w{n}")).set("worker.slots", 4);
+    let worker = |n: u32| warren.worker().arg(format!("--name=w{n}")).set("worker.concurrency", 4);
     let mut workers = vec![];
     for n in 0..3 {
         workers.push(worker(n).start().await);
@@ -242,7 +242,7 @@ pub(crate) async fn terminate_often(count: usize) -> Vec<(Duration, String)> {
         handles
     };
     let (handles, one, two, three, four) = tokio::join!(stream, lane(1), lane(2), lane(3), lane(4));
-    let _last = warren.worker().set("worker.slots", 100).start().await;
+    let _last = warren.worker().set("worker.concurrency", 100).start().await;
     for handle in handles {
         let patience = Duration::from_mins(1);
         let result = handle.result().within(patience, "no task is lost").await.unwrap();

@@ -64,7 +64,8 @@ async fn healthy(worker: &mut Process) {
 async fn more_slots_than_open_files_allow_cost_no_task() {
     let warren = Warren::new().await;
     let toml = "[worker.commands.nap]\nargv = [\"sleep\", \"0.1\"]\n";
-    let worker = configured(&warren, "config.toml", toml).set("worker.slots", 200).files_open(64);
+    let worker =
+        configured(&warren, "config.toml", toml).set("worker.concurrency", 200).files_open(64);
     let (mut worker, producer) = tokio::join!(worker.start(), warren.producer());
     let mut handles = vec![];
     for _ in 0..300 {
@@ -110,7 +111,7 @@ async fn what_waits_in_a_worker_without_free_files_runs_elsewhere() {
     let warren = Warren::new().await;
     let file = warren.file("text", "abc");
     let worker = || warren.worker().set("worker.file_root", warren.path("").display());
-    let sick = worker().set("worker.slots", 1).set("worker.lookahead", 100);
+    let sick = worker().set("worker.concurrency", 1).set("worker.prefetch", 101);
     let (mut sick, producer) = tokio::join!(sick.start(), warren.producer());
     sick.open_files_at_most("3");
     let mut handles = vec![];

@@ -55,7 +55,7 @@ async fn signals_during_the_start_end_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_running_worker_goes_on_and_tells_what_it_does() {
     let warren = Warren::new().await;
-    let mut worker = warren.worker().set("worker.slots", 1).start().await;
+    let mut worker = warren.worker().set("worker.concurrency", 1).start().await;
     let amqp = warren.amqp().await;
     for id in ["t-runs", "t-waits"] {
         amqp.task(message("garenne.sleep", id, &json!({ "millis": 600_000 }))).await;

@@ -210,8 +210,8 @@ async fn a_standard_output_that_nobody_reads_stops_no_worker() {
     let warren = Warren::new().await;
     let (_reader, mut writer) = unread();
     writer.write_all(&[b'.'; PAGE]).unwrap();
-    let slots = 64;
-    let service = warren.worker().set("worker.slots", slots);
+    let concurrency = 64;
+    let service = warren.worker().set("worker.concurrency", concurrency);
     let mut command = Command::from(service.into_command());
     command.stdin(Stdio::null()).stdout(writer).stderr(Stdio::null());
     let worker = command.kill_on_drop(true).spawn().unwrap();
@@ -224,7 +224,7 @@ async fn a_standard_output_that_nobody_reads_stops_no_worker() {
         task.retries(0).timeout(Duration::from_millis(500))
     };
     let mut handles = vec![];
-    for _ in 0..slots {
+    for _ in 0..concurrency {
         handles.push(producer.submit(announce()).await.unwrap());
     }
     for handle in handles {

@@ -105,7 +105,7 @@ async fn a_stuck_handler_is_a_lost_slot_until_it_returns() {
         Ok::<_, TaskError>(held.lock().unwrap().recv().is_ok().to_string())
     };
     let mut config = warren.config();
-    config.worker.slots = 2;
+    config.worker.concurrency = 2;
     let running = warren.work(Worker::builder(config).register_blocking::<Wait, _>(stuck)).await;
     let producer = warren.producer().await;
     let limited = Submission::new(Wait).retries(0).timeout(Duration::from_millis(200));

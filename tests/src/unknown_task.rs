@@ -134,7 +134,7 @@ async fn workers_say_what_they_serve_and_that_they_drain() {
     let beat = heartbeats.next().await;
     assert_eq!(beat.properties.kind.as_deref(), Some(HEARTBEAT_KIND));
     let first = Heartbeat::decode(&beat).unwrap();
-    assert_eq!((first.worker.as_str(), first.slots, first.draining), ("w", 4, false));
+    assert_eq!((first.worker.as_str(), first.concurrency, first.draining), ("w", 4, false));
     assert!(first.tasks.iter().any(|task| task.as_str() == "text.count_words"), "{first:?}");
     let amqp = warren.amqp().await;
     let gate = Gate::shut(&warren, "task");
@@ -167,9 +167,9 @@ async fn invented_workers_keep_no_real_one_from_being_known() {
         version: String::new(),
         queues: vec![],
         tasks: vec![],
-        slots: 1,
+        concurrency: 1,
         running: 0,
-        lost_slots: 0,
+        stuck_handlers: 0,
         draining: false,
         problems: vec![],
         every_ms: u32::MAX,

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use garenne_common::broker::DeliveryTag;
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 
 /// The unsettled deliveries of one consumer in its present epoch.
 #[derive(Debug, Default)]
@@ -55,7 +55,7 @@ impl Acks {
         }
         let Some(left) = self.open.get_mut(&tag.number) else { return };
         *left = left.saturating_sub(shares);
-        if *left == 0 || !Guard::BundleShares.holds() {
+        if *left == 0 || !Protection::BundleShares.is_enabled() {
             self.open.remove(&tag.number);
             self.done.insert(tag.number);
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::{TaskMessage, TaskName, Timestamp, wire};
 
 use crate::guard::{self, Verdict};
@@ -85,7 +85,7 @@ pub fn split(
 
 /// Whether a bundle must be split before anything of it runs.
 pub(crate) fn must_be_split(came_before: bool) -> bool {
-    came_before && Guard::BundleSplit.holds()
+    came_before && Protection::BundleSplit.is_enabled()
 }
 
 fn enter<H>(

@@ -92,7 +92,7 @@ impl Aides {
             worker: Arc::clone(&self.identity),
             queues: config.worker.queues.clone(),
             tasks,
-            size: config.worker.slots,
+            size: config.worker.concurrency,
             slots,
             register,
             health: health.clone(),

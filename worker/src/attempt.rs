@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use garenne_common::broker::Delivery;
-use garenne_common::bundling::Pace;
+use garenne_common::bundling::DurationEstimates;
 use garenne_common::health::STALL_TIMEOUT;
 use garenne_common::wire::{self, Fence};
 use garenne_common::{DeadReason, Options, ProcessHealth, TaskMessage, Timestamp};
@@ -43,7 +43,7 @@ pub(crate) struct Pipeline {
     pub(crate) settle: mpsc::Sender<Settlement>,
     pub(crate) gauge: Arc<SettleGauge>,
     /// How long tasks take, by name.
-    pub(crate) pace: Pace,
+    pub(crate) pace: DurationEstimates,
     /// The right to split a bundle.
     pub(crate) splits: Semaphore,
     /// The limit for tasks that bring none.

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use garenne_common::wire::{CancelIntent, CancelTarget};
+use garenne_common::wire::{CancelRequest, CancelTarget};
 use garenne_common::{BatchId, TaskId, TaskMessage};
 use tokio::sync::watch;
 
@@ -48,7 +48,7 @@ impl Cancels {
     }
 
     /// Takes wishes in, and passes them on to what runs.
-    pub(crate) fn hear(&self, intents: Vec<CancelIntent>) {
+    pub(crate) fn hear(&self, intents: Vec<CancelRequest>) {
         if intents.is_empty() {
             return;
         }
@@ -86,8 +86,8 @@ impl Known {
         self.tasks.get(&task.id).or_else(of_batch).cloned()
     }
 
-    fn add(&mut self, intent: CancelIntent) {
-        let CancelIntent { seq, target, reason } = intent;
+    fn add(&mut self, intent: CancelRequest) {
+        let CancelRequest { seq, target, reason } = intent;
         let reason = Arc::from(reason);
         // A collector with a new store counts from the beginning.
         self.remove(seq);
@@ -127,11 +127,11 @@ mod tests {
         Arc::new(task)
     }
 
-    fn intent(seq: u64, target: CancelTarget) -> CancelIntent {
-        CancelIntent { seq, target, reason: format!("no {seq}") }
+    fn intent(seq: u64, target: CancelTarget) -> CancelRequest {
+        CancelRequest { seq, target, reason: format!("no {seq}") }
     }
 
-    fn of_task(seq: u64, id: &str) -> CancelIntent {
+    fn of_task(seq: u64, id: &str) -> CancelRequest {
         intent(seq, CancelTarget::Task(TaskId::new(id).unwrap()))
     }
 

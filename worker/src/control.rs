@@ -11,7 +11,7 @@ use std::time::Duration;
 use garenne_common::broker::{Consumer, Outgoing, Publisher};
 use garenne_common::topology::Topology;
 use garenne_common::wire::control::CONTROL_KIND;
-use garenne_common::wire::{Answer, Control, Message, Question};
+use garenne_common::wire::{Control, Message, Query, Response};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -78,7 +78,7 @@ impl Listener {
 
     fn ask(&self, reading: &Reading) {
         let Some(reply_to) = self.consumer.queue().borrow().clone() else { return };
-        let question = Question::Cancels { after: reading.after };
+        let question = Query::Cancels { after: reading.after };
         let patience = u64::try_from(ASK_AGAIN.as_millis()).unwrap_or(u64::MAX);
         let message = question.encode(&reply_to, &reading.number.to_string(), patience);
         let outgoing =
@@ -97,13 +97,13 @@ impl Listener {
             };
         }
         let stale = message.properties.correlation_id != Some(reading.number.to_string());
-        match Answer::decode(message) {
+        match Response::decode(message) {
             Ok(_) if stale => {}
-            Ok(Answer::Cancels { intents, more, newest }) => {
+            Ok(Response::Cancels { requests, more, newest }) => {
                 let newest = *reading.newest.get_or_insert(newest);
-                reading.live.extend(intents.iter().map(|intent| intent.seq));
+                reading.live.extend(requests.iter().map(|request| request.seq));
                 reading.after = reading.live.last().copied().unwrap_or(reading.after);
-                self.cancels.hear(intents);
+                self.cancels.hear(requests);
                 if more {
                     self.ask(reading);
                 } else {

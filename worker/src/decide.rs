@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::topology::MAX_DELAY;
 use garenne_common::{DeadReason, RetryPolicy};
 
@@ -49,7 +49,7 @@ pub fn heed(disposition: Disposition, reason: &str) -> Disposition {
 /// The crash budget alone counts here: a crash costs no attempt.
 fn crashed(crash: &Crash, policy: &RetryPolicy, jitter: f64) -> Disposition {
     let (count, budget) = (crash.record.count, crash.budget);
-    if count < budget || !Guard::CrashBudget.holds() {
+    if count < budget || !Protection::CrashBudget.is_enabled() {
         return Disposition::Again { after: policy.delay_after(count, jitter) };
     }
     let error = format!(

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -94,7 +94,7 @@ impl Doors {
         if handler.is_process() {
             return Some((handler, self.slots.one().await?));
         }
-        let isolation = self.isolation.as_ref().filter(|_| Guard::Isolation.holds());
+        let isolation = self.isolation.as_ref().filter(|_| Protection::Isolation.is_enabled());
         let Some(isolation) = isolation else {
             let alone = course == Course::Trial;
             let slot = if alone { self.slots.all().await? } else { self.slots.one().await? };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::wire::{self, CrashRecord, Malformed, Message};
 use garenne_common::{DeadReason, QueueName, TaskMessage, TaskName, Timestamp};
 
@@ -89,7 +89,7 @@ fn may_run<H>(
 
 fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage>, Malformed> {
     match wire::task::decode(message, queue) {
-        Ok(None) if !Guard::IdBeforeRun.holds() => {
+        Ok(None) if !Protection::IdBeforeRun.is_enabled() => {
             wire::task::decode(&wire::task::assign_id(message).1, queue)
         }
         decoded => decoded,

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 use foldhash::fast::RandomState;
 use garenne_common::broker::DeliveryTag;
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::wire::Message;
 use garenne_common::wire::lease::fence_of;
 use garenne_common::{TaskId, TaskMessage};
@@ -171,14 +171,16 @@ impl Inflight {
 
 impl State {
     fn recognise(&mut self, key: &Key, delivery: DeliveryRef) -> Option<Begin> {
-        if let Some(run) = self.running.get_mut(key).filter(|_| Guard::Adoption.holds()) {
+        if let Some(run) =
+            self.running.get_mut(key).filter(|_| Protection::RunningRecognised.is_enabled())
+        {
             if run.handed_over {
                 return Some(Begin::Settled);
             }
             run.deliveries.adopted.push(delivery);
             return Some(Begin::Adopted);
         }
-        let settled = self.settled.contains(key) && Guard::SettledMemory.holds();
+        let settled = self.settled.contains(key) && Protection::SettledRecognised.is_enabled();
         settled.then_some(Begin::Settled)
     }
 }

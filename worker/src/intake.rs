@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::{self, Either};
 use garenne_common::broker::{BrokerError, Consumer, Delivery, QueueStatus};
 use garenne_common::bundling::Limits;
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::{TaskMessage, wire};
 use tokio::time::MissedTickBehavior;
 
@@ -244,7 +244,7 @@ impl Pipeline {
 
     /// Hands back everything that waits. A bundle goes back as a new one, or it would have to be split.
     pub(crate) async fn hand_back_line(&self, queue: usize) {
-        if !Guard::DrainHandBack.holds() {
+        if !Protection::DrainHandBack.is_enabled() {
             return;
         }
         let line = &self.lines[queue];
@@ -256,7 +256,7 @@ impl Pipeline {
     }
 
     async fn hand_back(&self, queue: usize, delivery: &Delivery) {
-        if !Guard::DrainHandBack.holds() {
+        if !Protection::DrainHandBack.is_enabled() {
             return;
         }
         let subject = Subject::Delivery(DeliveryRef { queue, tag: delivery.tag });

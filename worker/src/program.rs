@@ -33,12 +33,12 @@ struct Arguments {
     /// Queues to serve, separated by commas [default: default]
     #[arg(long, value_name = "LIST")]
     queues: Option<String>,
-    /// How many tasks run at once [default: four per core]
+    /// Maximum number of tasks that run at the same time [default: four per core]
     #[arg(long, value_name = "N")]
-    slots: Option<usize>,
-    /// How many more tasks to fetch ahead [default: as many as slots]
+    concurrency: Option<usize>,
+    /// Maximum number of unacknowledged messages [default: twice the concurrency]
     #[arg(long, value_name = "N")]
-    lookahead: Option<usize>,
+    prefetch: Option<usize>,
     /// How this worker signs its results [default: host:pid]
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -65,7 +65,7 @@ struct Arguments {
 const EXAMPLES: &str = "\
 Examples:
   garenne-worker                              serve the queue `default` of a local RabbitMQ
-  garenne-worker --queues cpu,default --slots 8
+  garenne-worker --queues cpu,default --concurrency 8
   garenne-worker --file-root /srv/data        also lets tasks read the files below it
   garenne-worker --config worker.toml         with command tasks, for instance:
 
@@ -125,8 +125,8 @@ fn run(
         .set("broker.url", arguments.url)
         .set("broker.namespace", arguments.namespace)
         .set("worker.queues", arguments.queues)
-        .set("worker.slots", arguments.slots)
-        .set("worker.lookahead", arguments.lookahead)
+        .set("worker.concurrency", arguments.concurrency)
+        .set("worker.prefetch", arguments.prefetch)
         .set("worker.name", arguments.name)
         .set("worker.grace", arguments.grace)
         .set("worker.file_root", arguments.file_root)
@@ -137,7 +137,7 @@ fn run(
     // Dropped, it writes the last lines, before a complaint.
     let _lines = telemetry::init(&config.log);
     // Every slot may hold a blocking handler; tokio's own limit of 512 would keep the others waiting.
-    let blocking = config.worker.slots + OTHER_BLOCKING;
+    let blocking = config.worker.concurrency + OTHER_BLOCKING;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.enable_all().max_blocking_threads(blocking).build()?;
     runtime.block_on(serve(extend(Worker::builder(config))))?;

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::wire::{self, CrashRecord, Message};
 
 /// Delivered so often, a message no longer waits beside others: a worker dies again and again, and
@@ -66,7 +66,7 @@ impl Standing {
     /// How it may run, where a task may crash `budget` times, `isolating` or not.
     pub(crate) fn course(&self, budget: u32, isolating: bool) -> Course {
         let limit = TOLERANCE + u64::from(budget);
-        if self.deliveries >= limit && Guard::DeliveryBudget.holds() {
+        if self.deliveries >= limit && Protection::DeliveryBudget.is_enabled() {
             Course::GiveUp
         } else if self.deliveries >= TRIAL_FROM || (self.crashes.count > 0 && !isolating) {
             Course::Trial

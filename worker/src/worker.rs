@@ -6,9 +6,9 @@ use std::time::Duration;
 use garenne_common::broker::{
     BrokerError, Consumer, ConsumerSpec, Health, Link, Publisher, QueueSource, Settler,
 };
-use garenne_common::bundling::Pace;
+use garenne_common::bundling::DurationEstimates;
 use garenne_common::config::Config;
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::service::lifeline::is_isolated;
 use garenne_common::{InvalidName, Problem, ProcessHealth, QueueName, Task, TaskName};
 use tokio::sync::{Semaphore, mpsc};
@@ -145,7 +145,7 @@ impl Worker {
         let settlers: Vec<_> = consumers.iter().map(Consumer::settler).collect();
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let tasks = TaskTracker::new();
-        let isolation = isolating.then(|| Isolation::new(worker.slots));
+        let isolation = isolating.then(|| Isolation::new(worker.concurrency));
         if let Some(isolation) = &isolation {
             tasks.spawn(Arc::clone(isolation).sweep(abort.clone()));
         }
@@ -160,7 +160,7 @@ impl Worker {
             }
             .run(),
         );
-        let doors = Doors::new(worker.slots, isolation, worker.crash_budget);
+        let doors = Doors::new(worker.concurrency, isolation, worker.crash_budget);
         let seen = (Arc::clone(&register), Arc::clone(&doors.slots));
         let health = ProcessHealth::default();
         aides.beat(&config, names, seen, &health, &stop);
@@ -174,7 +174,7 @@ impl Worker {
             doors,
             settle,
             gauge,
-            pace: Pace::default(),
+            pace: DurationEstimates::default(),
             splits: Semaphore::new(1),
             task_timeout: worker.task_timeout,
             kill_grace: worker.kill_grace,
@@ -242,7 +242,7 @@ fn signature(config: &Config, identity: &str) -> Signature {
 
 fn say_start(config: &Config, worker: &str, queues: &str, names: &[TaskName]) {
     let tasks = names.iter().map(TaskName::as_str).collect::<Vec<_>>().join(",");
-    let (slots, namespace) = (config.worker.slots, &config.broker.namespace);
+    let (slots, namespace) = (config.worker.concurrency, &config.broker.namespace);
     tracing::info!(worker, queues, slots, %namespace, tasks, "starting");
 }
 
@@ -322,7 +322,7 @@ impl Builder {
 fn spec(config: &Config, queue: &QueueName, identity: &str) -> ConsumerSpec {
     let (topology, worker) = (config.broker.topology(), &config.worker);
     // The slots are split over the queues, since prefetch counts per consumer.
-    let share = (worker.slots + worker.lookahead).div_ceil(worker.queues.len());
+    let share = worker.prefetch.div_ceil(worker.queues.len());
     ConsumerSpec {
         declarations: topology.task_intake(queue),
         queue: QueueSource::Named(topology.task_queue(queue)),
@@ -446,7 +446,7 @@ impl Running {
         aides.end().await;
         // The last sender goes, so the settling task ends when everything is confirmed.
         drop(pipeline);
-        if !Guard::FlushBeforeExit.holds() {
+        if !Protection::FlushBeforeExit.is_enabled() {
             return;
         }
         if tokio::time::timeout(FLUSH_GRACE, tasks.wait()).await.is_err() {

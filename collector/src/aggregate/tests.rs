@@ -181,7 +181,7 @@ fn an_unknown_task_has_no_record_until_it_ends_and_leaves_the_list_then() {
 }
 
 #[test]
-fn task_notices_can_be_switched_off() {
+fn task_notices_can_be_disabled() {
     let rules = Rules { task_notices: false, ..RULES };
     let success = Report::Finished(result("t", None, Status::Succeeded, 5));
     let Ok(done) = apply(&mut Maps::default(), &group(&[success], &[]), rules);

@@ -1,8 +1,8 @@
 //! Wishes to cancel at rest: kept until their task or batch is over, read by workers page by page.
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::topology::MAX_DELAY;
-use garenne_common::wire::{BatchState, CancelIntent, CancelState, CancelTarget, Cancelled};
+use garenne_common::wire::{BatchState, CancelRequest, CancelState, CancelTarget, Cancelled};
 use garenne_common::{BatchId, TaskId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -64,10 +64,10 @@ fn keep(
     ledger: &mut SqliteLedger<'_>,
     target: &CancelTarget,
     reason: &str,
-) -> Result<CancelIntent, StoreError> {
-    if !Guard::KeptWishes.holds() {
+) -> Result<CancelRequest, StoreError> {
+    if !Protection::KeptCancelRequests.is_enabled() {
         let (seq, target) = (ledger.now.as_millis(), target.clone());
-        return Ok(CancelIntent { seq, target, reason: reason.to_owned() });
+        return Ok(CancelRequest { seq, target, reason: reason.to_owned() });
     }
     let (is_batch, id) = columns(target);
     let mut insert = ledger.transaction.prepare_cached(
@@ -77,7 +77,7 @@ fn keep(
     let now = from_time(ledger.now);
     let kept = insert.query_row(params![is_batch, id, reason, now], |row| {
         let (seq, reason) = (to_count(row.get(0)?), row.get(1)?);
-        Ok(CancelIntent { seq, target: target.clone(), reason })
+        Ok(CancelRequest { seq, target: target.clone(), reason })
     })?;
     ledger.has_wishes = Some(true);
     Ok(kept)
@@ -123,7 +123,7 @@ pub(super) fn page(
     connection: &Connection,
     after: u64,
     limit: usize,
-) -> Result<(Vec<CancelIntent>, u64), StoreError> {
+) -> Result<(Vec<CancelRequest>, u64), StoreError> {
     // Read first: a wish that comes between the two is in the page and beyond the number.
     let newest = connection
         .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'cancels'")?
@@ -138,11 +138,11 @@ pub(super) fn page(
     Ok((rows.collect::<Result<_, _>>()?, newest))
 }
 
-fn intent(row: &Row<'_>) -> rusqlite::Result<CancelIntent> {
+fn intent(row: &Row<'_>) -> rusqlite::Result<CancelRequest> {
     let target = if row.get(1)? {
         CancelTarget::Batch(parsed(row, 2, BatchId::new)?)
     } else {
         CancelTarget::Task(parsed(row, 2, TaskId::new)?)
     };
-    Ok(CancelIntent { seq: to_count(row.get(0)?), target, reason: row.get(3)? })
+    Ok(CancelRequest { seq: to_count(row.get(0)?), target, reason: row.get(3)? })
 }

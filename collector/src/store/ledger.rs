@@ -3,7 +3,7 @@
 //! Row at a time through cached statements: the fastest way that says of every row whether it was new
 //! (docs/decisions/0003). What most results do not need, no result pays for (docs/decisions/0018).
 
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use garenne_common::outcome::Status;
 use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote, replay};
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
@@ -37,7 +37,8 @@ impl Ledger for SqliteLedger<'_> {
     type Error = StoreError;
 
     fn insert_result(&mut self, result: &TaskResult) -> Result<Inserted, StoreError> {
-        let replaced = !Guard::FirstResultWins.holds() && self.remove_result(&result.id)?;
+        let replaced =
+            !Protection::FirstResultWins.is_enabled() && self.remove_result(&result.id)?;
         let insert = match &mut self.insert_result {
             Some(known) => known,
             none => none.insert(self.transaction.prepare_cached(INSERT_RESULT)?),
@@ -181,7 +182,7 @@ impl Ledger for SqliteLedger<'_> {
     }
 
     fn add_notice(&mut self, notice: &Notice) -> Result<(), StoreError> {
-        if !Guard::OutboxInTransaction.holds() {
+        if !Protection::OutboxInTransaction.is_enabled() {
             // Ends the transaction, and begins another one for the notice.
             self.transaction.execute_batch("COMMIT; BEGIN IMMEDIATE")?;
         }
@@ -272,7 +273,7 @@ impl<'a> SqliteLedger<'a> {
         Ok(letter.optional()?)
     }
 
-    /// Only without [`Guard::FirstResultWins`]; whether there was one.
+    /// Only without [`Protection::FirstResultWins`]; whether there was one.
     fn remove_result(&self, id: &TaskId) -> Result<bool, StoreError> {
         let delete = "DELETE FROM results WHERE id = ?1";
         Ok(self.transaction.execute(delete, [id.as_str()])? == 1)

@@ -21,8 +21,8 @@ use std::sync::Arc;
 
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
-    BatchStatus, BatchSummary, CancelIntent, CancelState, Cancelled, DeadCursor, DeadFilter,
-    DeadPage, DeadSummary, Notice, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote, Standing,
+    BatchStatus, BatchSummary, CancelRequest, CancelState, Cancelled, DeadCursor, DeadFilter,
+    DeadPage, DeadSummary, Notice, Purged, ReplayItem, ReplayPlan, Replayed, RetryNote, Stalled,
     TaskState,
 };
 use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
@@ -41,32 +41,37 @@ use crate::group::{Group, Letter};
 /// nothing of it happened, and the same call may be made again.
 pub trait Store: Clone + Send + Sync + 'static {
     /// Applies a group: results, batches, attempts, dead letters and notices together.
-    fn commit(&self, group: Arc<Group>) -> impl Answer<Committed>;
+    fn commit(&self, group: Arc<Group>) -> impl StoreFuture<Committed>;
 
     /// The oldest notices after this one that nobody has confirmed yet.
-    fn outbox(&self, after: u64, limit: usize) -> impl Answer<Vec<OutboxEntry>>;
+    fn outbox(&self, after: u64, limit: usize) -> impl StoreFuture<Vec<OutboxEntry>>;
 
     /// Forgets notices that are confirmed.
-    fn published(&self, entries: Vec<u64>) -> impl Answer<()>;
+    fn published(&self, entries: Vec<u64>) -> impl StoreFuture<()>;
 
     /// The oldest tasks after this one that go back to the broker and are not confirmed yet, as far
     /// as `max_bytes` of bodies go.
-    fn resends(&self, after: u64, limit: usize, max_bytes: usize) -> impl Answer<Vec<ResendEntry>>;
+    fn resends(
+        &self,
+        after: u64,
+        limit: usize,
+        max_bytes: usize,
+    ) -> impl StoreFuture<Vec<ResendEntry>>;
 
     /// Forgets tasks whose way back is confirmed.
-    fn resent(&self, entries: Vec<u64>) -> impl Answer<()>;
+    fn resent(&self, entries: Vec<u64>) -> impl StoreFuture<()>;
 
     /// Keeps a wish to cancel for each of these tasks that has not ended.
-    fn cancel(&self, ids: Vec<TaskId>, reason: String) -> impl Answer<CancelledTasks>;
+    fn cancel(&self, ids: Vec<TaskId>, reason: String) -> impl StoreFuture<CancelledTasks>;
 
     /// Keeps a wish to cancel a batch that is not done.
-    fn cancel_batch(&self, id: BatchId, reason: String) -> impl Answer<CancelledBatch>;
+    fn cancel_batch(&self, id: BatchId, reason: String) -> impl StoreFuture<CancelledBatch>;
 
     /// The wishes with higher numbers than `after`, and the highest number given so far.
-    fn cancels(&self, after: u64, limit: usize) -> impl Answer<(Vec<CancelIntent>, u64)>;
+    fn cancels(&self, after: u64, limit: usize) -> impl StoreFuture<(Vec<CancelRequest>, u64)>;
 
     /// What parked tasks wait for, each pair of queue and name once.
-    fn parked_kinds(&self, limit: usize) -> impl Answer<Vec<(QueueName, TaskName)>>;
+    fn parked_kinds(&self, limit: usize) -> impl StoreFuture<Vec<(QueueName, TaskName)>>;
 
     /// Moves parked tasks of a kind that are due into the second outbox; how many there were.
     fn release(
@@ -74,23 +79,23 @@ pub trait Store: Clone + Send + Sync + 'static {
         kind: (QueueName, TaskName),
         exchange: String,
         limit: usize,
-    ) -> impl Answer<usize>;
+    ) -> impl StoreFuture<usize>;
 
     /// Ends parked tasks that are to be cancelled, at most `limit`.
-    fn end_cancelled_parked(&self, limit: usize) -> impl Answer<EndedParked>;
+    fn end_cancelled_parked(&self, limit: usize) -> impl StoreFuture<EndedParked>;
 
     /// Whether a batch waits for its seal beyond its deadline.
-    fn has_overdue_batches(&self, now: Timestamp) -> impl Answer<bool>;
+    fn has_overdue_batches(&self, now: Timestamp) -> impl StoreFuture<bool>;
 
     /// Ends as abandoned what [`has_overdue_batches`](Self::has_overdue_batches) found, at most
     /// `limit` of them; how many there were.
-    fn abandon_overdue(&self, now: Timestamp, limit: usize) -> impl Answer<usize>;
+    fn abandon_overdue(&self, now: Timestamp, limit: usize) -> impl StoreFuture<usize>;
 
     /// Ends a batch as abandoned whatever its deadline; whether it was not over yet.
-    fn abandon_batch(&self, id: BatchId) -> impl Answer<bool>;
+    fn abandon_batch(&self, id: BatchId) -> impl StoreFuture<bool>;
 
     /// Whether any task runs under a lease.
-    fn has_leases(&self) -> impl Answer<bool>;
+    fn has_leases(&self) -> impl StoreFuture<bool>;
 
     /// Publishes again what nobody has renewed for its term, at most `limit` tasks; how many there
     /// were. No term is counted from before `listening_since`.
@@ -99,34 +104,34 @@ pub trait Store: Clone + Send + Sync + 'static {
         topology: Topology,
         listening_since: Timestamp,
         limit: usize,
-    ) -> impl Answer<usize>;
+    ) -> impl StoreFuture<usize>;
 
     /// Deletes at most `limit` records of each kind that were stored before `before`; how many.
-    fn forget(&self, before: Timestamp, limit: usize) -> impl Answer<usize>;
+    fn forget(&self, before: Timestamp, limit: usize) -> impl StoreFuture<usize>;
 
     /// What is known of a task.
-    fn task(&self, id: TaskId) -> impl Answer<TaskState>;
+    fn task(&self, id: TaskId) -> impl StoreFuture<TaskState>;
 
     /// The final records of those tasks that have one, in the order asked, as far as `max_bytes` go.
-    fn results(&self, ids: Vec<TaskId>, max_bytes: usize) -> impl Answer<Vec<TaskResult>>;
+    fn results(&self, ids: Vec<TaskId>, max_bytes: usize) -> impl StoreFuture<Vec<TaskResult>>;
 
     /// What is known of a batch.
-    fn batch(&self, id: BatchId) -> impl Answer<Option<BatchStatus>>;
+    fn batch(&self, id: BatchId) -> impl StoreFuture<Option<BatchStatus>>;
 
     /// Dead letters, the newest first.
-    fn dead_page(&self, query: DeadQuery) -> impl Answer<DeadPage>;
+    fn dead_page(&self, query: DeadQuery) -> impl StoreFuture<DeadPage>;
 
     /// One dead letter with its message, whatever became of it.
-    fn dead(&self, id: TaskId) -> impl Answer<Option<DeadSummary>>;
+    fn dead(&self, id: TaskId) -> impl StoreFuture<Option<DeadSummary>>;
 
     /// The attempts of a task that failed and were followed by another one, the last fifty.
-    fn attempts(&self, id: TaskId) -> impl Answer<Vec<RetryNote>>;
+    fn attempts(&self, id: TaskId) -> impl StoreFuture<Vec<RetryNote>>;
 
     /// A piece of a dead letter's body in base64; empty at its end.
-    fn dead_body(&self, id: TaskId, from: u64) -> impl Answer<String>;
+    fn dead_body(&self, id: TaskId, from: u64) -> impl StoreFuture<String>;
 
     /// What a task was replayed as, and what it is a replay of.
-    fn replay_links(&self, id: TaskId) -> impl Answer<ReplayLinks>;
+    fn replay_links(&self, id: TaskId) -> impl StoreFuture<ReplayLinks>;
 
     /// Marks dead letters as replayed and adds the tasks that they become to those that go back to the
     /// broker, by `exchange`. Large ones may leave the last items for another call.
@@ -135,24 +140,24 @@ pub trait Store: Clone + Send + Sync + 'static {
         items: Vec<ReplayItem>,
         plan: ReplayPlan,
         exchange: String,
-    ) -> impl Answer<Vec<Replayed>>;
+    ) -> impl StoreFuture<Vec<Replayed>>;
 
     /// Deletes dead letters. Final records stay, and parked tasks end by it; those are told.
-    fn purge(&self, ids: Vec<TaskId>) -> impl Answer<(Purged, EndedParked)>;
+    fn purge(&self, ids: Vec<TaskId>) -> impl StoreFuture<(Purged, EndedParked)>;
 
     /// What waits in the outboxes. Also refuses if the store's files are no longer those that are open.
-    fn backlog(&self) -> impl Answer<Backlog>;
+    fn backlog(&self) -> impl StoreFuture<Backlog>;
 
     /// What is set aside, and which batches have not changed since then.
-    fn standing(&self, quiet_since: Timestamp) -> impl Answer<Standing>;
+    fn standing(&self, quiet_since: Timestamp) -> impl StoreFuture<Stalled>;
 
     /// How much there is.
-    fn totals(&self) -> impl Answer<Totals>;
+    fn totals(&self) -> impl StoreFuture<Totals>;
 }
 
 /// What the store says later.
-pub trait Answer<T>: Future<Output = Result<T, StoreError>> + Send {}
-impl<T, F: Future<Output = Result<T, StoreError>> + Send> Answer<T> for F {}
+pub trait StoreFuture<T>: Future<Output = Result<T, StoreError>> + Send {}
+impl<T, F: Future<Output = Result<T, StoreError>> + Send> StoreFuture<T> for F {}
 
 /// What became of a wish to cancel tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -160,7 +165,7 @@ pub struct CancelledTasks {
     /// One answer for each task, in the order asked.
     pub tasks: Vec<Cancelled>,
     /// The wishes that are kept, old ones included.
-    pub intents: Vec<CancelIntent>,
+    pub intents: Vec<CancelRequest>,
 }
 
 /// What became of a wish to cancel a batch.
@@ -171,7 +176,7 @@ pub struct CancelledBatch {
     /// The batch as it was then, if it is known.
     pub summary: Option<BatchSummary>,
     /// The wish, if it is kept.
-    pub intent: Option<CancelIntent>,
+    pub intent: Option<CancelRequest>,
 }
 
 /// Parked tasks that ended as cancelled.

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use garenne_common::topology::Topology;
 use garenne_common::wire::{
-    BatchStatus, CancelIntent, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
-    RetryNote, Standing, TaskState,
+    BatchStatus, CancelRequest, DeadPage, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
+    RetryNote, Stalled, TaskState,
 };
 use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
@@ -180,7 +180,7 @@ impl Store for SqliteStore {
         &self,
         after: u64,
         limit: usize,
-    ) -> Result<(Vec<CancelIntent>, u64), StoreError> {
+    ) -> Result<(Vec<CancelRequest>, u64), StoreError> {
         self.read(move |connection| cancels::page(connection, after, limit)).await
     }
 
@@ -297,9 +297,9 @@ impl Store for SqliteStore {
         self.read(look).await
     }
 
-    async fn standing(&self, quiet_since: Timestamp) -> Result<Standing, StoreError> {
+    async fn standing(&self, quiet_since: Timestamp) -> Result<Stalled, StoreError> {
         self.read(move |connection| {
-            Ok(Standing {
+            Ok(Stalled {
                 parked: parked::waiting(connection)?,
                 batches: questions::quiet_batches(connection, quiet_since)?,
             })

@@ -18,7 +18,7 @@ use super::delivery::{ConsumerSpec, Delivery, DeliveryTag, Epoch, QueueSource, S
 use super::link::Pause;
 use super::watch::{self, Flow, Watch};
 use super::{BrokerError, QueueStatus, admin};
-use crate::guards::Guard;
+use crate::failpoints::Protection;
 use crate::topology::Declaration;
 
 /// How often a quiet consumer looks whether its channel still stands.
@@ -143,7 +143,7 @@ impl ConsumeTask {
         // The epoch begins before the first delivery can arrive.
         let epoch = {
             let mut current = self.shared.lock();
-            let new = current.number == 0 || Guard::EpochCheck.holds();
+            let new = current.number == 0 || Protection::EpochCheck.is_enabled();
             *current = Epoch {
                 number: current.number + u64::from(new),
                 channel: (!*self.shared.paused.borrow()).then(|| channel.clone()),
@@ -184,7 +184,7 @@ impl ConsumeTask {
     fn is_stale(&self) -> bool {
         let limit = self.shared.link.config().consumer_timeout / 4;
         self.acknowledges()
-            && Guard::IdleRenewal.holds()
+            && Protection::IdleRenewal.is_enabled()
             && self.shared.lock().flow.idle().is_some_and(|idle| idle >= limit)
     }
 
@@ -250,7 +250,7 @@ impl ConsumeTask {
                     return End::lost("the channel was closed");
                 },
                 _ = look.tick(),
-                    if !cancelled && looks.is_empty() && Guard::DeliveryWatch.holds() =>
+                    if !cancelled && looks.is_empty() && Protection::DeliveryWatch.is_enabled() =>
                 {
                     if self.is_stale() {
                         return End::Idle;
@@ -272,7 +272,7 @@ impl ConsumeTask {
     /// Puts right what somebody deleted without ending the consumer, and asks how the queue stands.
     async fn look(&self, channel: &Channel, queue: &str, asked: Instant) -> Look {
         let way = match &self.spec.queue {
-            _ if !Guard::KeptTopology.holds() => vec![],
+            _ if !Protection::TopologyReconciled.is_enabled() => vec![],
             QueueSource::Named(queue) => watch::way_to(queue, &self.spec.declarations),
             QueueSource::Exclusive { bindings, .. } => bind(queue, bindings).collect(),
         };

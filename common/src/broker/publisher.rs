@@ -21,7 +21,7 @@ use super::link::Pause;
 use super::window::{Job, Window};
 use super::{BrokerError, Link, admin};
 use crate::config::BrokerConfig;
-use crate::guards::Guard;
+use crate::failpoints::Protection;
 use crate::topology::Declaration;
 use crate::wire::Message;
 
@@ -183,7 +183,7 @@ impl Publisher {
                 self.stand_in_line(job).await?;
                 receipt.confirmed().await
             };
-            if !Guard::PublishDeadline.holds() {
+            if !Protection::PublishDeadline.is_enabled() {
                 return whole.await;
             }
             match timeout(deadline, whole).await {
@@ -507,7 +507,7 @@ impl PublishTask {
             job.strikes += u32::from(alone && barren);
             if job.strikes >= STRIKES {
                 job.answer(Err(lost.clone()));
-            } else if job.answer.is_some() && Guard::ResendAfterLoss.holds() {
+            } else if job.answer.is_some() && Protection::ResendAfterLoss.is_enabled() {
                 self.to_send.push_front(job);
             }
         }

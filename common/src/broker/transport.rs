@@ -20,7 +20,7 @@ use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties};
 
-use crate::guards::Guard;
+use crate::failpoints::Protection;
 use crate::wire::frames;
 
 /// What is asked of the socket at once.
@@ -111,7 +111,7 @@ impl<S> Screened<S> {
             let [kind, _, _, size @ ..] = frame else { return };
             let Some(size) = size.first_chunk::<4>() else { return };
             let size = usize::try_from(u32::from_be_bytes(*size)).unwrap_or(usize::MAX);
-            let screened = frames::is_screened(*kind) && Guard::Screening.holds();
+            let screened = frames::is_screened(*kind) && Protection::Screening.is_enabled();
             if !screened || size > MAX_FRAME_BYTES {
                 self.passing = size.saturating_add(FRAME_HEAD + 1);
                 continue;

@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 
 use super::convert::{short, to_properties};
 use super::{BrokerError, Outgoing};
-use crate::guards::Guard;
+use crate::failpoints::Protection;
 
 type Answer = oneshot::Sender<Result<(), BrokerError>>;
 
@@ -86,7 +86,7 @@ impl<'c> Window<'c> {
         });
         self.next += 1;
         job.written = Some(Instant::now());
-        if Guard::ConfirmWait.holds() {
+        if Protection::ConfirmWait.is_enabled() {
             self.jobs.insert(number, job);
         } else {
             job.answer(Ok(()));

@@ -86,10 +86,11 @@ pub struct WorkerConfig {
     pub name: Option<String>,
     /// The queues it serves.
     pub queues: Vec<QueueName>,
-    /// How many tasks run at once.
-    pub slots: usize,
-    /// How many deliveries may wait here beside the running ones.
-    pub lookahead: usize,
+    /// Maximum number of tasks that run at the same time.
+    pub concurrency: usize,
+    /// Maximum number of unacknowledged messages, over all queues; those beyond `concurrency` wait in
+    /// the worker until a task ends.
+    pub prefetch: usize,
     /// The limit for tasks that bring none.
     pub task_timeout: Duration,
     /// How long it may be silent before a task that it runs under a lease is given to another one.

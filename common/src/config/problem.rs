@@ -150,10 +150,13 @@ mod tests {
     #[test]
     fn messages_keep_names_and_lose_values() {
         for (text, shown) in [
-            ("unknown field `slotz`, expected `slots`", "unknown field `slotz`, expected `slots`"),
             (
-                "unknown field `a://b:c@d`, expected `slots`",
-                "unknown field `(a key that is not shown)`, expected `slots`",
+                "unknown field `concurency`, expected `concurrency`",
+                "unknown field `concurency`, expected `concurrency`",
+            ),
+            (
+                "unknown field `a://b:c@d`, expected `concurrency`",
+                "unknown field `(a key that is not shown)`, expected `concurrency`",
             ),
             ("unknown variant `pw`, expected `human`", "unknown variant `…`, expected `human`"),
             (

@@ -96,9 +96,9 @@ struct RawWorker {
     #[serde(deserialize_with = "strict::list")]
     queues: Vec<String>,
     #[serde(deserialize_with = "strict::maybe_whole")]
-    slots: Option<usize>,
+    concurrency: Option<usize>,
     #[serde(deserialize_with = "strict::maybe_whole")]
-    lookahead: Option<usize>,
+    prefetch: Option<usize>,
     #[serde(with = "humantime_serde")]
     task_timeout: Duration,
     #[serde(with = "humantime_serde")]
@@ -139,8 +139,8 @@ impl Default for RawWorker {
         Self {
             name: None,
             queues: vec![crate::names::DEFAULT_QUEUE.to_owned()],
-            slots: None,
-            lookahead: None,
+            concurrency: None,
+            prefetch: None,
             task_timeout: Duration::from_mins(20),
             lease_term: Duration::from_mins(1),
             grace: Duration::from_secs(30),
@@ -394,13 +394,14 @@ impl RawWorker {
             }
         }
         problems.ensure(!queues.is_empty(), "worker.queues: at least one queue is needed");
-        let slots = self.slots.unwrap_or_else(default_slots);
-        let fine = (1..=10_000).contains(&slots);
-        problems.ensure(fine, "worker.slots: must be between 1 and 10000");
+        let concurrency = self.concurrency.unwrap_or_else(default_concurrency);
+        let fine = (1..=10_000).contains(&concurrency);
+        problems.ensure(fine, "worker.concurrency: must be between 1 and 10000");
         let fine = (heartbeat::SHORTEST..=heartbeat::LONGEST).contains(&self.heartbeat);
         problems.ensure(fine, "worker.heartbeat: must be between 100ms and 1m");
-        let lookahead = self.lookahead.unwrap_or(slots);
-        problems.ensure(lookahead <= 50_000, "worker.lookahead: must be at most 50000");
+        let prefetch = self.prefetch.unwrap_or(2 * concurrency);
+        let fine = (concurrency..=60_000).contains(&prefetch);
+        problems.ensure(fine, "worker.prefetch: must be between worker.concurrency and 60000");
         for (key, limit) in
             [("task_timeout", self.task_timeout), ("max_task_age", self.max_task_age)]
         {
@@ -431,8 +432,8 @@ impl RawWorker {
         WorkerConfig {
             name: self.name.filter(|name| !name.is_empty()),
             queues,
-            slots,
-            lookahead,
+            concurrency,
+            prefetch,
             task_timeout: self.task_timeout,
             lease_term: self.lease_term,
             grace: self.grace,
@@ -468,7 +469,7 @@ fn reply_queues(patterns: &[String], problems: &mut Problems) -> Vec<QueuePatter
 }
 
 /// Tasks mostly wait (for disks, for other services), so a few per core keep the cores busy.
-fn default_slots() -> usize {
+fn default_concurrency() -> usize {
     std::thread::available_parallelism().map_or(4, |cores| cores.get() * 4)
 }
 

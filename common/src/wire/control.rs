@@ -1,7 +1,7 @@
 //! What all workers must hear: wishes to cancel, as JSON on the topic exchange `control`.
 //!
 //! Best effort: nobody may be listening, and whoever was away asks the collector for what it missed
-//! ([`super::Question::Cancels`]). The wish itself lies in the collector's store.
+//! ([`super::Query::Cancels`]). The wish itself lies in the collector's store.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +29,7 @@ pub enum CancelTarget {
 
 /// A wish to cancel that the collector keeps until it took effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CancelIntent {
+pub struct CancelRequest {
     /// Its place in the collector's list; later wishes have higher numbers.
     pub seq: u64,
     /// What is to be cancelled.
@@ -43,13 +43,13 @@ pub struct CancelIntent {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Control {
     /// These wishes are new.
-    Cancel(Vec<CancelIntent>),
+    Cancel(Vec<CancelRequest>),
 }
 
 #[derive(Serialize, Deserialize)]
 struct ControlV1 {
     v: u32,
-    cancel: Vec<CancelIntent>,
+    cancel: Vec<CancelRequest>,
 }
 
 impl Control {
@@ -96,12 +96,12 @@ mod tests {
     #[test]
     fn version_1_looks_like_this() {
         let control = Control::Cancel(vec![
-            CancelIntent {
+            CancelRequest {
                 seq: 17,
                 target: CancelTarget::Task(TaskId::new("order-17").unwrap()),
                 reason: "wrong month".to_owned(),
             },
-            CancelIntent {
+            CancelRequest {
                 seq: 18,
                 target: CancelTarget::Batch(BatchId::new("b-1").unwrap()),
                 reason: "all of it".to_owned(),

@@ -34,13 +34,14 @@ pub struct Heartbeat {
     pub queues: Vec<QueueName>,
     /// The tasks it has handlers for.
     pub tasks: Vec<TaskName>,
-    /// How many tasks it runs at once.
-    pub slots: u32,
+    /// Maximum number of tasks that it runs at the same time.
+    pub concurrency: u32,
     /// How many run now.
     pub running: u32,
-    /// Slots that attempts occupy which were given up and will not end.
+    /// Blocking handlers that have not returned although their attempts are over; each reduces the
+    /// concurrency by one until it returns.
     #[serde(default)]
-    pub lost_slots: u32,
+    pub stuck_handlers: u32,
     /// Whether it takes no more tasks.
     pub draining: bool,
     /// What keeps it from doing its work; empty if it is healthy.
@@ -109,9 +110,9 @@ mod tests {
             version: "0.1.0".to_owned(),
             queues: vec![QueueName::default()],
             tasks: vec![TaskName::new("text.count_words").unwrap()],
-            slots: 8,
+            concurrency: 8,
             running: 3,
-            lost_slots: 0,
+            stuck_handlers: 0,
             draining: false,
             problems: vec![],
             every_ms: 2_000,
@@ -123,7 +124,7 @@ mod tests {
     #[test]
     fn version_1_looks_like_this() {
         let message = heartbeat().encode();
-        let golden = r#"{"v":1,"worker":"host:7","version":"0.1.0","queues":["default"],"tasks":["text.count_words"],"slots":8,"running":3,"lost_slots":0,"draining":false,"every_ms":2000,"at":"1970-01-01T00:00:01Z"}"#;
+        let golden = r#"{"v":1,"worker":"host:7","version":"0.1.0","queues":["default"],"tasks":["text.count_words"],"concurrency":8,"running":3,"stuck_handlers":0,"draining":false,"every_ms":2000,"at":"1970-01-01T00:00:01Z"}"#;
         assert_eq!(std::str::from_utf8(&message.body).unwrap(), golden);
         assert_eq!(Heartbeat::decode(&message), Ok(heartbeat()));
     }

@@ -21,12 +21,12 @@ pub mod notice;
 pub mod query;
 pub mod replay;
 pub mod report;
+pub mod stalled;
 pub mod task;
-pub mod waiting;
 
 pub use codec::{Codec, CodecError, Payload};
 pub use collector::CollectorHeartbeat;
-pub use control::{CancelIntent, CancelTarget, Control};
+pub use control::{CancelRequest, CancelTarget, Control};
 pub(crate) use headers::DELAY_MARK;
 
 pub use crash::CrashRecord;
@@ -40,9 +40,9 @@ pub use letters::{
 };
 pub use message::{HeaderName, HeaderValue, Message, Properties};
 pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
-pub use query::{Answer, BatchStatus, CancelState, Cancelled, Question, TaskState};
+pub use query::{BatchStatus, CancelState, Cancelled, Query, Response, TaskState};
 pub use report::{Report, RetryNote};
-pub use waiting::{ParkedKind, QuietBatch, Standing};
+pub use stalled::{ParkedKind, QuietBatch, Stalled};
 
 use crate::printable::neutral;
 

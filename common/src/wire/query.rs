@@ -6,26 +6,26 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::control::CancelIntent;
+use super::control::CancelRequest;
 use super::letters::{
     DeadCursor, DeadFilter, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
 };
 use super::message::{Message, Properties};
 use super::notice::BatchSummary;
 use super::report::RetryNote;
-use super::waiting::Standing;
+use super::stalled::Stalled;
 use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use crate::names::{BatchId, TaskId};
 use crate::outcome::{Status, TaskResult};
 use crate::timestamp::Timestamp;
 
-const QUESTION_KIND: &str = "garenne.question";
-const ANSWER_KIND: &str = "garenne.answer";
+const QUERY_KIND: &str = "garenne.query";
+const RESPONSE_KIND: &str = "garenne.response";
 
 /// What a client may ask.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "ask", rename_all = "snake_case")]
-pub enum Question {
+#[serde(tag = "query", rename_all = "snake_case")]
+pub enum Query {
     /// How a task stands.
     Task {
         /// Which.
@@ -86,7 +86,7 @@ pub enum Question {
     /// How much the collector has seen.
     Totals,
     /// What waits for something that may never come.
-    Standing {
+    Stalled {
         /// Batches in which nothing has changed for so many milliseconds.
         quiet_ms: u64,
     },
@@ -121,8 +121,8 @@ pub enum Question {
 
 /// What the collector answers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "answer", rename_all = "snake_case")]
-pub enum Answer {
+#[serde(tag = "response", rename_all = "snake_case")]
+pub enum Response {
     /// How a task stands.
     Task {
         /// Finished, retrying, or nothing known.
@@ -190,10 +190,10 @@ pub enum Answer {
         batches: u64,
     },
     /// What stands still, as far as the collector can tell.
-    Standing {
+    Stalled {
         /// What.
         #[serde(flatten)]
-        standing: Standing,
+        stalled: Stalled,
     },
     /// What became of a wish to cancel tasks, in the order of the question.
     Cancel {
@@ -210,7 +210,7 @@ pub enum Answer {
     /// Wishes to cancel, the oldest first, as many as fit into one answer.
     Cancels {
         /// The wishes.
-        intents: Vec<CancelIntent>,
+        requests: Vec<CancelRequest>,
         /// Whether there are more after the last of these.
         more: bool,
         /// The highest number given so far: what has a lower one and is not in the list is over.
@@ -321,10 +321,10 @@ fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-impl Question {
+impl Query {
     /// Writes it; `expiration_millis` is how long the asker waits.
     pub fn encode(&self, reply_to: &str, correlation_id: &str, expiration_millis: u64) -> Message {
-        let mut message = json(self, QUESTION_KIND, correlation_id);
+        let mut message = json(self, QUERY_KIND, correlation_id);
         message.properties.reply_to = Some(reply_to.to_owned());
         message.properties.expiration = Some(expiration_millis.to_string());
         message
@@ -337,10 +337,10 @@ impl Question {
     }
 }
 
-impl Answer {
+impl Response {
     /// Writes it.
     pub fn encode(&self, correlation_id: &str) -> Message {
-        json(self, ANSWER_KIND, correlation_id)
+        json(self, RESPONSE_KIND, correlation_id)
     }
 
     /// Reads one.
@@ -367,17 +367,18 @@ mod tests {
 
     #[test]
     fn a_question_is_plain_json() {
-        let question = Question::Task { id: TaskId::new("t-1").unwrap() };
+        let question = Query::Task { id: TaskId::new("t-1").unwrap() };
         let message = question.encode("r", "c", 500);
-        assert_eq!(&message.body[..], br#"{"ask":"task","id":"t-1"}"#);
+        assert_eq!(&message.body[..], br#"{"query":"task","id":"t-1"}"#);
         assert_eq!(message.properties.expiration.as_deref(), Some("500"));
-        assert_eq!(Question::decode(&message), Ok(question));
+        assert_eq!(Query::decode(&message), Ok(question));
     }
 
     #[test]
     fn questions_of_the_first_version_are_understood() {
-        let old = Message { body: r#"{"ask":"dead_list","limit":2}"#.into(), ..Message::default() };
-        let Ok(Question::DeadList { limit, filter, from, .. }) = Question::decode(&old) else {
+        let old =
+            Message { body: r#"{"query":"dead_list","limit":2}"#.into(), ..Message::default() };
+        let Ok(Query::DeadList { limit, filter, from, .. }) = Query::decode(&old) else {
             panic!("not understood")
         };
         assert_eq!((limit, filter, from), (2, DeadFilter::default(), None));
@@ -385,18 +386,18 @@ mod tests {
 
     #[test]
     fn a_wish_to_cancel_needs_no_reason() {
-        let body = br#"{"ask":"cancel","ids":["t-1"]}"#;
+        let body = br#"{"query":"cancel","ids":["t-1"]}"#;
         let message = Message { body: body.to_vec().into(), ..Message::default() };
         let ids = vec![TaskId::new("t-1").unwrap()];
-        assert_eq!(Question::decode(&message), Ok(Question::Cancel { ids, reason: None }));
+        assert_eq!(Query::decode(&message), Ok(Query::Cancel { ids, reason: None }));
     }
 
     #[test]
     fn answers_come_back_as_they_went() {
         let state = TaskState::Unknown;
-        let answer = Answer::Task { state, replayed_as: None, replay_of: None };
+        let answer = Response::Task { state, replayed_as: None, replay_of: None };
         let message = answer.encode("c");
-        assert_eq!(&message.body[..], br#"{"answer":"task","state":"unknown"}"#);
-        assert_eq!(Answer::decode(&message), Ok(answer));
+        assert_eq!(&message.body[..], br#"{"response":"task","state":"unknown"}"#);
+        assert_eq!(Response::decode(&message), Ok(answer));
     }
 }

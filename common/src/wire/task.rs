@@ -12,7 +12,7 @@ use super::depth::is_too_deep;
 use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed};
-use crate::guards::Guard;
+use crate::failpoints::Protection;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::printable::is_printable;
 use crate::retry::RetryPolicy;
@@ -144,7 +144,7 @@ pub fn assign_id(message: &Message) -> (TaskId, Message) {
 /// The message without what one trip through the broker left on it.
 pub fn for_republish(message: &Message) -> Message {
     let mut message = message.clone();
-    if Guard::SpentHeaders.holds() {
+    if Protection::SpentHeaders.is_enabled() {
         message.headers.retain(|(name, _)| !headers::is_spent(name));
     }
     // A sender's TTL was for the queue it sent to. In a delay level it would cut the delay short, and

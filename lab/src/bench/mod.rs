@@ -63,12 +63,12 @@ pub(crate) struct Arguments {
     /// Only these
     #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',', default_values_t = Scenario::ALL, hide_default_value = true)]
     scenario: Vec<Scenario>,
-    /// How many tasks a worker runs at once
+    /// Maximum number of tasks that a worker runs at the same time
     #[arg(long, value_name = "N", default_value_t = 64)]
-    slots: usize,
-    /// How many more tasks a worker fetches ahead
-    #[arg(long, value_name = "N", default_value_t = 936)]
-    lookahead: usize,
+    concurrency: usize,
+    /// Maximum number of unacknowledged messages per worker
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    prefetch: usize,
     /// Write report.json, report.md and report.svg into this directory
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,

@@ -33,8 +33,8 @@ pub(super) struct Settings {
     /// How many tasks a run has, if that was asked for instead.
     pub(super) tasks: Option<u64>,
     pub(super) repeats: u32,
-    pub(super) worker_slots: usize,
-    pub(super) worker_lookahead: usize,
+    pub(super) worker_concurrency: usize,
+    pub(super) worker_prefetch: usize,
     pub(super) publish_window: usize,
     pub(super) raw_publish_window: usize,
     pub(super) raw_prefetch: u16,
@@ -114,11 +114,11 @@ impl Report {
                 text(&machine.kernel)
             ),
             format!(
-                "{}, {} runs; a worker has {} slots and fetches {} ahead",
+                "{}, {} runs; workers run {} tasks at a time and prefetch {}",
                 self.length(),
                 settings.repeats,
-                settings.worker_slots,
-                settings.worker_lookahead
+                settings.worker_concurrency,
+                settings.worker_prefetch
             ),
             format!(
                 "windows of unconfirmed publishes: {} (Garenne), {} (raw)",
@@ -278,8 +278,8 @@ pub(super) mod tests {
                 seconds: 3.0,
                 tasks: None,
                 repeats: 3,
-                worker_slots: 64,
-                worker_lookahead: 936,
+                worker_concurrency: 64,
+                worker_prefetch: 1000,
                 publish_window: 512,
                 raw_publish_window: 1_000,
                 raw_prefetch: 500,

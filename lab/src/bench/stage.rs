@@ -21,15 +21,15 @@ use crate::cluster::{Cluster, WorkerSpec};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Crew {
     pub(super) count: usize,
-    pub(super) slots: usize,
-    pub(super) lookahead: usize,
+    pub(super) concurrency: usize,
+    pub(super) prefetch: usize,
 }
 
 impl Crew {
     pub(super) fn spec(self, number: usize) -> WorkerSpec {
-        let Self { slots, lookahead, .. } = self;
+        let Self { concurrency, prefetch, .. } = self;
         let queues = vec![QueueName::default()];
-        WorkerSpec { name: format!("Worker {number}"), queues, slots, lookahead }
+        WorkerSpec { name: format!("Worker {number}"), queues, concurrency, prefetch }
     }
 }
 
@@ -98,8 +98,8 @@ impl<'a> Bench<'a> {
             seconds: self.extent.seconds,
             tasks: self.arguments.tasks,
             repeats: self.extent.repeats,
-            worker_slots: self.arguments.slots,
-            worker_lookahead: self.arguments.lookahead,
+            worker_concurrency: self.arguments.concurrency,
+            worker_prefetch: self.arguments.prefetch,
             publish_window: self.cluster.config().broker.publish_window,
             raw_publish_window: WINDOW,
             raw_prefetch: PREFETCH,
@@ -198,15 +198,15 @@ impl<'a> Bench<'a> {
         Ok(self.cluster.purge(&QueueName::default()).await?)
     }
 
-    /// So many workers with the slots and the look-ahead asked for.
+    /// So many workers with the requested concurrency and prefetch.
     pub(super) fn tuned(&self, count: usize) -> Crew {
-        Crew { count, slots: self.arguments.slots, lookahead: self.arguments.lookahead }
+        Crew { count, concurrency: self.arguments.concurrency, prefetch: self.arguments.prefetch }
     }
 
     /// One worker as it is configured by default.
     pub(super) fn shipped(&self) -> Crew {
-        let WorkerConfig { slots, lookahead, .. } = self.cluster.config().worker;
-        Crew { count: 1, slots, lookahead }
+        let WorkerConfig { concurrency, prefetch, .. } = self.cluster.config().worker;
+        Crew { count: 1, concurrency, prefetch }
     }
 
     /// Who submits in this way.

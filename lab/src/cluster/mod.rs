@@ -14,7 +14,7 @@ use garenne_cli::error::CliError;
 use garenne_common::broker::{Admin, BrokerError, Link};
 use garenne_common::config::{BrokerUrl, Config};
 use garenne_common::topology::Declaration;
-use garenne_common::wire::Question;
+use garenne_common::wire::Query;
 use garenne_common::{Namespace, QueueName};
 use garenne_producer::Producer;
 use tempfile::TempDir;
@@ -56,9 +56,9 @@ pub(crate) struct WorkerSpec {
     /// The queues it serves.
     pub(crate) queues: Vec<QueueName>,
     /// How many tasks run at once.
-    pub(crate) slots: usize,
+    pub(crate) concurrency: usize,
     /// How many more it fetches ahead.
-    pub(crate) lookahead: usize,
+    pub(crate) prefetch: usize,
 }
 
 impl Cluster {
@@ -146,7 +146,7 @@ impl Cluster {
     /// Starts a collector and waits until it answers.
     pub(crate) async fn start_collector(&mut self, producer: &Producer) -> Result<(), CliError> {
         self.spawn_collector("Collector")?;
-        let asked = producer.ask_within(Question::Totals, READY_WITHIN);
+        let asked = producer.ask_within(Query::Totals, READY_WITHIN);
         tokio::select! {
             answer = asked => answer.map(drop).map_err(CliError::from),
             ended = self.ended("Collector") => Err(ended),
@@ -189,8 +189,8 @@ impl Cluster {
         spawning
             .argument("--name", &spec.name)
             .argument("--queues", &queues.join(","))
-            .argument("--slots", &spec.slots.to_string())
-            .argument("--lookahead", &spec.lookahead.to_string())
+            .argument("--concurrency", &spec.concurrency.to_string())
+            .argument("--prefetch", &spec.prefetch.to_string())
             // Whatever still runs when the command ends is not worth waiting for.
             .argument("--grace", "1s");
         let mut process = spawning.start(&self.programs.worker, Pipes::Heard)?;

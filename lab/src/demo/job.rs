@@ -19,8 +19,8 @@ use super::files::Tree;
 use super::{PATIENCE, Stage, nodes};
 
 /// A few per node, so that a node that dies leaves some work of its own behind.
-const SLOTS: usize = 4;
-const LOOKAHEAD: usize = 8;
+const CONCURRENCY: usize = 4;
+const PREFETCH: usize = 8;
 
 pub(super) async fn show(stage: &mut Stage<'_>) -> Result<Exit, CliError> {
     stage.heading("2. A real job, with nodes dying under it")?;
@@ -32,7 +32,7 @@ pub(super) async fn show(stage: &mut Stage<'_>) -> Result<Exit, CliError> {
         DecimalBytes(tree.bytes)
     ))?;
     stage.cluster.set("GARENNE__WORKER__FILE_ROOT", root.clone());
-    stage.cluster.start_workers(&nodes(SLOTS, LOOKAHEAD)).await?;
+    stage.cluster.start_workers(&nodes(CONCURRENCY, PREFETCH)).await?;
     let (summary, progress) = work(stage, tree).await?;
     let paint = Paint::for_stdout();
     stage.say(format_args!("\n{}\n\n{}", summary.nodes(&progress, paint), summary.figures()))?;
@@ -56,7 +56,7 @@ async fn work(stage: &mut Stage<'_>, tree: Tree) -> Result<(Summary, Progress), 
     let batch = producer.batch().await?;
     let total = 2 * tree.files.len() as u64;
     let mut progress = Progress::new(stage.context.output.format, total, batch.id().clone());
-    let specs = nodes(SLOTS, LOOKAHEAD);
+    let specs = nodes(CONCURRENCY, PREFETCH);
     let both = async {
         let watch = watch(stage.cluster, &producer, &specs, &mut progress);
         tokio::try_join!(submit_and_wait(batch, &tree.files), watch)

@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 
 use super::{Stage, nodes};
 
-/// Two slots a node: six tasks run, six more are with the nodes, the rest waits in the queue.
-const SLOTS: usize = 2;
+/// Two tasks at a time per node: six tasks run, six more are with the nodes, the rest waits in the queue.
+const CONCURRENCY: usize = 2;
 const SLEEPERS: usize = 30;
 const DELAYED: u64 = 20;
 /// Longer than anybody looks.
@@ -51,7 +51,7 @@ pub(super) async fn show(stage: &mut Stage<'_>) -> Result<(), CliError> {
 /// Something to look at: the three nodes with running, waiting and delayed tasks.
 async fn furnish(stage: &mut Stage<'_>) -> Result<(), CliError> {
     stage.cluster.stop(|name| name != "Collector").await;
-    stage.cluster.start_workers(&nodes(SLOTS, SLOTS)).await?;
+    stage.cluster.start_workers(&nodes(CONCURRENCY, 2 * CONCURRENCY)).await?;
     let millis = u64::try_from(SLEEP.as_millis()).unwrap_or(u64::MAX);
     let sleeper = || Submission::<Value>::dynamic("garenne.sleep", json!({ "millis": millis }));
     let mut submissions = vec![];

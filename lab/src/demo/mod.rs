@@ -151,12 +151,12 @@ fn own_queue(number: usize) -> Result<QueueName, CliError> {
 }
 
 /// All nodes, alike.
-fn nodes(slots: usize, lookahead: usize) -> Vec<WorkerSpec> {
+fn nodes(concurrency: usize, prefetch: usize) -> Vec<WorkerSpec> {
     let node = |number| WorkerSpec {
         name: node_name(number),
         queues: vec![QueueName::default()],
-        slots,
-        lookahead,
+        concurrency,
+        prefetch,
     };
     (1..=NODES).map(node).collect()
 }

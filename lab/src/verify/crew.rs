@@ -6,7 +6,7 @@ use garenne_cli::error::CliError;
 use garenne_common::QueueName;
 
 /// How many tasks a worker of a run takes at once. Enough for deliveries to be under way when it dies.
-const SLOTS: usize = 24;
+const CONCURRENCY: usize = 24;
 
 /// Who works in a run.
 #[derive(Debug, Clone, Copy)]
@@ -35,8 +35,8 @@ impl Crew {
             // Without a space: it is a word in the ledger's lines.
             name: name.to_owned(),
             queues: vec![QueueName::default()],
-            slots: SLOTS,
-            lookahead: SLOTS,
+            concurrency: CONCURRENCY,
+            prefetch: 2 * CONCURRENCY,
         })
     }
 }

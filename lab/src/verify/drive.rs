@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use garenne_cli::error::CliError;
 use garenne_common::broker::Admin;
-use garenne_common::wire::{Answer, Question, TaskSummary};
+use garenne_common::wire::{Query, Response, TaskSummary};
 use garenne_common::{TaskResult, Timestamp};
 use garenne_producer::Producer;
 use tokio::sync::watch;
@@ -316,8 +316,8 @@ async fn ask(producer: Producer, mix: Mix, told: watch::Sender<Pulse>) {
     let mut rng = fastrand::Rng::with_seed(mix.seed);
     let patience = Duration::from_secs(1);
     loop {
-        if let Ok(Answer::Totals { results, .. }) =
-            producer.ask_within(Question::Totals, patience).await
+        if let Ok(Response::Totals { results, .. }) =
+            producer.ask_within(Query::Totals, patience).await
         {
             told.send_modify(|pulse| pulse.ended = results);
             let full = told.borrow().early.len() >= EARLY;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use comfy_table::Color;
-use garenne_common::wire::{Answer, BatchState, BatchStatus, BatchSummary, Question};
+use garenne_common::wire::{BatchState, BatchStatus, BatchSummary, Query, Response};
 use garenne_common::{BatchId, DeadReason, TaskResult, Timestamp};
 use garenne_producer::Producer;
 
@@ -69,14 +69,14 @@ pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, Cli
 }
 
 async fn show(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
-    let status = status(context, "batch show", id, Question::Batch { id: id.clone() }).await?;
+    let status = status(context, "batch show", id, Query::Batch { id: id.clone() }).await?;
     context.output.show(&status, |paint| describe(&status, paint))?;
     Ok(Exit::Success)
 }
 
 /// Named by its id, as single dead letters are for `dead purge`; so nothing is asked.
 async fn abandon(context: &Context, id: &BatchId) -> Result<Exit, CliError> {
-    let question = Question::AbandonBatch { id: id.clone() };
+    let question = Query::AbandonBatch { id: id.clone() };
     let status = status(context, "batch abandon", id, question).await?;
     context.output.show(&status, |paint| describe(&status, paint))?;
     let abandoned = status.summary.state == BatchState::Abandoned;
@@ -87,12 +87,12 @@ async fn status(
     context: &Context,
     who: &str,
     id: &BatchId,
-    question: Question,
+    question: Query,
 ) -> Result<BatchStatus, CliError> {
     let producer = context.producer(who).await?;
     let answer = context.ask(&producer, question).await;
     context.close(producer, &answer).await;
-    let Answer::Batch { batch } = answer? else { return Err(CliError::unexpected_answer()) };
+    let Response::Batch { batch } = answer? else { return Err(CliError::unexpected_answer()) };
     let Some(status) = batch else {
         return Err(CliError::unusable(format!("the collector has not heard of a batch {id}"))
             .exit(Exit::NotYet)
@@ -132,8 +132,8 @@ async fn tell(context: &Context, producer: &Producer, id: &BatchId) -> Infallibl
         tokio::time::sleep(pause).await;
         pause = (2 * pause).min(LONGEST_PAUSE);
         // If nothing answers, whoever waits is told in the end by what waits for the batch itself.
-        let asked = context.ask(producer, Question::Batch { id: id.clone() }).await;
-        let Ok(Answer::Batch { batch: status }) = asked else { continue };
+        let asked = context.ask(producer, Query::Batch { id: id.clone() }).await;
+        let Ok(Response::Batch { batch: status }) = asked else { continue };
         if status.as_ref().is_none_or(|status| !status.summary.state.is_final()) {
             context.output.remark(waited_for(id, status.as_ref(), Timestamp::now()));
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use garenne_common::broker::BrokerError;
 use garenne_common::config::{Config, LogFormat, Sources};
 use garenne_common::service::telemetry;
-use garenne_common::wire::{Answer, Question};
+use garenne_common::wire::{Query, Response};
 use garenne_producer::Producer;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -81,7 +81,7 @@ impl Context {
     }
 
     /// Puts a question to the collector and waits for the answer, at most the deadline.
-    pub async fn ask(&self, producer: &Producer, question: Question) -> Result<Answer, CliError> {
+    pub async fn ask(&self, producer: &Producer, question: Query) -> Result<Response, CliError> {
         Ok(producer.ask_within(question, self.deadline).await?)
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
-use garenne_common::wire::{Answer, Question, TaskState};
+use garenne_common::wire::{Query, Response, TaskState};
 use garenne_common::{Payload, Status, TaskId, TaskName, TaskResult};
 use garenne_producer::{Handle, OutputError, Producer, Submission, SubmitError};
 use serde_json::Value;
@@ -160,11 +160,11 @@ async fn waited(
 
 /// Says what is known of a task that takes its time.
 async fn hint(context: &Context, producer: &Producer, id: &TaskId) {
-    let known = match context.ask(producer, Question::Task { id: id.clone() }).await {
-        Ok(Answer::Task { state: TaskState::Parked { letter }, .. }) => {
+    let known = match context.ask(producer, Query::Task { id: id.clone() }).await {
+        Ok(Response::Task { state: TaskState::Parked { letter }, .. }) => {
             format!("task {id} is parked: {}; it runs when a worker knows it", letter.error)
         }
-        Ok(Answer::Task { state: TaskState::Retrying { last }, .. }) => {
+        Ok(Response::Task { state: TaskState::Retrying { last }, .. }) => {
             format!(
                 "attempt {} of task {id} failed, it is tried again: {}",
                 last.attempt, last.error

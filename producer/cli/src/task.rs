@@ -1,7 +1,7 @@
 //! `garenne task`: what the collector knows of one task.
 
 use clap::Subcommand;
-use garenne_common::wire::{Answer, DeadSummary, Question, RetryNote, TaskState};
+use garenne_common::wire::{DeadSummary, Query, Response, RetryNote, TaskState};
 use garenne_common::{DeadReason, Payload, Status, TaskId, TaskResult, Timestamp};
 use serde::Serialize;
 
@@ -31,9 +31,9 @@ pub(crate) enum Command {
 pub(crate) async fn run(context: &Context, command: Command) -> Result<Exit, CliError> {
     let Command::Show { id } = command;
     let producer = context.producer("task show").await?;
-    let answer = context.ask(&producer, Question::Task { id: id.clone() }).await;
+    let answer = context.ask(&producer, Query::Task { id: id.clone() }).await;
     context.close(producer, &answer).await;
-    let Answer::Task { state, replayed_as, replay_of } = answer? else {
+    let Response::Task { state, replayed_as, replay_of } = answer? else {
         return Err(CliError::unexpected_answer());
     };
     let known = state != TaskState::Unknown || replay_of.is_some();

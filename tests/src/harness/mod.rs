@@ -19,7 +19,7 @@ pub(crate) use amqp::{Amqp, Tap, message};
 pub(crate) use broker::{PrivateNode, SilentQueue};
 pub(crate) use eventually::{SOON, Soon, eventually, soon, time_passes};
 pub(crate) use foreign::Foreign;
-pub(crate) use process::{Ended, GUARDS_OFF, Process, binary, finish};
+pub(crate) use process::{Ended, FAILPOINTS, Process, binary, finish};
 pub(crate) use proxy::{Proxy, Sends};
 pub(crate) use supervisor::supervise;
 pub(crate) use warren::{Service, Warren};

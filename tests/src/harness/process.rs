@@ -17,7 +17,7 @@ use super::{Soon, soon};
 /// How much of a log is shown.
 const SHOWN_LINES: usize = 60;
 /// Protections that a test build switches off in this process and in all that it starts.
-pub(crate) const GUARDS_OFF: &str = "GARENNE_GUARDS_OFF";
+pub(crate) const FAILPOINTS: &str = "GARENNE_FAILPOINTS";
 
 /// The path of a binary of this workspace, built in the same profile as this test.
 pub(crate) fn binary(name: &str) -> PathBuf {
@@ -41,8 +41,8 @@ fn built() -> PathBuf {
 pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-    if let Some(guards) = std::env::var_os(GUARDS_OFF) {
-        command.env(GUARDS_OFF, guards);
+    if let Some(guards) = std::env::var_os(FAILPOINTS) {
+        command.env(FAILPOINTS, guards);
     }
     command
 }

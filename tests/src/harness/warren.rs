@@ -98,7 +98,7 @@ impl Warren {
     /// A worker process, to be started.
     pub(crate) fn worker(&self) -> Service<'_> {
         self.service("garenne-worker")
-            .set("worker.slots", 4)
+            .set("worker.concurrency", 4)
             .set("worker.cancel_sync_timeout", "300ms")
     }
 

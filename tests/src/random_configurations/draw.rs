@@ -27,7 +27,7 @@ pub(super) struct Producer {
 #[derive(Debug, Clone)]
 pub(super) struct Worker {
     pub(super) publish_window: usize,
-    pub(super) slots: usize,
+    pub(super) concurrency: usize,
     pub(super) lookahead: usize,
 }
 
@@ -116,7 +116,7 @@ fn window(random: &mut Rng) -> usize {
 fn worker(random: &mut Rng) -> Worker {
     Worker {
         publish_window: window(random),
-        slots: pick(random, &[1, 2, 4, 16, 64]),
+        concurrency: pick(random, &[1, 2, 4, 16, 64]),
         lookahead: pick(random, &[0, 1, 4, 32, 256]),
     }
 }

@@ -139,8 +139,8 @@ impl<'w> System<'w> {
 
 async fn worker(warren: &Warren, draw: &Draw, url: &str, place: usize) -> Process {
     let drawn = &draw.workers[place];
-    let worker = warren.worker().url(url).set("worker.slots", drawn.slots);
-    let worker = worker.set("worker.lookahead", drawn.lookahead);
+    let worker = warren.worker().url(url).set("worker.concurrency", drawn.concurrency);
+    let worker = worker.set("worker.prefetch", drawn.concurrency + drawn.lookahead);
     worker.set("broker.publish_window", drawn.publish_window).start().await
 }
 

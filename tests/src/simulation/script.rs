@@ -72,7 +72,7 @@ pub(super) struct Script {
     pub(super) producers: Vec<Vec<Item>>,
     pub(super) workers: usize,
     pub(super) collectors: usize,
-    pub(super) slots: usize,
+    pub(super) concurrency: usize,
     pub(super) prefetch: usize,
     /// Messages that a worker's publisher holds unconfirmed.
     pub(super) window: usize,
@@ -94,7 +94,7 @@ impl Script {
             producers,
             workers: random.usize(1..=3),
             collectors: random.usize(1..=2),
-            slots: random.usize(1..=3),
+            concurrency: random.usize(1..=3),
             prefetch: random.usize(1..=6),
             window: random.usize(1..=4),
             group_size: random.usize(1..=6),

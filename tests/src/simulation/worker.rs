@@ -35,7 +35,7 @@ pub(super) struct Worker {
     inflight: Arc<Inflight>,
     signature: Signature,
     core: SettleCore,
-    slots: usize,
+    concurrency: usize,
     running: Vec<Running>,
     inbox: VecDeque<Settlement>,
     answers: VecDeque<(Ticket, Answer)>,
@@ -94,7 +94,7 @@ impl Worker {
             inflight,
             signature,
             core,
-            slots: script.slots,
+            concurrency: script.concurrency,
             running: vec![],
             inbox: VecDeque::new(),
             answers: VecDeque::new(),
@@ -127,7 +127,7 @@ impl Worker {
     }
 
     fn receive(&mut self, queue: usize, env: &mut Env) -> Result<bool, String> {
-        if self.running.len() >= self.slots && !self.stopping {
+        if self.running.len() >= self.concurrency && !self.stopping {
             return Ok(false);
         }
         let Some(delivery) = env.broker.consumers[self.consumers[queue]].inbound.pop_front() else {

@@ -23,7 +23,7 @@ type Due = HashMap<TaskId, Timestamp>;
 async fn delayed_tasks_outlive_ten_kills_of_the_broker_and_none_is_early() {
     let node = PrivateNode::take().await;
     let warren = Warren::on(&node.url()).await;
-    let worker = warren.worker().set("worker.slots", 64).set("worker.lookahead", 200);
+    let worker = warren.worker().set("worker.concurrency", 64).set("worker.prefetch", 264);
     let worker = worker.set("broker.heartbeat", "2s");
     let (_worker, _collector) = tokio::join!(worker.start(), warren.collector().start());
     let tasks = size(TASKS);

@@ -7,13 +7,13 @@ use crate::poison::measure;
 const TASKS: usize = 10_000;
 const MILLIS: u64 = 200;
 /// And as many ahead: a prefetch of 50.
-const SLOTS: usize = 25;
+const CONCURRENCY: usize = 25;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn poison_costs_at_most_a_fifth_of_the_throughput() {
     let tasks = u32::try_from(size(TASKS)).unwrap();
-    let undisturbed = measure(tasks, None, MILLIS, SLOTS).await.as_secs_f64();
-    let poisoned = measure(tasks, Some(1_000), MILLIS, SLOTS).await.as_secs_f64();
+    let undisturbed = measure(tasks, None, MILLIS, CONCURRENCY).await.as_secs_f64();
+    let poisoned = measure(tasks, Some(1_000), MILLIS, CONCURRENCY).await.as_secs_f64();
     let share = undisturbed / poisoned;
     figure(
         "poison",

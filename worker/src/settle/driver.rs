@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt, Room, Settler};
-use garenne_common::guards::Guard;
+use garenne_common::failpoints::Protection;
 use tokio::sync::mpsc;
 
 use super::bundle::MAX_REPORTS;
@@ -60,7 +60,7 @@ impl SettleTask {
             for action in actions.drain(..) {
                 carry_out(action, &settlers);
             }
-            if !Guard::RoomAsInput.holds() {
+            if !Protection::RoomAsInput.is_enabled() {
                 unconfirmed.publish_in_line(&publisher, &mut core).await;
             }
             while core.wants_room()
@@ -116,7 +116,7 @@ impl Unconfirmed {
         let publisher = publisher.clone();
         self.since.insert(ticket, Instant::now());
         self.answers.push(Box::pin(async move {
-            if !Guard::SuccessorBeforeAck.holds() {
+            if !Protection::SuccessorBeforeAck.is_enabled() {
                 return (ticket, Answer::Confirmed);
             }
             (ticket, answer(&publisher, outgoing, receipt).await)
@@ -129,7 +129,7 @@ impl Unconfirmed {
         self.since.first_key_value().map(|(_, since)| *since)
     }
 
-    /// The mistake that [`Guard::RoomAsInput`] protects from.
+    /// The mistake that [`Protection::RoomAsInput`] protects from.
     async fn publish_in_line(&mut self, publisher: &Publisher, core: &mut SettleCore) {
         while let Some(outbound) = core.room() {
             match outbound {

@@ -18,11 +18,12 @@ fn file(text: &str) -> (tempfile::NamedTempFile, Sources) {
 
 #[test]
 fn later_layers_win() {
-    let (_file, sources) = file("[worker]\nslots = 3\ngrace = \"5s\"\nqueues = [\"a\"]\n");
+    let (_file, sources) = file("[worker]\nconcurrency = 3\ngrace = \"5s\"\nqueues = [\"a\"]\n");
     let sources = sources.set("worker.grace", Some("7s"));
-    let env = environment(&[("GARENNE__WORKER__SLOTS", "9"), ("GARENNE__WORKER__QUEUES", "b,c")]);
+    let env =
+        environment(&[("GARENNE__WORKER__CONCURRENCY", "9"), ("GARENNE__WORKER__QUEUES", "b,c")]);
     let config = RawConfig::read(&sources, env).unwrap().check().unwrap();
-    assert_eq!(config.worker.slots, 9);
+    assert_eq!(config.worker.concurrency, 9);
     assert_eq!(config.worker.grace, Duration::from_secs(7));
     let queues: Vec<_> = config.worker.queues.iter().map(QueueName::as_str).collect();
     assert_eq!(queues, ["b", "c"]);
@@ -30,11 +31,11 @@ fn later_layers_win() {
 
 #[test]
 fn other_defaults_lie_below_every_layer() {
-    let (_file, sources) = file("[worker]\nslots = 3\n");
-    let defaults = [("worker.slots", "9"), ("log.filter", "warn")];
+    let (_file, sources) = file("[worker]\nconcurrency = 3\n");
+    let defaults = [("worker.concurrency", "9"), ("log.filter", "warn")];
     let raw = RawConfig::read_over(&defaults, &sources, environment(&[])).unwrap();
     let config = raw.check().unwrap();
-    assert_eq!((config.worker.slots, config.log.filter.as_str()), (3, "warn"));
+    assert_eq!((config.worker.concurrency, config.log.filter.as_str()), (3, "warn"));
 }
 
 #[test]
@@ -58,7 +59,7 @@ fn unknown_keys_are_refused_by_name() {
 
 #[test]
 fn all_problems_come_together() {
-    let text = "[broker]\nurl = \"http://x\"\nnamespace = \"a b\"\n[worker]\nslots = 0\n";
+    let text = "[broker]\nurl = \"http://x\"\nnamespace = \"a b\"\n[worker]\nconcurrency = 0\n";
     let (_file, sources) = file(text);
     let raw = RawConfig::read(&sources, environment(&[])).unwrap();
     let problems = raw.check().unwrap_err().problems;
@@ -116,9 +117,9 @@ fn values_are_read_as_they_were_written_or_refused() {
     for (text, key) in [
         ("[broker]\nnamespace = 42\n", "broker.namespace"),
         ("[broker]\npublish_window = true\n", "broker.publish_window"),
-        ("[worker]\nslots = 3.7\n", "worker.slots"),
-        ("[worker]\nslots = -1\n", "worker.slots"),
-        ("[worker]\nslots = \"3.0\"\n", "worker.slots"),
+        ("[worker]\nconcurrency = 3.7\n", "worker.concurrency"),
+        ("[worker]\nconcurrency = -1\n", "worker.concurrency"),
+        ("[worker]\nconcurrency = \"3.0\"\n", "worker.concurrency"),
         ("[worker]\ncrash_budget = 4294967299\n", "worker.crash_budget"),
         ("[worker]\nfaults = 1\n", "worker.faults"),
         ("[worker]\nqueues = [7]\n", "worker.queues"),

@@ -30,8 +30,8 @@ impl Bench<'_> {
     /// collector after all that came before.
     pub(in super::super) async fn memory(&mut self) -> Result<(), CliError> {
         let held = self.extent.held;
-        let slots = self.tuned(1).slots.min(held);
-        let crew = Crew { count: 1, slots, lookahead: held - slots };
+        let concurrency = self.tuned(1).concurrency.min(held);
+        let crew = Crew { count: 1, concurrency, prefetch: held };
         let topology = self.cluster.config().broker.topology();
         for queue in names()? {
             self.cluster.declare(&topology.task_queue_declarations(&queue)).await?;

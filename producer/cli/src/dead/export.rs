@@ -7,7 +7,7 @@ use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use garenne_common::wire::{Answer, DeadSummary, LetterState, Question};
+use garenne_common::wire::{DeadSummary, LetterState, Query, Response};
 use garenne_producer::Producer;
 use tempfile::NamedTempFile;
 
@@ -117,9 +117,9 @@ async fn with_body(
         if offset >= letter.body_bytes {
             break;
         }
-        let question = Question::DeadBody { id: letter.id.clone(), offset };
+        let question = Query::DeadBody { id: letter.id.clone(), offset };
         let answer = context.ask(producer, question).await?;
-        let Answer::DeadBody { base64: piece } = answer else {
+        let Response::DeadBody { base64: piece } = answer else {
             return Err(CliError::unexpected_answer());
         };
         if piece.is_empty() {

@@ -1,7 +1,7 @@
 //! `garenne dead show`: all the evidence there is of one letter, and what to do about it.
 
 use garenne_common::wire::depth::is_too_deep;
-use garenne_common::wire::{Answer, DeadSummary, LetterMessage, LetterState, Question, RetryNote};
+use garenne_common::wire::{DeadSummary, LetterMessage, LetterState, Query, Response, RetryNote};
 use garenne_common::{DeadReason, TaskId};
 use serde::Serialize;
 use serde_json::Value;
@@ -30,9 +30,9 @@ struct Shown {
 
 pub(crate) async fn run(context: &Context, id: &TaskId) -> Result<Exit, CliError> {
     let producer = context.producer("dead show").await?;
-    let answer = context.ask(&producer, Question::Dead { id: id.clone() }).await;
+    let answer = context.ask(&producer, Query::Dead { id: id.clone() }).await;
     context.close(producer, &answer).await;
-    let Answer::Dead { letter, attempts } = answer? else {
+    let Response::Dead { letter, attempts } = answer? else {
         return Err(CliError::unexpected_answer());
     };
     let Some(letter) = letter else {

@@ -161,7 +161,7 @@ impl Walk<'_> {
         Some(left.min(paced)).filter(|slice| *slice > 0)
     }
 
-    fn pace(&self, total: u64) -> Pace {
+    fn pace(&self, total: u64) -> DurationEstimates {
         let total = self.care.limit.map_or(total, |limit| limit.min(total));
         // Draws on standard error, and only where that is a terminal.
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {per_sec}  ETA {eta}");
@@ -172,7 +172,7 @@ impl Walk<'_> {
             ProgressBar::hidden()
         };
         self.context.screen.share(&bar);
-        Pace { rate: self.rate, started: Instant::now(), done: 0, bar }
+        DurationEstimates { rate: self.rate, started: Instant::now(), done: 0, bar }
     }
 
     async fn ask(&self, how_many: &str) -> Result<bool, CliError> {
@@ -204,14 +204,14 @@ impl Walk<'_> {
 }
 
 /// Not faster than asked for, and how far it is.
-struct Pace {
+struct DurationEstimates {
     rate: Option<u64>,
     started: Instant,
     done: u64,
     bar: ProgressBar,
 }
 
-impl Pace {
+impl DurationEstimates {
     /// Waits until the next slice is due.
     async fn keep(&self, context: &Context) -> Option<Exit> {
         let due = match self.rate {
@@ -234,7 +234,7 @@ impl Pace {
     }
 }
 
-impl Drop for Pace {
+impl Drop for DurationEstimates {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

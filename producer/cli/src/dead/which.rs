@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use clap::Args;
-use garenne_common::wire::{Answer, DeadCursor, DeadFilter, DeadPage, LetterState, Question};
+use garenne_common::wire::{DeadCursor, DeadFilter, DeadPage, LetterState, Query, Response};
 use garenne_common::{BatchId, DeadReason, TaskId, Timestamp};
 use garenne_producer::Producer;
 
@@ -87,9 +87,9 @@ pub(crate) async fn page(
 ) -> Result<DeadPage, CliError> {
     let limit = u32::try_from(limit).unwrap_or(u32::MAX);
     let (filter, count) = (filter.clone(), from.is_none());
-    let question = Question::DeadList { limit, filter, from, count, whole };
+    let question = Query::DeadList { limit, filter, from, count, whole };
     let answer = context.ask(producer, question).await?;
-    let Answer::DeadList { letters, total, more_than_total, next } = answer else {
+    let Response::DeadList { letters, total, more_than_total, next } = answer else {
         return Err(CliError::unexpected_answer());
     };
     if count && total.is_none() {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
-use garenne_common::wire::{Answer, ParkedKind, Question, QuietBatch, Standing};
+use garenne_common::wire::{ParkedKind, Query, QuietBatch, Response, Stalled};
 use garenne_producer::Producer;
 
 use super::super::context::Context;
@@ -28,8 +28,8 @@ pub(super) async fn collected(context: &Context, idle: Duration) -> Vec<Check> {
 
 async fn totals(context: &Context, producer: &Producer) -> Result<String, CliError> {
     let started = Instant::now();
-    let answer = context.ask(producer, Question::Totals).await?;
-    let Answer::Totals { results, dead, batches, .. } = answer else {
+    let answer = context.ask(producer, Query::Totals).await?;
+    let Response::Totals { results, dead, batches, .. } = answer else {
         return Err(CliError::unexpected_answer());
     };
     let took = span(started.elapsed());
@@ -38,8 +38,8 @@ async fn totals(context: &Context, producer: &Producer) -> Result<String, CliErr
 
 async fn standing(context: &Context, producer: &Producer, idle: Duration) -> Vec<Check> {
     let quiet_ms = u64::try_from(idle.as_millis()).unwrap_or(u64::MAX);
-    match context.ask(producer, Question::Standing { quiet_ms }).await {
-        Ok(Answer::Standing { standing: Standing { parked, batches } }) => {
+    match context.ask(producer, Query::Stalled { quiet_ms }).await {
+        Ok(Response::Stalled { stalled: Stalled { parked, batches } }) => {
             let now = Timestamp::now();
             let parked = parked.iter().map(|kind| set_aside(kind, now));
             parked.chain(batches.iter().map(|batch| quiet(batch, now))).collect()

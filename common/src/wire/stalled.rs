@@ -8,7 +8,7 @@ use crate::timestamp::Timestamp;
 
 /// What stands still in a store.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Standing {
+pub struct Stalled {
     /// Tasks that are set aside, by what they wait for; those of which there are most.
     #[serde(default)]
     pub parked: Vec<ParkedKind>,

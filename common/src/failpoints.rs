@@ -1,7 +1,7 @@
 //! The protections that a test-only build can switch off, each at the one place where it stands.
 //!
-//! A test that has never failed proves nothing. So `make test-guards` builds everything with the
-//! feature `failpoints`, switches off one guard at a time (`GARENNE_GUARDS_OFF`, a list of names), and
+//! A test that has never failed proves nothing. So `make test-failpoints` builds everything with the
+//! feature `failpoints`, switches off one guard at a time (`GARENNE_FAILPOINTS`, a list of names), and
 //! demands that the tests notice (docs/testing.md, decision 0016). Without the feature every guard
 //! holds, as a constant: the sabotage beside it is not even compiled in. No crate's manifest switches
 //! the feature on, and a build without debug assertions refuses it.
@@ -10,19 +10,19 @@
 compile_error!("the feature `failpoints` can switch protections off; it is for test builds alone");
 
 /// Whether this build can switch guards off at all.
-pub const fn can_be_switched_off() -> bool {
+pub const fn can_be_disabled() -> bool {
     cfg!(feature = "failpoints")
 }
 
-macro_rules! guards {
+macro_rules! protections {
     ($($name:ident: $without:literal,)*) => {
         /// A protection; the words say what happens without it.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-        pub enum Guard {
+        pub enum Protection {
             $(#[doc = concat!("Without it: ", $without, ".")] $name,)*
         }
 
-        impl Guard {
+        impl Protection {
             /// All of them, in the order of a task's life.
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
@@ -39,7 +39,7 @@ macro_rules! guards {
     };
 }
 
-guards! {
+protections! {
     PublishDeadline: "a caller waits for the broker's confirm without a limit",
     ConfirmWait: "a publisher reports success once a message is written, unconfirmed",
     ResendAfterLoss: "what a lost channel left unconfirmed is not sent again",
@@ -49,11 +49,11 @@ guards! {
     EpochCheck: "an acknowledgement of an old channel goes out over the new one",
     DeliveryWatch: "a consumer that the broker has forgotten is not noticed",
     IdleRenewal: "what went astray on its way to an idle consumer stays there",
-    KeptTopology: "a binding that somebody deleted stays away",
+    TopologyReconciled: "a binding that somebody deleted stays away",
     Screening: "a message that cannot be parsed ends the connection of whoever gets it",
     IdBeforeRun: "a task without an id runs under an id that nobody has confirmed",
-    Adoption: "a redelivery of what runs here runs a second time",
-    SettledMemory: "a redelivery of what was just settled here runs again",
+    RunningRecognised: "a redelivery of what runs here runs a second time",
+    SettledRecognised: "a redelivery of what was just settled here runs again",
     Isolation: "a task that came back, perhaps from a dead worker, runs inside the next one",
     CrashBudget: "a task may kill its process for ever",
     DeliveryBudget: "a task that nobody ever settles is delivered for ever",
@@ -69,24 +69,24 @@ guards! {
     FenceCheck: "an execution whose lease has lapsed may still say how its task ended",
     OutboxInTransaction: "a notice is stored after what it tells of, not with it",
     ForgetAfterConfirm: "the outbox forgets an entry before it is published",
-    KeptWishes: "a wish to cancel is broadcast and not kept",
+    KeptCancelRequests: "a request to cancel is broadcast and not kept",
     DrainedTwice: "a batch is abandoned at its deadline though its seal may lie unread",
-    RecoveryAsks: "nobody asks the collector for a result whose reply was lost",
+    RecoveryQueries: "nobody asks the collector for a result whose reply was lost",
 }
 
-impl Guard {
+impl Protection {
     /// Whether it is in force.
     #[cfg(not(feature = "failpoints"))]
     #[inline]
-    pub const fn holds(self) -> bool {
+    pub const fn is_enabled(self) -> bool {
         true
     }
 
     /// Whether it is in force.
     #[cfg(feature = "failpoints")]
-    pub fn holds(self) -> bool {
+    pub fn is_enabled(self) -> bool {
         static OFF: std::sync::LazyLock<Vec<String>> = std::sync::LazyLock::new(|| {
-            let names = std::env::var("GARENNE_GUARDS_OFF").unwrap_or_default();
+            let names = std::env::var("GARENNE_FAILPOINTS").unwrap_or_default();
             names.split(',').map(str::to_owned).collect()
         });
         !OFF.iter().any(|name| name == self.name())
