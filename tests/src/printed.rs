@@ -5,7 +5,7 @@ use garenne_common::printable::is_printable;
 use garenne_common::wire::Message;
 use serde_json::{Value, json};
 
-use crate::harness::{Warren, message};
+use crate::harness::{Warren, message, soon};
 
 /// Moves a cursor, sets a title, forges a line, turns the direction of writing, in several ways.
 const HOSTILE: &str = "a\u{1b}[2J\u{1b}]0;title\u{7}\nforged\rline\u{9b}1A\u{202e}txt\u{2028}b";
@@ -57,5 +57,45 @@ async fn hostile_text_is_spelled_out_in_both_formats() {
                 serde_json::from_str::<Value>(line).unwrap();
             }
         }
+    }
+}
+
+/// A float cannot hold any of them.
+const NUMBERS: &str = "[18446744073709551616,1.10,-0.0,1E5,0.1000000000000000055511]";
+/// The same, and one outside the range of floats, which the built-in handlers refuse.
+const ALL_NUMBERS: &str = "[18446744073709551616,1.10,-0.0,1E5,1e400]";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_from_the_store_are_printed_as_they_were_written() {
+    let warren = Warren::new().await;
+    let _crew = warren.crew().await;
+    let submit = async |task: &str, id: &str, args: &str| {
+        warren.garenne(&["submit", task, args, "--id", id, "--wait"]).await.code
+    };
+    assert_eq!(submit("garenne.echo", "echo", NUMBERS).await, Some(0));
+    // A handler that refuses its arguments: the task becomes a dead letter that contains them.
+    let args = format!(r#"{{"message":"no","n":{ALL_NUMBERS}}}"#);
+    assert_eq!(submit("garenne.fail", "refused", &args).await, Some(1));
+    let replay =
+        ["dead", "replay", "refused", "--set", "message=1.50", "--yes", "--output", "json"];
+    let replayed = soon("the collector replays the letter", async || {
+        let replayed: Value = serde_json::from_str(&warren.garenne(&replay).await.stdout).ok()?;
+        Some(replayed["new_id"].as_str()?.to_owned())
+    });
+    let replayed = replayed.await;
+    for (command, numbers) in [
+        (&["task", "show", "echo"][..], NUMBERS),
+        (&["task", "show", "echo", "-o", "json"], NUMBERS),
+        (&["dead", "show", "refused"], ALL_NUMBERS),
+        (&["dead", "show", "refused", "-o", "json"], ALL_NUMBERS),
+        (&["dead", "list", "--replayed", "-o", "json"], ALL_NUMBERS),
+        (&["dead", "export", "--replayed"], ALL_NUMBERS),
+        (&["dead", "show", &replayed], ALL_NUMBERS),
+        (&["dead", "show", &replayed], "\"message\":1.50"),
+    ] {
+        soon("the collector shows the numbers", async || {
+            warren.garenne(command).await.stdout.contains(numbers).then_some(())
+        })
+        .await;
     }
 }

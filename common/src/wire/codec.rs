@@ -92,8 +92,11 @@ impl Payload {
     pub fn to_json_value(&self) -> serde_json::Value {
         let bytes = self.bytes.len();
         match self.codec {
+            Codec::Json if is_too_deep(&self.bytes) => {
+                serde_json::json!({ "json_bytes": bytes, "nested_deeper_than": MAX_DEPTH })
+            }
             Codec::Json => showable(&self.bytes).unwrap_or_else(
-                || serde_json::json!({ "json_bytes": bytes, "nested_deeper_than": MAX_DEPTH }),
+                || serde_json::json!({ "json_bytes": bytes, "numbers_outside": "f64" }),
             ),
             Codec::Bincode => serde_json::json!({ "bincode_bytes": bytes }),
         }
@@ -120,9 +123,14 @@ impl Serialize for Payload {
 impl<'de> Deserialize<'de> for Payload {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         if from.is_human_readable() {
-            // Not a RawValue: inside a tagged enum serde buffers, and a RawValue cannot be buffered.
-            let value = serde_json::Value::deserialize(from)?;
-            Ok(Self { codec: Codec::Json, bytes: Bytes::from(value.to_string()) })
+            // The text as it was written, since numbers change when they are converted to floats. So it
+            // must not be read through a tagged or flattened type, which serde would buffer.
+            let text = Box::<serde_json::value::RawValue>::deserialize(from)?;
+            let text = Bytes::from(Box::<str>::from(text).into_string());
+            if is_too_deep(&text) {
+                return Err(serde::de::Error::custom("a value that is nested too deeply"));
+            }
+            Ok(Self { codec: Codec::Json, bytes: text })
         } else {
             let (codec, bytes) = Deserialize::deserialize(from)?;
             Ok(Self { codec, bytes })

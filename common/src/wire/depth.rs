@@ -4,8 +4,23 @@
 use memchr::memchr2_iter;
 use serde_json::value::RawValue;
 
+use super::codec::{Codec, Payload};
+
 /// The deepest nesting of arguments and outputs: answers, lists and exports add less than ten levels.
 pub const MAX_DEPTH: usize = 100;
+
+/// A payload of bytes that are JSON which every response can carry; `None` for anything else.
+pub fn showable_payload(json: &[u8]) -> Option<Payload> {
+    let bytes = json.to_vec().into();
+    is_showable(json).then_some(Payload { codec: Codec::Json, bytes })
+}
+
+/// Whether bytes are JSON that every response can carry. Numbers may be of any size, since their text
+/// is kept.
+pub fn is_showable(json: &[u8]) -> bool {
+    // A RawValue is read without recursion, so depth is looked at in what is known to be JSON.
+    serde_json::from_slice::<&RawValue>(json).is_ok() && !is_too_deep(json)
+}
 
 /// Whether text that is JSON is nested more deeply than [`MAX_DEPTH`].
 pub fn is_too_deep(json: &[u8]) -> bool {
@@ -14,11 +29,10 @@ pub fn is_too_deep(json: &[u8]) -> bool {
     memchr2_iter(b'[', b'{', json).nth(MAX_DEPTH).is_some() && deeper_than(json, MAX_DEPTH)
 }
 
-/// The value of bytes that are JSON which every answer can carry; `None` for anything else.
+/// The value of bytes that are JSON which every response can carry; `None` for anything else, and for
+/// numbers outside the range of floats.
 pub fn showable(json: &[u8]) -> Option<serde_json::Value> {
-    // A RawValue is read without recursion, so depth is looked at in what is known to be JSON.
-    serde_json::from_slice::<&RawValue>(json).ok()?;
-    if is_too_deep(json) { None } else { serde_json::from_slice(json).ok() }
+    if is_showable(json) { serde_json::from_slice(json).ok() } else { None }
 }
 
 fn deeper_than(json: &[u8], most: usize) -> bool {
@@ -69,5 +83,12 @@ mod tests {
     fn what_is_no_json_is_not_shown() {
         assert_eq!(showable(b"[1,"), None);
         assert_eq!(showable(&[0xff]), None);
+        assert!(!is_showable(b"[1,") && !is_showable(b"[1] 2"));
+    }
+
+    #[test]
+    fn a_number_outside_the_range_of_floats_is_shown_as_text() {
+        assert!(is_showable(b"[1e400]"));
+        assert_eq!(showable(b"[1e400]"), None);
     }
 }

@@ -70,7 +70,8 @@ fn put(line: &str) -> Result<(), CliError> {
 
 /// A value as one line of JSON on standard output, whatever the format.
 pub fn json_line(value: &impl Serialize) -> Result<(), CliError> {
-    put(&printable_json(serde_json::to_string(value))?)
+    // Payloads are printed as they were written, line breaks between their words included.
+    put(&printable_json(serde_json::to_string(value))?.replace(['\r', '\n'], " "))
 }
 
 /// JSON spells out the older control characters only; terminals obey some of the others too.
