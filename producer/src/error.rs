@@ -1,6 +1,7 @@
-//! What can go wrong for a producer: on submitting, on waiting for an output, on asking the collector.
+//! Errors of a producer: of submissions, of waits for an output, of queries to the collector.
 //!
-//! Each message is a sentence for a person and says what to do next; its cause is its source.
+//! Each message says what is wrong and, after a semicolon, what to do. The cause is the error's
+//! source.
 
 use std::time::Duration;
 
@@ -9,143 +10,138 @@ use garenne_common::wire::codec::CodecError;
 use garenne_common::wire::{MAX_BODY_BYTES, Malformed};
 use garenne_common::{BatchId, DeadReason, InvalidName, QueueName, TaskId};
 
-/// A task, or the opening or sealing of a batch, is not known to be with the broker.
+/// Why a task, or the opening or sealing of a batch, is not known to be with the broker.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum SubmitError {
-    /// The submission contradicts the rules; nothing was sent.
+    /// The submission is not valid; nothing was sent.
     #[error("the submission is not valid: {0}")]
     Invalid(String),
     /// The queue does not exist; nothing was sent.
     #[error(
-        "no queue named {queue} exists, so the task would wait for ever; start a worker that serves it \
-         (garenne-worker --queues {queue}) or create it (garenne topology apply --queue {queue})"
+        "queue {queue} does not exist, so no worker would get the task; start a worker that \
+         serves it, or declare the queue"
     )]
     UnknownQueue {
-        /// Which.
+        /// The queue.
         queue: QueueName,
     },
     /// The encoded arguments are too large; nothing was sent.
     #[error(
-        "the arguments have {bytes} bytes, and a task may have at most {MAX_BODY_BYTES}; put large data \
-         somewhere else and pass its address"
+        "the arguments have {bytes} bytes, more than the {MAX_BODY_BYTES} that a task may have; \
+         store large data elsewhere and pass a reference to it"
     )]
     TooLarge {
-        /// How large they are.
+        /// Size of the encoded arguments in bytes.
         bytes: usize,
     },
     /// The broker did not confirm the task in time.
     ///
-    /// It may have arrived nevertheless. Submitting it again under the same id is safe: the first
-    /// final result of an id counts, later ones are dropped.
+    /// The task may have arrived all the same. Submitting it again under the same id is safe: the
+    /// first final result of an id counts, later ones are dropped.
     #[error(
-        "task {id} was not confirmed ({source}); it may have arrived nevertheless, so submit it again \
-         with the same id"
+        "task {id} was not confirmed ({source}) and may have arrived all the same; submit it \
+         again with the same id"
     )]
     Unconfirmed {
-        /// The id to use again.
+        /// The id to submit the task again with.
         id: TaskId,
-        /// What happened.
+        /// Why there was no confirm.
         source: BrokerError,
     },
-    /// The broker could not be used; no task was sent.
+    /// The broker could not be used; nothing was sent.
     #[error(transparent)]
     Broker(#[from] BrokerError),
 }
 
-/// Why there is no output.
+/// Why a task has no output.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum OutputError {
-    /// The task was given up; it is kept as a dead letter.
-    #[error("task {id} failed on attempt {attempt} ({}, by {worker}): {error}", word(*reason))]
+    /// The task failed for good; it is kept as a dead letter.
+    #[error("task {id} failed on attempt {attempt} ({}, by {worker}): \
+             {error}", reason_code(*reason))]
     Failed {
-        /// Which task.
+        /// The task.
         id: TaskId,
-        /// Why it was given up; a worker in another language may not say.
+        /// The reason; workers in other languages may omit it.
         reason: Option<DeadReason>,
-        /// The last error, in the worker's words.
+        /// The last error, as the worker reported it.
         error: String,
-        /// The attempt that ended it; 0 if none was made.
+        /// The last attempt; 0 if none was made.
         attempt: u32,
-        /// Who ran it, or who gave it up.
+        /// The process that ran the task or made it a dead letter.
         worker: String,
     },
     /// The task was cancelled.
     #[error("task {id} was cancelled: {reason}")]
     Cancelled {
-        /// Which task.
+        /// The task.
         id: TaskId,
-        /// Why, in the words of whoever cancelled it.
+        /// The reason given with the cancel request.
         reason: String,
     },
-    /// The task succeeded, but its output is not of the expected type.
+    /// The task succeeded, but its output does not have the expected type.
     #[error(
-        "task {id} succeeded, but its output is not what this program expects ({source}); build both \
-         ends from the same task type"
+        "task {id} succeeded, but its output does not have the expected type ({source}); use the \
+         same task type in the producer and the worker"
     )]
     Decode {
-        /// Which task.
+        /// The task.
         id: TaskId,
-        /// What did not fit.
+        /// The decoding error.
         source: CodecError,
     },
-    /// No result came within the time given; the task may still be waiting or running.
-    #[error(
-        "task {id} has no result after {waited:?}; wait longer, or look with: garenne task show {id}"
-    )]
+    /// No result arrived within the given time; the task may still wait or run.
+    #[error("task {id} has no result after {waited:?}; wait longer, or query its state")]
     NoAnswer {
-        /// Which task.
+        /// The task.
         id: TaskId,
-        /// How long it was waited for.
+        /// How long the result was waited for.
         waited: Duration,
     },
-    /// The producer was closed while the handle waited; the task itself goes on.
+    /// The producer was closed while the handle waited; the task is not affected.
     #[error(
-        "the producer was closed before the result of task {id} came; look with: garenne task show {id}"
+        "the producer was closed before the result of task {id} arrived; query the state of the \
+         task"
     )]
     Closed {
-        /// Which task.
+        /// The task.
         id: TaskId,
     },
 }
 
-/// Why there is no answer from the collector, or no notice.
+/// Why a query to the collector has no response, or why a batch or a notice cannot be waited for.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum QueryError {
-    /// Nobody answered.
+    /// No collector responded.
     #[error(
-        "no collector answered within {waited:?}; is garenne-collector running on this broker and \
+        "no collector answered within {waited:?}; is a collector running on this broker and \
          namespace?"
     )]
     NoCollector {
-        /// How long it was waited for.
+        /// How long the response was waited for.
         waited: Duration,
     },
-    /// The collector declined.
-    #[error("the collector refused the question: {0}")]
+    /// The collector refused the query.
+    #[error("the collector refused the query: {0}")]
     Refused(String),
-    /// The answer cannot be read.
+    /// The response is malformed or has an unexpected type.
     #[error(
-        "the collector's answer cannot be read ({0}); are producer and collector of the same version?"
+        "the collector's response is not valid ({0}); are producer and collector of the same \
+         version?"
     )]
     Malformed(#[from] Malformed),
-    /// A replay was to go to a queue that does not exist.
-    #[error(
-        "queue {queue} does not exist; start a worker that serves it, or declare it with: \
-         garenne topology apply --queue {queue}"
-    )]
+    /// The queue that a replay should go to does not exist.
+    #[error("queue {queue} does not exist; start a worker that serves it, or declare the queue")]
     UnknownQueue {
-        /// Which queue.
+        /// The queue.
         queue: QueueName,
     },
-    /// A batch was not done in the time given.
-    #[error(
-        "batch {batch} is not done after {waited:?}; wait longer, or look with: \
-         garenne batch show {batch}"
-    )]
+    /// A batch was not done within the given time.
+    #[error("batch {batch} is not done after {waited:?}; wait longer, or query its state")]
     NotDone {
-        /// Which batch.
+        /// The batch.
         batch: BatchId,
-        /// How long it was waited for.
+        /// How long the batch was waited for.
         waited: Duration,
     },
     /// The broker could not be used.
@@ -154,7 +150,7 @@ pub enum QueryError {
 }
 
 impl SubmitError {
-    /// Whether the same submission may succeed later without a change by a person.
+    /// Whether the same submission may succeed later without anybody changing anything.
     pub const fn is_transient(&self) -> bool {
         match self {
             Self::Invalid(_) | Self::UnknownQueue { .. } | Self::TooLarge { .. } => false,
@@ -164,7 +160,7 @@ impl SubmitError {
 }
 
 impl OutputError {
-    /// Whether waiting again can help. A task that ended stays as it ended.
+    /// Whether waiting again can help. A task that has ended does not change.
     pub const fn is_transient(&self) -> bool {
         match self {
             Self::NoAnswer { .. } => true,
@@ -177,7 +173,7 @@ impl OutputError {
 }
 
 impl QueryError {
-    /// Whether asking again can help without a change by a person.
+    /// Whether the same query may succeed later without anybody changing anything.
     pub const fn is_transient(&self) -> bool {
         match self {
             Self::NoCollector { .. } | Self::NotDone { .. } => true,
@@ -204,13 +200,13 @@ impl From<CodecError> for SubmitError {
     }
 }
 
-fn word(reason: Option<DeadReason>) -> &'static str {
+fn reason_code(reason: Option<DeadReason>) -> &'static str {
     reason.map_or("no reason given", DeadReason::as_str)
 }
 
-/// What a failed publish means for one of its tasks.
+/// The error of one task of a message that could not be published.
 pub(crate) fn submit_error(id: &TaskId, error: BrokerError) -> SubmitError {
-    // These are answers: the broker, or our own encoder, did not take the message.
+    // The broker or our own encoder has refused the message, so it has certainly not arrived.
     if matches!(error, BrokerError::Rejected(_) | BrokerError::TooLong(_)) {
         return error.into();
     }
@@ -222,14 +218,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unknown_queue_says_what_to_do() {
+    fn an_unknown_queue_is_named_with_what_to_do() {
         let queue = QueueName::new("gpu").unwrap();
         let text = SubmitError::UnknownQueue { queue }.to_string();
-        assert!(text.contains("garenne topology apply --queue gpu"), "{text}");
+        assert!(text.starts_with("queue gpu does not exist"), "{text}");
+        assert!(text.contains("start a worker"), "{text}");
     }
 
     #[test]
-    fn an_unconfirmed_task_names_the_id_to_use_again() {
+    fn an_unconfirmed_task_is_transient_and_names_its_id() {
         let id = TaskId::new("t-1").unwrap();
         let source = BrokerError::Unconfirmed(Duration::from_secs(15));
         let error = SubmitError::Unconfirmed { id, source };
@@ -238,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_only_a_person_can_mend_is_not_transient() {
+    fn errors_that_need_a_person_are_not_transient() {
         assert!(!SubmitError::TooLarge { bytes: 1 }.is_transient());
         assert!(!SubmitError::from(BrokerError::Forbidden("no".to_owned())).is_transient());
         assert!(QueryError::NoCollector { waited: Duration::ZERO }.is_transient());

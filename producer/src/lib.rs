@@ -29,41 +29,30 @@
 //! # Ok(()) }
 //! ```
 //!
-//! Where things are:
-//! * [`Producer`] connects and submits; [`Submission`] is a task with its options.
-//! * [`Handle`] waits for one task. Replies are best effort, so it also asks the collector.
-//! * [`Batch`] counts tasks and waits for all of them; [`Notices`] tells of whatever gets done.
-//! * [`Producer::dead_letters`], [`Producer::replay`] and [`Producer::purge`] deal with what was given up.
-//! * `Producer::ask` and its conveniences put questions to the collector.
+//! The main types:
+//! * [`Producer`] connects and submits; a [`Submission`] is a task with its options.
+//! * [`Handle`] waits for one task. Replies are best effort, so the library also queries the
+//!   collector.
+//! * [`Batch`] counts tasks and waits for all of them; [`Notices`] is a subscription to done
+//!   notices.
+//! * [`Producer::dead_letters`], [`Producer::replay`] and [`Producer::purge`] list, replay and
+//!   delete dead letters.
+//! * [`Producer::query`] sends any query to the collector; methods such as [`Producer::task_state`]
+//!   are typed shortcuts.
 //!
-//! The library runs no tasks and stores nothing; it never prints. The `garenne` command is built on it.
+//! The library runs no tasks, stores nothing and prints nothing. The command `garenne` is built on
+//! it.
 
-mod ask;
-mod batch;
-mod bulk;
-mod cancel;
-mod coalesce;
 mod deadline;
-mod dispatch;
 mod error;
-mod handle;
-mod letters;
-mod notices;
-mod outstanding;
 mod producer;
-mod questions;
-mod queues;
-mod recovery;
-mod replies;
-mod retries;
-mod submission;
+mod query;
+mod session;
+mod submit;
+mod wait;
 
-pub use batch::{Batch, SealedBatch};
-pub use cancel::BatchCancelled;
 pub use error::{OutputError, QueryError, SubmitError};
-pub use handle::Handle;
-pub use notices::{NoticeFilter, Notices};
 pub use producer::Producer;
-pub use questions::Totals;
-pub use retries::{Retried, RetryNotes};
-pub use submission::Submission;
+pub use query::{BatchCancelled, Totals};
+pub use submit::Submission;
+pub use wait::{Batch, Handle, NoticeFilter, Notices, Retried, RetryNotes, SealedBatch};

@@ -146,5 +146,5 @@ async fn a_parked_member_comes_back_with_its_key_and_open_batches_stay_open() {
     .await;
     assert_eq!(status.state, BatchState::Open);
     let text = warren.garenne(&["batch", "show", "b-1"]).await.ok();
-    assert!(text.contains("open to anyone who knows the id"), "{text}");
+    assert!(text.contains("from anyone who knows the id"), "{text}");
 }

@@ -76,7 +76,7 @@ async fn everything_fails_in_time(producer: &Producer) {
         assert!(matches!(error, QueryError::Broker(_)), "{error:?}");
     };
     let question = async {
-        let error = producer.ask_within(Query::Totals, DEADLINE).await.unwrap_err();
+        let error = producer.query_within(Query::Totals, DEADLINE).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
     };
     tokio::join!(

@@ -149,7 +149,7 @@ async fn a_dead_task_is_looked_at_mended_and_sent_again() {
     assert_eq!(list(&warren, &[]).await, "");
     assert_eq!(list(&warren, &["--replayed"]).await, "old");
     let again = warren.garenne(&["dead", "replay", "old"]).await.ok();
-    assert!(again.contains(&format!("had been replayed before, as {new}")), "{again}");
+    assert!(again.contains(&format!("was replayed before, as {new}")), "{again}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -263,7 +263,7 @@ async fn an_edit_that_cannot_be_made_is_refused_in_words() {
     let producer = warren.producer().await;
     let item = ReplayItem { id: id("number"), new_id: None };
     let question = Query::DeadReplay { letters: vec![item; 1_001], plan: ReplayPlan::default() };
-    let refused = producer.ask(question).await;
+    let refused = producer.query(question).await;
     assert!(matches!(refused, Err(QueryError::Refused(_))), "{refused:?}");
     let queue = Some(QueueName::new("no-such-queue").unwrap());
     let plan = ReplayPlan { queue, ..ReplayPlan::default() };
@@ -352,7 +352,7 @@ async fn an_interrupted_replay_has_done_what_it_printed() {
     assert_eq!(command.ended(PATIENCE).await.code(), Some(130));
     let done = command.stdout().lines().count();
     assert!(done < 50, "{done}");
-    let said = format!("replayed {done} dead letters; the others are as they were");
+    let said = format!("replayed {done} dead letters; the others are unchanged");
     assert!(command.stderr().contains(&said), "{}", command.stderr());
     let left = list(&warren, &["--limit", "100"]).await.split(' ').count();
     assert_eq!(done + left, 50);

@@ -52,13 +52,13 @@ async fn what_is_set_aside_is_named_with_what_it_waits_for() {
         })
         .await;
     }
-    let detail = only(&warren, &[], "bad", "set aside").await;
+    let detail = only(&warren, &[], "bad", "parked").await;
     assert!(detail.starts_with("3 tasks wait for a worker of the queue default"), "{detail}");
     assert!(detail.contains("knows image.resize"), "{detail}");
     let mapped = warren.garenne_reading("1\n2\n", &["map", "--detach", "image.resize"]).await;
     let batch = mapped.ok().trim().to_owned();
     let mut waiting = warren.start_garenne(&["batch", "wait", &batch]);
-    waiting.logged("2 of them are set aside").await;
+    waiting.logged("2 of them are parked").await;
     let purge = ["dead", "purge", "--task", "image.resize", "--yes"];
     warren.garenne(&purge).await.ok();
     assert_eq!(waiting.ended(SOON).await.code(), Some(1), "purged members have ended");
@@ -118,7 +118,7 @@ async fn a_queue_that_does_not_answer_is_named() {
     let _crew = healthy(&warren).await;
     let silent = SilentQueue::new(&node, &warren.config().broker.topology().results());
     let detail = only(&warren, &[], "bad", "results").await;
-    assert!(detail.starts_with("1 collector says that it consumes it"), "{detail}");
+    assert!(detail.starts_with("1 collector reports consuming it"), "{detail}");
     drop(silent);
     let well = warren.garenne(&["doctor"]).await.ok();
     assert!(well.contains("All is well"), "{well}");

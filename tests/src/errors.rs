@@ -106,7 +106,7 @@ async fn the_command_line_explains_wrong_input() {
         (&["submit", "no name", "1"], &["task name"]),
         (
             &["submit", echo, "1", "--queue", "nowhere"],
-            &["no queue named nowhere", "--queues nowhere"],
+            &["queue nowhere does not exist", "--queues nowhere"],
         ),
         (&["submit", echo, "1", "--delay", "5"], &["5s"]),
         (&["submit", echo, "1", "--dellay", "5s"], &["--dellay"]),

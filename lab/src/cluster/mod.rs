@@ -146,7 +146,7 @@ impl Cluster {
     /// Starts a collector and waits until it answers.
     pub(crate) async fn start_collector(&mut self, producer: &Producer) -> Result<(), CliError> {
         self.spawn_collector("Collector")?;
-        let asked = producer.ask_within(Query::Totals, READY_WITHIN);
+        let asked = producer.query_within(Query::Totals, READY_WITHIN);
         tokio::select! {
             answer = asked => answer.map(drop).map_err(CliError::from),
             ended = self.ended("Collector") => Err(ended),

@@ -317,7 +317,7 @@ async fn ask(producer: Producer, mix: Mix, told: watch::Sender<Pulse>) {
     let patience = Duration::from_secs(1);
     loop {
         if let Ok(Response::Totals { results, .. }) =
-            producer.ask_within(Query::Totals, patience).await
+            producer.query_within(Query::Totals, patience).await
         {
             told.send_modify(|pulse| pulse.ended = results);
             let full = told.borrow().early.len() >= EARLY;

@@ -180,7 +180,7 @@ impl Setting {
             }
         }
         Ok(producer
-            .ask_within(garenne_common::wire::Query::Totals, READY_WITHIN)
+            .query_within(garenne_common::wire::Query::Totals, READY_WITHIN)
             .await
             .map(drop)?)
     }

@@ -1,4 +1,8 @@
-//! What every command gets: checked configuration, output, the deadline and the stop signal.
+//! What every command gets: the checked configuration, the output, the deadline and the stop
+//! signal.
+//!
+//! Global options come in; a connected [`Producer`] and responses of the collector go out. Knows no
+//! command.
 
 use std::io::IsTerminal;
 use std::sync::{Arc, OnceLock};
@@ -13,36 +17,36 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::error::{CliError, Exit};
-use super::globals::Globals;
-use super::output::{Output, Paint};
-use super::screen::Screen;
+use crate::error::{CliError, Exit};
+use crate::globals::Globals;
+use crate::output::{Output, Paint};
+use crate::screen::Screen;
 
-/// A command speaks for itself; log lines are for when something is odd. lapin calls every refusal an
-/// error, which our own sentence explains better; why a message could not be published, the command
-/// itself says in one sentence.
+/// The log filter of commands. A command prints its own errors, so only unexpected log lines
+/// appear: lapin logs every refusal as an error, and the publisher what the command then explains
+/// in one sentence.
 pub const FILTER: &str = "warn,garenne_common::broker::publisher=error,lapin=off";
 
-/// How long taking leave of the broker may take.
+/// How long closing the connections may take.
 const CLOSE: Duration = Duration::from_secs(5);
 
 /// What every command gets.
 pub struct Context {
-    /// All settings; `--deadline` is in its broker timeouts already.
+    /// All settings; `--deadline` is already applied to the broker timeouts.
     pub config: Config,
-    /// Where results go.
+    /// Writes results.
     pub output: Output,
-    /// Where log lines go; whoever draws a bar shares it.
+    /// Writes log lines; shared with a progress bar.
     pub screen: Screen,
-    /// How long one step may take.
+    /// Time limit of one step.
     pub deadline: Duration,
-    /// Ctrl-C, SIGTERM and SIGHUP.
+    /// Signals that end the command: Ctrl-C, SIGTERM and SIGHUP.
     pub stop: Stop,
 }
 
 impl Context {
-    /// Loads the configuration, starts logging and listening to signals. `filter` says which lines
-    /// appear unless the user says otherwise.
+    /// Loads the configuration and starts logging and listening for signals. `filter` is the log
+    /// filter unless the user sets another.
     pub fn new(globals: &Globals, filter: &str) -> Result<Self, CliError> {
         let config = load(globals, filter)?;
         let (screen, output) = (Screen::default(), Output { format: globals.output });
@@ -51,12 +55,12 @@ impl Context {
         Ok(Self { config, output, screen, deadline: globals.deadline, stop: Stop::listen()? })
     }
 
-    /// Connects; the management UI shows the connection as `garenne <command>`.
+    /// Connects to the broker; the management UI shows the connection as `garenne <command>`.
     pub async fn producer(&self, command: &str) -> Result<Producer, CliError> {
         self.producer_with(&self.config, command).await
     }
 
-    /// [`producer`](Self::producer) with other settings than those of the user.
+    /// [`producer`](Self::producer) with another configuration.
     pub async fn producer_with(
         &self,
         config: &Config,
@@ -66,27 +70,28 @@ impl Context {
         let connecting = Producer::connect_as(config, &name);
         match tokio::time::timeout(self.deadline, connecting).await {
             Ok(producer) => Ok(producer?),
-            Err(_) => Err(self.unreachable().into()),
+            Err(_) => Err(self.timed_out().into()),
         }
     }
 
-    /// Takes leave of the broker, unless something failed: what is unconfirmed then will hardly be
+    /// Closes the producer, unless the command failed: what is unconfirmed then will hardly be
     /// confirmed now, and a person waits.
     pub async fn close<T>(&self, producer: Producer, done: &Result<T, CliError>) {
         if done.is_ok() {
             let limit = if self.stop.is_requested() { Duration::from_secs(1) } else { CLOSE };
-            // Past the limit the process ends, and with it the connection.
+            // After the limit the process ends, and with it the connection.
             tokio::time::timeout(limit, producer.close()).await.unwrap_or_default();
         }
     }
 
-    /// Puts a question to the collector and waits for the answer, at most the deadline.
-    pub async fn ask(&self, producer: &Producer, question: Query) -> Result<Response, CliError> {
-        Ok(producer.ask_within(question, self.deadline).await?)
+    /// Sends a query to the collector and waits for its response, at most
+    /// [`deadline`](Self::deadline).
+    pub async fn query(&self, producer: &Producer, query: Query) -> Result<Response, CliError> {
+        Ok(producer.query_within(query, self.deadline).await?)
     }
 
-    /// What to say when the broker did not answer in time.
-    pub fn unreachable(&self) -> BrokerError {
+    /// The error for a broker that did not answer within the deadline.
+    pub fn timed_out(&self) -> BrokerError {
         let urls = self.config.broker.urls.iter().map(ToString::to_string);
         BrokerError::Unreachable {
             url: urls.collect::<Vec<_>>().join(" or "),
@@ -94,7 +99,8 @@ impl Context {
         }
     }
 
-    /// The command, unless a signal ends it first; for commands that leave nothing half done.
+    /// Runs a command until it ends or a signal arrives; for commands that can be dropped at any
+    /// time.
     pub async fn or_interrupt(
         &self,
         command: impl Future<Output = Result<Exit, CliError>>,
@@ -128,18 +134,19 @@ fn load(globals: &Globals, quiet: &str) -> Result<Config, CliError> {
     Ok(Config::load_over(&[("log.filter", quiet)], &sources)?)
 }
 
-/// The wish to stop: Ctrl-C, SIGTERM or SIGHUP (a terminal that closes). The second one ends the process at once.
+/// Signals that ask the command to stop: Ctrl-C, SIGTERM or SIGHUP (the terminal was closed). The
+/// second one ends the process at once.
 #[derive(Clone)]
 pub struct Stop {
     token: CancellationToken,
     exit: Arc<OnceLock<Exit>>,
-    /// Owns the listening task; it lives as long as the process.
+    /// Owns the task that listens, which lives as long as the process.
     _listener: TaskTracker,
 }
 
 impl Stop {
     fn listen() -> Result<Self, CliError> {
-        let failed = |error| CliError::unusable(format!("cannot listen to signals: {error}"));
+        let failed = |error| CliError::unusable(format!("cannot listen for signals: {error}"));
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut hangup = signal(SignalKind::hangup()).map_err(failed)?;
@@ -154,7 +161,8 @@ impl Stop {
                     _ = hangup.recv() => Exit::HungUp,
                 };
                 if how.set(now).is_err() {
-                    // Asked twice: whatever is being cleaned up matters less than the person waiting.
+                    // The second signal: the person who waits matters more than whatever is being
+                    // cleaned up.
                     std::process::exit(i32::from(now.code()));
                 }
                 told.cancel();
@@ -163,22 +171,23 @@ impl Stop {
         Ok(Self { token, exit, _listener: listener })
     }
 
-    /// Whether there is one.
+    /// Whether a signal has arrived.
     fn is_requested(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// Waits for the wish to stop, and says how to exit then.
+    /// Waits for a signal and returns the exit code for it.
     pub async fn requested(&self) -> Exit {
         self.token.cancelled().await;
         self.exit.get().copied().unwrap_or(Exit::Interrupted)
     }
 }
 
-/// A note on standard error that work goes on elsewhere, and how to look at it.
-pub fn goes_on(output: Output, what: &str, command: &str) {
+/// A remark that a task or batch (`what`) is not affected by the end of this command, with the
+/// command that shows it.
+pub fn remark_still_running(output: Output, what: &str, command: &str) {
     let command = Paint::for_stderr().cyan(command);
-    // To the start of the line, over the `^C` that a terminal has echoed.
+    // From the start of the line, over the `^C` that a terminal has echoed.
     let start = if std::io::stderr().is_terminal() { "\r" } else { "" };
-    output.remark(format_args!("{start}the {what} goes on: {command}"));
+    output.remark(format_args!("{start}the {what} continues: {command}"));
 }

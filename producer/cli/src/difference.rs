@@ -1,20 +1,20 @@
-//! How an object on the broker differs from what is wanted, read from the broker's own words.
+//! How an object on the broker differs from its declaration, read from the broker's error message.
 
 use serde::Serialize;
 
-/// What differs, as far as the broker says so.
+/// A difference between a declaration and the object on the broker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub(crate) struct Difference {
-    /// Which argument or property.
+    /// The argument or property, if the broker names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) argument: Option<String>,
-    /// What is wanted and what is there, in words.
+    /// The actual and the wanted value, as a sentence.
     detail: String,
 }
 
 impl Difference {
-    /// Reads the broker's `inequivalent arg 'A' for queue 'Q' in vhost 'V': received the value 'W' of
-    /// type 'T' but current is none`; other words are kept as they are.
+    /// Parses the broker's `inequivalent arg 'A' for queue 'Q' in vhost 'V': received the value 'W'
+    /// of type 'T' but current is none`. Other messages are kept as they are.
     pub(crate) fn read(cause: &str) -> Self {
         let cause = cause.trim_start_matches("PRECONDITION_FAILED - ");
         let parts = cause
@@ -38,7 +38,7 @@ impl std::fmt::Display for Difference {
     }
 }
 
-/// `the value 'W' of type 'T'` without the words around it.
+/// The `'W'` in `the value 'W' of type 'T'`.
 fn value(text: &str) -> &str {
     let text = text.strip_prefix("the value ").unwrap_or(text);
     text.split_once(" of type ").map_or(text, |(value, _)| value)
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_that_are_not_understood_are_kept() {
+    fn an_unknown_message_is_kept() {
         let difference = Difference::read("PRECONDITION_FAILED - something new");
         assert_eq!(difference, Difference { argument: None, detail: "something new".to_owned() });
     }

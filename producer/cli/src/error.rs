@@ -1,32 +1,36 @@
-//! How a command ends: exit codes, and errors that say in one sentence what is wrong and in another
-//! what to do. How they look is [`output`](super::output)'s business, which arises where the commands'.
+//! How a command ends: exit codes, and errors with one sentence about what is wrong and one about
+//! what to do.
+//!
+//! Errors of the libraries come in and get their advice here, because only this crate knows the
+//! command's own subcommands and flags. How errors are printed is up to [`output`](crate::output).
 
 use std::process::ExitCode;
 
+use garenne_common::QueueName;
 use garenne_common::broker::BrokerError;
 use garenne_common::config::ConfigError;
 use garenne_producer::{OutputError, QueryError, SubmitError};
 
-use super::difference::Difference;
+use crate::difference::Difference;
 
-/// What the exit code says. `garenne --help` lists them for users.
+/// Exit codes. `garenne --help` lists them for users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// Done as asked.
+    /// Success.
     Success,
-    /// It was done, and the answer is no: a task failed, a check found a problem.
+    /// Completed with a negative result: a task failed, or a check found a problem.
     Failed,
-    /// It could not be done: wrong usage, bad input, no broker, no collector.
+    /// Not possible: wrong usage, bad input, no broker, no collector.
     Unusable,
-    /// The time given passed before the end, or the collector does not know the id (yet).
+    /// The given time passed before the end, or the collector does not know the id (yet).
     NotYet,
-    /// Ctrl-C.
+    /// Ended by Ctrl-C (SIGINT).
     Interrupted,
-    /// SIGTERM.
+    /// Ended by SIGTERM.
     Terminated,
-    /// SIGHUP: the terminal was closed.
+    /// Ended by SIGHUP: the terminal was closed.
     HungUp,
-    /// Whoever read standard output went away; what a process killed by SIGPIPE would say.
+    /// Standard output was closed by its reader; the code of a process that SIGPIPE has killed.
     BrokenPipe,
 }
 
@@ -59,17 +63,18 @@ pub struct CliError {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
-    /// What the shell hears.
+    /// The exit code.
     pub exit: Exit,
 }
 
 impl CliError {
-    /// It cannot be done (exit code 2).
+    /// An error with [`Exit::Unusable`] (exit code 2).
     pub fn unusable(message: impl Into<String>) -> Self {
         Self { message: message.into(), help: None, exit: Exit::Unusable }
     }
 
-    /// A library's sentence, whose advice stands after the last semicolon.
+    /// Splits the message of a library into what is wrong and, after the last semicolon, what to
+    /// do.
     fn from_sentence(sentence: &str) -> Self {
         match sentence.rsplit_once("; ") {
             Some((message, help)) => Self::unusable(message).help(help),
@@ -77,19 +82,19 @@ impl CliError {
         }
     }
 
-    /// An answer to another question than the one asked.
-    pub fn unexpected_answer() -> Self {
-        Self::unusable("the collector answered another question")
+    /// The collector's response does not have the type that the query asks for.
+    pub fn unexpected_response() -> Self {
+        Self::unusable("the collector sent a response of an unexpected type")
             .help("are garenne and garenne-collector of the same version?")
     }
 
-    /// With what to do about it.
+    /// Sets what to do about it.
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
     }
 
-    /// With another exit code.
+    /// Sets another exit code.
     pub const fn exit(mut self, exit: Exit) -> Self {
         self.exit = exit;
         self
@@ -110,7 +115,7 @@ impl From<BrokerError> for CliError {
             let message = format!("the {object} exists, but {difference}");
             return Self { message, help, exit: Exit::Unusable };
         }
-        // The library's sentence ends with its own advice; here advice has a line of its own.
+        // The library's message ends with its own advice, which `help` replaces.
         let message = error.to_string();
         let message = message.split_once("; ").map_or(message.as_str(), |(what, _)| what);
         Self { message: message.to_owned(), help, exit: Exit::Unusable }
@@ -125,12 +130,15 @@ impl From<SubmitError> for CliError {
                 let cause = Self::from(source).message;
                 Self::unusable(format!("task {id} may or may not be with the broker: {cause}"))
                     .help(format!(
-                        "submit it again with --id {id}; an id ends once however often it came"
+                        "submit it again with --id {id}; only the first result of an id counts"
                     ))
             }
-            SubmitError::Invalid(_)
-            | SubmitError::UnknownQueue { .. }
-            | SubmitError::TooLarge { .. } => Self::from_sentence(&error.to_string()),
+            SubmitError::UnknownQueue { ref queue } => {
+                Self::from_sentence(&error.to_string()).help(create_queue(queue))
+            }
+            SubmitError::Invalid(_) | SubmitError::TooLarge { .. } => {
+                Self::from_sentence(&error.to_string())
+            }
         }
     }
 }
@@ -139,14 +147,17 @@ impl From<QueryError> for CliError {
     fn from(error: QueryError) -> Self {
         match error {
             QueryError::Broker(error) => error.into(),
-            QueryError::NoCollector { .. } => Self::from_sentence(&error.to_string())
-                .help("start `garenne-collector` on this broker and namespace; `garenne doctor` finds out more"),
-            QueryError::NotDone { .. } => {
-                Self::from_sentence(&error.to_string()).exit(Exit::NotYet)
+            QueryError::NoCollector { .. } => Self::from_sentence(&error.to_string()).help(
+                "start `garenne-collector` on this broker and namespace; `garenne doctor` \
+                       checks more",
+            ),
+            QueryError::NotDone { ref batch, .. } => Self::from_sentence(&error.to_string())
+                .help(format!("wait longer, or look at it: garenne batch show {batch}"))
+                .exit(Exit::NotYet),
+            QueryError::UnknownQueue { ref queue } => {
+                Self::from_sentence(&error.to_string()).help(create_queue(queue))
             }
-            QueryError::Refused(_)
-            | QueryError::Malformed(_)
-            | QueryError::UnknownQueue { .. } => {
+            QueryError::Refused(_) | QueryError::Malformed(_) => {
                 Self::from_sentence(&error.to_string())
             }
         }
@@ -160,41 +171,62 @@ impl From<OutputError> for CliError {
             OutputError::Failed { .. } | OutputError::Cancelled { .. } => Exit::Failed,
             OutputError::Decode { .. } | OutputError::Closed { .. } => Exit::Unusable,
         };
-        Self::from_sentence(&error.to_string()).exit(exit)
+        let look = match &error {
+            OutputError::NoAnswer { id, .. } => {
+                Some(format!("wait longer, or look at it: garenne task show {id}"))
+            }
+            OutputError::Closed { id } => Some(format!("look at it: garenne task show {id}")),
+            OutputError::Failed { .. }
+            | OutputError::Cancelled { .. }
+            | OutputError::Decode { .. } => None,
+        };
+        let error = Self::from_sentence(&error.to_string()).exit(exit);
+        Self { help: look.or(error.help), ..error }
     }
+}
+
+fn create_queue(queue: &QueueName) -> String {
+    format!(
+        "start a worker that serves it (garenne-worker --queues {queue}), or create it (garenne \
+         topology apply --queue {queue})"
+    )
 }
 
 fn help_for(error: &BrokerError) -> Option<String> {
     let help = match error {
         BrokerError::Unreachable { .. } => {
-            "is RabbitMQ running there? Another one: --url amqp://user:password@host:5672/vhost, or AMQP_URL"
+            "is RabbitMQ running there? Set another address with --url \
+             amqp://user:password@host:5672/vhost or AMQP_URL"
         }
         BrokerError::LoginRefused { .. } => "check the user name and password in --url or AMQP_URL",
         BrokerError::NoVhost { .. } => {
-            "create it with `rabbitmqctl add_vhost`, grant the user permissions there, or mend the URL's \
-             path (/%2f is the default one)"
+            "create it with `rabbitmqctl add_vhost`, grant the user permissions there, or correct \
+             the URL's path (/%2f is the default vhost)"
         }
         BrokerError::Forbidden(_) => {
             "grant the permission with `rabbitmqctl set_permissions`, or use another user"
         }
         BrokerError::Conflict { .. } => {
-            "`garenne topology plan` shows the difference; delete the object, or use another --namespace"
+            "`garenne topology plan` shows the difference; delete the object, or use another \
+             --namespace"
         }
         BrokerError::Missing(_) => "`garenne topology apply` declares what is missing",
         BrokerError::Blocked(_) => {
             "free memory or disk on the broker; its management UI names the alarm"
         }
         BrokerError::Rejected(_) => {
-            "the queue may have reached a length that a policy sets; look at it in the management UI"
+            "the queue may have reached a maximum length set by a policy; check it in the \
+             management UI"
         }
         BrokerError::Unconfirmed(_) => {
-            "trying again with the same --id is safe; more time: --deadline 30s"
+            "try again with the same --id, which is safe; --deadline 30s allows more time"
         }
         BrokerError::Lost(_) | BrokerError::Unreadable => {
-            "try again; `garenne doctor` checks the way to the broker"
+            "try again; `garenne doctor` checks the connection to the broker"
         }
         BrokerError::TookBack(_) => {
-            "raise consumer_timeout on the broker and broker.consumer_timeout, or give tasks a shorter --timeout"
+            "raise consumer_timeout on the broker and broker.consumer_timeout, or set a shorter \
+             --timeout for tasks"
         }
         BrokerError::TooLong(_) | BrokerError::Closed => return None,
     };

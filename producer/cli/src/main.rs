@@ -1,4 +1,4 @@
-//! The program `garenne`. Only the frame is here; what it does is in the library.
+//! The program `garenne`; its code is in the library.
 
 use std::process::ExitCode;
 

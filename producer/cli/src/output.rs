@@ -1,7 +1,8 @@
-//! Standard output: data as text or JSON, tables that fit the terminal, colours where they are wanted.
+//! Printing: results as text or JSON, tables that fit the terminal, colours where they are wanted.
 //!
-//! Results go to standard output and nothing else does; remarks for people go to standard error. A
-//! reader that leaves (`| head`) ends the command quietly.
+//! Only results go to standard output; remarks, logs and errors go to standard error. A closed
+//! standard output (`| head`) ends the command without a message. All text passes through here,
+//! because names, ids and errors may come from foreign clients.
 
 use std::fmt::Display;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -14,9 +15,9 @@ use garenne_common::printable::{is_printable, neutral};
 use serde::Serialize;
 use serde_json::json;
 
-use super::error::{CliError, Exit};
+use crate::error::{CliError, Exit};
 
-/// What output looks like.
+/// The output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Format {
     /// For people.
@@ -26,16 +27,16 @@ pub enum Format {
     Json,
 }
 
-/// Writes in the format asked for.
+/// Writes in the chosen format.
 #[derive(Debug, Clone, Copy)]
 pub struct Output {
-    /// What is asked for.
+    /// The chosen format.
     pub format: Format,
 }
 
 impl Output {
-    /// A result on standard output: as text for people, or the value as JSON, which is indented on a
-    /// terminal and one line otherwise.
+    /// Prints a result: as text, or the value as JSON, indented on a terminal and on one line
+    /// otherwise.
     pub fn show(
         self,
         value: &impl Serialize,
@@ -50,7 +51,7 @@ impl Output {
         }
     }
 
-    /// A remark for people on standard error; programs do not get it.
+    /// Prints a remark to standard error, in text format only.
     pub fn remark(self, text: impl Display) {
         if self.format == Format::Text {
             note(text);
@@ -58,25 +59,29 @@ impl Output {
     }
 }
 
-/// One line on standard output.
+/// Prints one line to standard output.
 pub fn line(text: impl Display) -> Result<(), CliError> {
     put(&harmless(&text.to_string()))
 }
 
 fn put(line: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| lost(&error))
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(|error| write_failed(&error))
 }
 
-/// A value as one line of JSON on standard output, whatever the format.
+/// Prints a value as one line of JSON to standard output, whatever the format.
 pub fn json_line(value: &impl Serialize) -> Result<(), CliError> {
-    // Payloads are printed as they were written, line breaks between their words included.
-    put(&printable_json(serde_json::to_string(value))?.replace(['\r', '\n'], " "))
+    put(&one_line_json(value)?)
 }
 
-/// JSON spells out the older control characters only; terminals obey some of the others too.
+fn one_line_json(value: &impl Serialize) -> Result<String, CliError> {
+    // Payloads are printed as they were written, which may include line breaks between tokens.
+    Ok(printable_json(serde_json::to_string(value))?.replace(['\r', '\n'], " "))
+}
+
+/// Escapes the control characters that JSON itself leaves as they are; terminals obey some of them.
 fn printable_json(text: serde_json::Result<String>) -> Result<String, CliError> {
-    let text = text.map_err(|error| unwritable(&error))?;
+    let text = text.map_err(|error| not_json(&error))?;
     let unprintable = |c: char| !is_printable(c) && c != '\n';
     let Some(first) = text.find(unprintable) else { return Ok(text) };
     let (shown, rest) = text.split_at(first);
@@ -87,16 +92,14 @@ fn printable_json(text: serde_json::Result<String>) -> Result<String, CliError> 
     Ok(shown.to_owned() + &rest.collect::<String>())
 }
 
-/// One line on standard error.
+/// Prints one line to standard error.
 pub fn note(text: impl Display) {
-    // Not worth failing for.
+    // If standard error is closed, there is nowhere left to report it.
     drop(writeln!(std::io::stderr(), "{}", harmless(&text.to_string())));
 }
 
-/// Everything shown passes here: names, ids and errors may be the words of strangers.
-///
-/// Colours stay, but none of the other things that a terminal can be told to do. A stranger's colours
-/// stay as well, which can mislead nobody for longer than a line.
+/// Makes text harmless for a terminal. Colours are kept, and every other control sequence is
+/// escaped. Colours in text of foreign clients are kept too, but end with their line.
 pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for line in text.split_inclusive('\n') {
@@ -104,7 +107,8 @@ pub fn harmless(text: &str) -> String {
         shown.push_str(&neutral(parts.next().unwrap_or_default()));
         let mut coloured = false;
         for part in parts {
-            // A colour: digits and semicolons, then an m. Conceal and inverse are none of ours.
+            // A colour: digits and semicolons, then `m`. Conceal and inverse are not among those
+            // that are kept.
             let code = part.split_once('m').map(|(code, _)| code).filter(|code| is_colour(code));
             shown.push_str(if code.is_some() { "\u{1b}[" } else { "\\u{1b}[" });
             coloured = code.map_or(coloured, |code| code != "0");
@@ -120,12 +124,13 @@ pub fn harmless(text: &str) -> String {
 fn is_colour(code: &str) -> bool {
     let mut numbers = code.split(';').map(|number| number.parse::<u8>().ok());
     let first = numbers.next().flatten();
-    // Bold, dim, their end, foregrounds, and the rest of an extended foreground.
-    let ours = matches!(first, Some(0 | 1 | 2 | 22 | 30..=39 | 90..=97));
-    ours && code.len() <= 12 && (first == Some(38) || numbers.all(|n| matches!(n, Some(30..=39))))
+    // Reset, bold, dim, their end, foregrounds; the rest of an extended foreground may follow.
+    let kept = matches!(first, Some(0 | 1 | 2 | 22 | 30..=39 | 90..=97));
+    kept && code.len() <= 12 && (first == Some(38) || numbers.all(|n| matches!(n, Some(30..=39))))
 }
 
-/// An error on standard error. A broken pipe says nothing: its reader has left on purpose.
+/// Prints an error to standard error, except [`Exit::BrokenPipe`]: the reader has closed standard
+/// output on purpose.
 pub fn print_error(error: &CliError, format: Format) {
     if error.exit == Exit::BrokenPipe {
         return;
@@ -134,7 +139,7 @@ pub fn print_error(error: &CliError, format: Format) {
         Format::Text => error_as_text(error, Paint::for_stderr()),
         Format::Json => error_as_json(error),
     };
-    // Standard error is the last place to complain; if it is closed there is no other.
+    // If standard error is closed, there is nowhere left to report it.
     drop(writeln!(std::io::stderr(), "{}", harmless(&without_logins(&text))));
 }
 
@@ -154,11 +159,11 @@ fn error_as_json(error: &CliError) -> String {
     value.to_string()
 }
 
-fn unwritable(error: &serde_json::Error) -> CliError {
-    CliError::unusable(format!("the answer cannot be written as JSON: {error}"))
+fn not_json(error: &serde_json::Error) -> CliError {
+    CliError::unusable(format!("the result cannot be written as JSON: {error}"))
 }
 
-fn lost(error: &std::io::Error) -> CliError {
+fn write_failed(error: &std::io::Error) -> CliError {
     let message = format!("cannot write to standard output: {error}");
     if error.kind() == ErrorKind::BrokenPipe {
         CliError::unusable(message).exit(Exit::BrokenPipe)
@@ -167,8 +172,8 @@ fn lost(error: &std::io::Error) -> CliError {
     }
 }
 
-/// A table without lines, as wide as the terminal or, into a pipe, as wide as it needs. The first
-/// column, which holds names or ids that people copy, is never folded.
+/// A table without lines, at most as wide as the terminal; in a pipe as wide as its content. The
+/// first column, which contains names or ids that people copy, is never wrapped.
 pub fn table<const N: usize>(header: [&str; N], paint: Paint) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
@@ -184,15 +189,15 @@ pub fn table<const N: usize>(header: [&str; N], paint: Paint) -> Table {
     table
 }
 
-/// Another column that is never folded: codes, states.
+/// Exempts another column from wrapping: codes, states.
 pub fn keep_whole(table: &mut Table, column: usize) {
     if let Some(column) = table.column_mut(column) {
         column.set_constraint(ColumnConstraint::ContentWidth);
     }
 }
 
-/// A table as text. Where the terminal leaves a column that may be folded too little to be read, each row
-/// becomes a block of lines instead.
+/// Renders a table. If the terminal is too narrow for the columns that may be wrapped, each row is
+/// printed as a block of lines instead.
 pub fn rendered(table: &Table) -> String {
     let widths = table.column_max_content_widths();
     let whole = table.column_iter().map(|column| column.constraint().is_some());
@@ -207,7 +212,7 @@ pub fn rendered(table: &Table) -> String {
     }
 }
 
-/// What a column needs to be read.
+/// Minimum width of a wrapped column, in characters.
 const READABLE: u16 = 20;
 
 fn blocks(table: &Table) -> String {
@@ -227,7 +232,7 @@ fn blocks(table: &Table) -> String {
     table.row_iter().map(block).collect::<Vec<_>>().join("\n")
 }
 
-/// A cell of a table, in a colour where colours are wanted.
+/// A cell of a table, coloured if colours are on.
 pub fn cell(text: impl Display, colour: Option<Color>, paint: Paint) -> Cell {
     let cell = Cell::new(neutral(&text.to_string()));
     match colour.filter(|_| paint.0) {
@@ -236,7 +241,7 @@ pub fn cell(text: impl Display, colour: Option<Color>, paint: Paint) -> Cell {
     }
 }
 
-/// Aligned `key  value` lines; keys without a value are left out.
+/// Aligned `key  value` lines. Keys without a value are omitted.
 pub fn facts(pairs: &[(&str, Option<String>)]) -> String {
     let shown = pairs.iter().filter_map(|(key, value)| Some((key, value.as_ref()?)));
     let width = shown.clone().map(|(key, _)| key.len()).max().unwrap_or(0) + 2;
@@ -245,7 +250,7 @@ pub fn facts(pairs: &[(&str, Option<String>)]) -> String {
     lines.collect::<Vec<_>>().join("\n")
 }
 
-/// Colours, or none where they are not wanted: not on a terminal, or `NO_COLOR` is set.
+/// Colours; off if the output is not a terminal or `NO_COLOR` is set.
 #[derive(Debug, Clone, Copy)]
 pub struct Paint(bool);
 
@@ -260,27 +265,27 @@ impl Paint {
         Self(std::io::stderr().is_terminal() && !no_color())
     }
 
-    /// None.
+    /// Without colours.
     pub const fn plain() -> Self {
         Self(false)
     }
 
-    /// Whether there are any.
+    /// Whether colours are on.
     pub const fn is_on(self) -> bool {
         self.0
     }
 
-    /// For what is wrong.
+    /// For errors and failures.
     pub fn red(self, text: &str) -> String {
         self.wrap("1;31", text)
     }
 
-    /// For what is fine.
+    /// For success.
     pub fn green(self, text: &str) -> String {
         self.wrap("32", text)
     }
 
-    /// For what deserves a look.
+    /// For warnings and pending states.
     pub fn yellow(self, text: &str) -> String {
         self.wrap("33", text)
     }
@@ -290,7 +295,7 @@ impl Paint {
         self.wrap("36", text)
     }
 
-    /// For what matters less.
+    /// For secondary information.
     pub fn dim(self, text: &str) -> String {
         self.wrap("2", text)
     }
@@ -307,7 +312,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn facts_are_aligned_and_leave_out_what_is_absent() {
+    fn facts_are_aligned_and_omit_keys_without_a_value() {
         let text = facts(&[
             ("id", Some("7".to_owned())),
             ("reason", None),
@@ -317,13 +322,13 @@ mod tests {
     }
 
     #[test]
-    fn without_colours_text_is_left_alone() {
+    fn without_colours_text_is_unchanged() {
         assert_eq!(Paint(false).red("x"), "x");
         assert_eq!(Paint(true).green("x"), "\u{1b}[32mx\u{1b}[0m");
     }
 
     #[test]
-    fn colours_pass_and_whatever_else_a_terminal_obeys_does_not() {
+    fn colours_are_kept_and_other_control_sequences_are_escaped() {
         let ours = Paint(true).red("error:") + " " + &Paint(true).dim("x");
         assert_eq!(harmless(&ours), ours);
         let table = cell("\u{1b}[2Jx", Some(Color::Red), Paint(true));
@@ -338,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_without_room_for_columns_gets_blocks() {
+    fn a_narrow_terminal_gets_blocks_instead_of_columns() {
         let mut table = table(["ID", "TASK AND REASON", "ERROR"], Paint::plain());
         keep_whole(&mut table, 1);
         let id = "0192f0c1-8a5b-7c3d-9e4f-0123456789ab";
@@ -355,14 +360,14 @@ mod tests {
     }
 
     #[test]
-    fn a_table_into_a_pipe_is_not_folded() {
+    fn a_table_in_a_pipe_is_not_wrapped() {
         let mut table = table(["NAME", "ERROR"], Paint::plain());
         table.force_no_tty().add_row(["a", &"x".repeat(300)]);
         assert_eq!(table.to_string().lines().count(), 2);
     }
 
     #[test]
-    fn advice_has_its_own_line_and_stands_once() {
+    fn help_is_printed_once_on_a_line_of_its_own() {
         let error = CliError::from(BrokerError::Unreachable {
             url: "amqp://h:1/%2f".to_owned(),
             cause: "Connection refused".to_owned(),
@@ -378,7 +383,14 @@ mod tests {
     }
 
     #[test]
-    fn json_errors_are_one_object() {
+    fn a_value_with_line_breaks_is_one_line_of_json() {
+        let raw: Box<serde_json::value::RawValue> =
+            serde_json::from_str("{\n\"n\": 1.10}").unwrap();
+        assert_eq!(one_line_json(&raw).unwrap(), "{ \"n\": 1.10}");
+    }
+
+    #[test]
+    fn an_error_in_json_format_is_one_object() {
         let text = error_as_json(&CliError::unusable("no \"x\"").help("do y"));
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(value, json!({ "error": "no \"x\"", "help": "do y", "exit_code": 2 }));

@@ -1,28 +1,28 @@
-//! Standard error, shared by log lines and a progress bar: lines appear above the bar, whole.
+//! Standard error, shared by log lines and a progress bar: log lines appear whole, above the bar.
 
 use std::io::{Stderr, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use indicatif::ProgressBar;
+use parking_lot::Mutex;
 
-/// Who draws on standard error at present. Clones share it.
+/// The progress bar on standard error, if there is one. Clones share it.
 #[derive(Clone, Default)]
 pub struct Screen(Arc<Mutex<Option<ProgressBar>>>);
 
 impl Screen {
-    /// From now on lines go above this bar.
+    /// Prints later log lines above this bar.
     pub fn share(&self, bar: &ProgressBar) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
+        *self.0.lock() = Some(bar.clone());
     }
 
     /// A writer for log lines.
     pub fn writer(&self) -> ScreenWriter {
-        let bar = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        ScreenWriter { bar, stderr: std::io::stderr() }
+        ScreenWriter { bar: self.0.lock().clone(), stderr: std::io::stderr() }
     }
 }
 
-/// Writes to standard error while the bar is away.
+/// Writes to standard error while the bar is hidden.
 pub struct ScreenWriter {
     bar: Option<ProgressBar>,
     stderr: Stderr,
