@@ -136,7 +136,9 @@ async fn run(globals: &Globals, command: Command) -> Result<Exit, CliError> {
         Command::Topology(command) => topology::run(&context()?, command).await,
         // These must work even if the configuration is not valid.
         Command::Doctor(arguments) => doctor::run(globals, &arguments).await,
-        Command::Completions(arguments) => completions::run(&arguments, &mut Cli::command()),
+        Command::Completions(arguments) => {
+            completions::run(&arguments, &mut lab::with_options(Cli::command()))
+        }
         // `main` has replaced the process before.
         Command::Lab(_) => Ok(Exit::Success),
     }

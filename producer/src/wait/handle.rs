@@ -20,7 +20,7 @@ use crate::session::Session;
 /// The wait has no limit of its own, because a task may stay in its queue for days. A lost reply
 /// delays the result but does not lose it, as long as a collector runs: the library asks the
 /// collector about tasks that have been waited for for long.
-#[must_use = "a task whose result nobody waits for is better submitted with submit_detached"]
+#[must_use = "use submit_detached for a task whose result is not waited for"]
 pub struct Handle<O> {
     id: TaskId,
     waiting: Option<Waiting>,

@@ -67,7 +67,7 @@ fn describe(ShownLetter { letter, attempts }: &ShownLetter, paint: Paint) -> Str
         ("batch", letter.batch.as_ref().map(ToString::to_string)),
         ("reason", Some(paint.red(letter.reason.as_str()))),
         ("error", Some(letter.error.clone())),
-        ("failed", Some(format!("{} by {}", letter.at, letter.by))),
+        ("given up", Some(format!("{} by {}", letter.at, letter.by))),
         ("started", Some(started)),
         ("attempts", Some(attempts_log(attempts)).filter(|log| !log.is_empty())),
         ("crashes", crashes),

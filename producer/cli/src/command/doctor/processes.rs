@@ -79,7 +79,7 @@ impl Consumers {
 
     /// The queues without consumers that processes claim to consume: the queue, their number, and
     /// their kind.
-    fn unanswering(&self, heard: &Heard) -> Vec<(String, u32, &'static str)> {
+    fn missing_consumers(&self, heard: &Heard) -> Vec<(String, u32, &'static str)> {
         let draining = heard.workers.values().any(|worker| worker.draining);
         let tasks = self.queues.iter().filter(|_| !draining).map(|(queue, consumers)| {
             (format!("queue {queue}"), *consumers, heard.serving(queue), "worker")
@@ -124,11 +124,11 @@ pub(super) async fn processes(
             Err(_) => {}
         }
     }
-    if !consumers.unanswering(&heard).is_empty() {
+    if !consumers.missing_consumers(&heard).is_empty() {
         // Consumers may have appeared meanwhile.
         consumers = Consumers::count(context, admin, queues).await;
     }
-    judge(&heard, &consumers)
+    evaluate(&heard, &consumers)
 }
 
 fn listen(context: &Context, link: &Link) -> Consumer {
@@ -141,7 +141,7 @@ fn listen(context: &Context, link: &Link) -> Consumer {
     Consumer::start(link.clone(), spec)
 }
 
-fn judge(heard: &Heard, consumers: &Consumers) -> Vec<Check> {
+fn evaluate(heard: &Heard, consumers: &Consumers) -> Vec<Check> {
     let mut checks = vec![];
     for worker in heard.workers.values() {
         checks.extend(problems("worker", &worker.worker, &worker.problems));
@@ -154,7 +154,7 @@ fn judge(heard: &Heard, consumers: &Consumers) -> Vec<Check> {
         checks.extend(silent("worker", &what, *consumers, heard.serving(queue)));
     }
     checks.extend(silent("collector", "collectors", consumers.results, heard.collecting()));
-    for (queue, said, who) in consumers.unanswering(heard) {
+    for (queue, said, who) in consumers.missing_consumers(heard) {
         let who =
             if said == 1 { format!("1 {who} reports") } else { format!("{said} {who}s report") };
         let detail = format!("{who} consuming it, but RabbitMQ counts no consumer");
@@ -207,7 +207,7 @@ mod tests {
 
     fn verdicts(heard: &Heard, consumers: &Consumers) -> Vec<(String, Verdict)> {
         let named = |check: Check| (check.name, check.state);
-        judge(heard, consumers).into_iter().map(named).collect()
+        evaluate(heard, consumers).into_iter().map(named).collect()
     }
 
     #[test]
