@@ -1,6 +1,6 @@
 //! The command `garenne`: its arguments, and which function runs which command.
 //!
-//! [`command`] has a file or folder for each command. Nothing here but [`finish`] and a second
+//! `command` has a file or folder for each command. Nothing here but [`finish`] and a second
 //! signal ends the process, and nothing reads the environment. `demo`, `bench` and `verify` are run
 //! by the program `garenne-lab`, which shares what is public here, so that arguments,
 //! configuration, output and errors look the same in both.
