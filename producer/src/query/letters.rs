@@ -161,7 +161,12 @@ impl Producer {
         match self.0.require_existing(queue, self.deadline()).await {
             Ok(()) => Ok(()),
             Err(SubmitError::Broker(error)) => Err(error.into()),
-            Err(_) => Err(QueryError::UnknownQueue { queue: queue.clone() }),
+            Err(
+                SubmitError::UnknownQueue { .. }
+                | SubmitError::Invalid(_)
+                | SubmitError::TooLarge { .. }
+                | SubmitError::Unconfirmed { .. },
+            ) => Err(QueryError::UnknownQueue { queue: queue.clone() }),
         }
     }
 }
