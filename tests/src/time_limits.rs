@@ -112,7 +112,8 @@ async fn a_stuck_handler_is_counted_until_it_returns() {
     let stuck = producer.submit(limited).await.unwrap();
     let result = stuck.result().soon("its time is up").await.unwrap();
     assert_eq!(result.reason, Some(DeadReason::TimedOut));
-    soon("the handler counts as stuck", async || (running.stuck_handlers() == 1).then_some(())).await;
+    soon("the handler counts as stuck", async || (running.stuck_handlers() == 1).then_some(()))
+        .await;
     // The other slot still works.
     let echo = producer.submit(task("garenne.echo", json!(1))).await.unwrap();
     assert_eq!(echo.result().soon("it runs").await.unwrap().status, Status::Succeeded);

@@ -1,6 +1,6 @@
-//! What is asked of dead letters over AMQP: lists, replays, purges.
+//! Queries about dead letters: lists, replays, purges.
 //!
-//! The limits are here, the work is the store's. What a question changes wakes the relays.
+//! Checks the limits and wakes the relays after changes; the store does the work.
 
 use std::sync::Arc;
 
@@ -9,22 +9,22 @@ use garenne_common::wire::{DeadPage, ReplayItem, ReplayOutcome, ReplayPlan, Resp
 use garenne_common::{TaskId, wire};
 use tokio::sync::Notify;
 
-use crate::refusal::Refusal;
-use crate::replies::Replies;
+use crate::ingest::unrouted_replies::UnroutedReplies;
+use crate::query::refusal::Refusal;
 use crate::store::{DeadQuery, Store};
 
-pub(crate) struct Letters<S> {
+pub(crate) struct DeadLetterQueries<S> {
     pub(crate) store: S,
     pub(crate) tasks_exchange: String,
     pub(crate) outbox_filled: Arc<Notify>,
     pub(crate) resends_filled: Arc<Notify>,
-    /// For whoever waits for a task that a purge has ended.
-    pub(crate) replies: Replies,
+    /// For the senders of tasks that a purge ends.
+    pub(crate) replies: UnroutedReplies,
 }
 
-impl<S: Store> Letters<S> {
+impl<S: Store> DeadLetterQueries<S> {
     pub(crate) async fn list(&self, query: DeadQuery) -> Result<Response, Refusal> {
-        few(query.filter.ids.len())?;
+        check_count(query.filter.ids.len())?;
         let limit = query.limit.clamp(1, MOST_LETTERS);
         let page = self.store.dead_page(DeadQuery { limit, ..query }).await?;
         let DeadPage { letters, total, more_than_total, next } = page;
@@ -40,34 +40,34 @@ impl<S: Store> Letters<S> {
         letters: Vec<ReplayItem>,
         plan: ReplayPlan,
     ) -> Result<Response, Refusal> {
-        few(letters.len())?;
-        let rehearsal = plan.dry_run;
+        check_count(letters.len())?;
+        let dry_run = plan.dry_run;
         let exchange = self.tasks_exchange.clone();
         let letters = self.store.replay(letters, plan, exchange).await?;
         let goes =
             |letter: &&wire::Replayed| matches!(letter.outcome, ReplayOutcome::Replayed { .. });
         let replayed = letters.iter().filter(goes).count();
-        if replayed > 0 && !rehearsal {
-            tracing::info!(replayed, of = letters.len(), "dead letters are replayed");
+        if replayed > 0 && !dry_run {
+            tracing::info!(replayed, of = letters.len(), "dead letters replayed");
             self.resends_filled.notify_one();
         }
         Ok(Response::DeadReplay { letters })
     }
 
     pub(crate) async fn purge(&self, ids: Vec<TaskId>) -> Result<Response, Refusal> {
-        few(ids.len())?;
+        check_count(ids.len())?;
         let (purged, ended) = self.store.purge(ids).await?;
         if purged.purged > 0 {
-            tracing::info!(purged = purged.purged, ended = purged.ended, "dead letters are purged");
+            tracing::info!(purged = purged.purged, ended = purged.ended, "dead letters purged");
             self.outbox_filled.notify_one();
         }
         for letter in &ended.letters {
-            self.replies.tell(letter);
+            self.replies.reply(letter);
         }
         Ok(Response::DeadPurge { purged })
     }
 }
 
-fn few(ids: usize) -> Result<(), Refusal> {
+fn check_count(ids: usize) -> Result<(), Refusal> {
     if ids > MOST_LETTERS { Err(Refusal::TooMany(ids)) } else { Ok(()) }
 }

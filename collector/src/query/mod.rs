@@ -1,7 +1,7 @@
-//! Answers to questions, best effort.
+//! Responds to queries. Best effort: a client repeats a query without a response.
 //!
-//! Whoever asks, asks again if no answer comes; so nothing here waits for a confirm, and nothing here
-//! can hold up the commits.
+//! Queries come in, and responses go to the reply queues of the clients. Nothing waits for confirms, and
+//! nothing can delay commits.
 
 use std::sync::Arc;
 
@@ -11,78 +11,81 @@ use garenne_common::{ReplyGate, TaskId, Timestamp};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) mod dead_letters;
+pub(crate) mod refusal;
+
 use crate::APP_ID;
-use crate::letters::Letters;
-use crate::refusal::{MAX_ITEMS, Refusal};
+use crate::query::dead_letters::DeadLetterQueries;
+use crate::query::refusal::{MAX_ITEMS, Refusal};
 use crate::store::{DeadQuery, ReplayLinks, Store};
 
-/// Questions that wait here; more wait in the broker, and expire there.
+/// Prefetch of queries; further ones wait in the broker and expire there.
 pub(crate) const QUERIES_PREFETCH: u16 = 64;
-/// Wishes to cancel in one answer; the worker asks for the next page.
+/// Maximum number of cancel requests in one response; workers query the next page.
 const CANCELS_PAGE: usize = 2_000;
-/// What is kept of the reason for a cancellation.
+/// Reasons of cancel requests are truncated to this number of characters.
 const MAX_REASON_CHARS: usize = 500;
-/// An answer stays well below the broker's limit for a message; the asker asks again for the rest.
-const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
+/// Maximum size of a response, well below the broker's limit for a message; clients query the rest.
+const MAX_RESPONSE_BYTES: usize = 8 * 1024 * 1024;
 
-/// Answers one question after the other.
-pub(crate) struct Answers<S> {
+/// Responds to one query after another.
+pub(crate) struct QueryServer<S> {
     pub(crate) store: S,
-    pub(crate) letters: Letters<S>,
-    pub(crate) questions: Consumer,
+    pub(crate) dead_letters: DeadLetterQueries<S>,
+    pub(crate) queries: Consumer,
     pub(crate) publisher: Publisher,
-    /// Which queues take answers.
+    /// Which queues may receive responses.
     pub(crate) gate: ReplyGate,
-    /// The exchange by which workers hear of wishes to cancel.
+    /// The exchange for broadcasts of cancel requests to workers.
     pub(crate) control: String,
-    /// Wakes whoever ends cancelled tasks that no worker has.
+    /// Wakes the task that ends cancelled parked tasks.
     pub(crate) cancelled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
 }
 
-impl<S: Store> Answers<S> {
+impl<S: Store> QueryServer<S> {
     pub(crate) async fn run(mut self) {
-        let (stop, settler) = (self.stop.clone(), self.questions.settler());
+        let (stop, settler) = (self.stop.clone(), self.queries.settler());
         loop {
-            let question = tokio::select! {
+            let query = tokio::select! {
                 () = stop.cancelled() => return,
-                question = self.questions.next() => question,
+                query = self.queries.next() => query,
             };
-            let Some(question) = question else { return };
+            let Some(query) = query else { return };
             tokio::select! {
-                // A blocked broker takes no answer; that must not keep us from stopping.
+                // A broker that blocks publishers must not prevent the stop.
                 () = stop.cancelled() => return,
-                () = self.handle(question, &settler) => {}
+                () = self.handle(query, &settler) => {}
             }
         }
     }
 
-    async fn handle(&self, question: Delivery, settler: &Settler) {
-        // Acknowledged first: a question that cannot be answered must not come again for ever.
-        settler.ack(question.tag, false);
-        let properties = &question.message.properties;
+    async fn handle(&self, query: Delivery, settler: &Settler) {
+        // Acknowledged first, so that a query which cannot be processed is not redelivered for ever.
+        settler.ack(query.tag, false);
+        let properties = &query.message.properties;
         let Some(reply_to) = properties.reply_to.clone() else {
-            tracing::debug!(app_id = properties.app_id, "a question without reply_to");
+            tracing::debug!(app_id = properties.app_id, "query without reply_to");
             return;
         };
         if !self.gate.admits(&reply_to) {
             return;
         }
         let correlation_id = properties.correlation_id.clone().unwrap_or_default();
-        let message = self.answer(&question.message, &correlation_id).await;
+        let message = self.respond(&query.message, &correlation_id).await;
         let message = message.unwrap_or_else(|refusal| {
-            tracing::debug!(%refusal, app_id = properties.app_id, "a question was refused");
+            tracing::debug!(%refusal, app_id = properties.app_id, "query refused");
             Response::Refused { error: refusal.to_string() }.encode(&correlation_id)
         });
         let outgoing = Outgoing { exchange: String::new(), routing_key: reply_to, message };
         if let Err(error) = self.publisher.send_and_forget(outgoing).await {
-            tracing::debug!(%error, "an answer was not sent");
+            tracing::debug!(%error, "response not sent");
         }
     }
 
-    async fn answer(&self, message: &Message, correlation_id: &str) -> Result<Message, Refusal> {
+    async fn respond(&self, message: &Message, correlation_id: &str) -> Result<Message, Refusal> {
         let store = &self.store;
-        let answer = match Query::decode(message)? {
+        let response = match Query::decode(message)? {
             Query::Results { ids } => return self.results(ids, correlation_id).await,
             Query::Task { id } => self.task(id).await?,
             Query::Batch { id } => Response::Batch { batch: store.batch(id).await? },
@@ -92,33 +95,33 @@ impl<S: Store> Answers<S> {
             }
             Query::DeadList { limit, filter, from, count, whole } => {
                 let limit = usize::try_from(limit).unwrap_or(MAX_ITEMS);
-                self.letters.list(DeadQuery { filter, from, limit, count, whole }).await?
+                self.dead_letters.list(DeadQuery { filter, from, limit, count, whole }).await?
             }
-            Query::DeadBody { id, offset } => self.letters.body(id, offset).await?,
-            Query::DeadReplay { letters, plan } => self.letters.replay(letters, plan).await?,
-            Query::DeadPurge { ids } => self.letters.purge(ids).await?,
+            Query::DeadBody { id, offset } => self.dead_letters.body(id, offset).await?,
+            Query::DeadReplay { letters, plan } => self.dead_letters.replay(letters, plan).await?,
+            Query::DeadPurge { ids } => self.dead_letters.purge(ids).await?,
             Query::Cancel { ids, reason } => self.cancel(ids, reason, message).await?,
             Query::CancelBatch { id, reason } => {
-                let done = self.store.cancel_batch(id, why(reason, message)).await?;
-                self.broadcast(done.intent.into_iter().collect()).await;
+                let done = self.store.cancel_batch(id, reason_or_default(reason, message)).await?;
+                self.broadcast(done.request.into_iter().collect()).await;
                 Response::CancelBatch { state: done.state, batch: done.summary }
             }
             Query::AbandonBatch { id } => {
                 if store.abandon_batch(id.clone()).await? {
-                    tracing::warn!(batch = %id, by = message.properties.app_id, "abandoned as asked");
-                    self.letters.outbox_filled.notify_one();
+                    tracing::warn!(batch = %id, by = message.properties.app_id, "batch abandoned on request");
+                    self.dead_letters.outbox_filled.notify_one();
                 }
                 Response::Batch { batch: store.batch(id).await? }
             }
             Query::Cancels { after } => {
-                let (intents, newest) = store.cancels(after, CANCELS_PAGE).await?;
-                let more = intents.len() == CANCELS_PAGE;
-                Response::Cancels { requests: intents, more, newest }
+                let (requests, newest) = store.cancels(after, CANCELS_PAGE).await?;
+                let more = requests.len() == CANCELS_PAGE;
+                Response::Cancels { requests, more, newest }
             }
             Query::Stalled { quiet_ms } => {
                 let quiet_since = Timestamp::now().as_millis().saturating_sub(quiet_ms);
-                let standing = store.standing(Timestamp::from_millis(quiet_since)).await?;
-                Response::Stalled { stalled: standing }
+                let stalled = store.stalled(Timestamp::from_millis(quiet_since)).await?;
+                Response::Stalled { stalled }
             }
             Query::Totals => {
                 let totals = store.totals().await?;
@@ -130,7 +133,7 @@ impl<S: Store> Answers<S> {
                 }
             }
         };
-        Ok(answer.encode(correlation_id))
+        Ok(response.encode(correlation_id))
     }
 
     async fn task(&self, id: TaskId) -> Result<Response, Refusal> {
@@ -143,26 +146,26 @@ impl<S: Store> Answers<S> {
         &self,
         ids: Vec<TaskId>,
         reason: Option<String>,
-        asked: &Message,
+        query: &Message,
     ) -> Result<Response, Refusal> {
         if ids.len() > MAX_ITEMS {
             return Err(Refusal::TooMany(ids.len()));
         }
-        let done = self.store.cancel(ids, why(reason, asked)).await?;
-        self.broadcast(done.intents).await;
+        let done = self.store.cancel(ids, reason_or_default(reason, query)).await?;
+        self.broadcast(done.requests).await;
         Ok(Response::Cancel { tasks: done.tasks })
     }
 
-    /// Tells all workers. Best effort: whoever does not hear it asks for it (`Query::Cancels`).
-    async fn broadcast(&self, intents: Vec<CancelRequest>) {
-        if intents.is_empty() {
+    /// Broadcasts to all workers. Best effort: workers also query the list (`Query::Cancels`).
+    async fn broadcast(&self, requests: Vec<CancelRequest>) {
+        if requests.is_empty() {
             return;
         }
-        let control = Control::Cancel(intents);
+        let control = Control::Cancel(requests);
         let (routing_key, message) = (control.key().to_owned(), control.encode(APP_ID));
         let outgoing = Outgoing { exchange: self.control.clone(), routing_key, message };
         if let Err(error) = self.publisher.send_and_forget(outgoing).await {
-            tracing::debug!(%error, "a cancellation was not broadcast");
+            tracing::debug!(%error, "cancel requests not broadcast");
         }
         self.cancelled.notify_one();
     }
@@ -171,7 +174,7 @@ impl<S: Store> Answers<S> {
         if ids.len() > MAX_ITEMS {
             return Err(Refusal::TooMany(ids.len()));
         }
-        let results = self.store.results(ids, MAX_ANSWER_BYTES).await?;
+        let results = self.store.results(ids, MAX_RESPONSE_BYTES).await?;
         let reports: Vec<_> = results.into_iter().map(Report::Finished).collect();
         let mut message = report::encode(&reports, APP_ID)?;
         message.properties.correlation_id = Some(correlation.to_owned());
@@ -179,11 +182,11 @@ impl<S: Store> Answers<S> {
     }
 }
 
-/// The reason that people will see, of a bounded length.
-fn why(reason: Option<String>, asked: &Message) -> String {
+/// The reason of a cancel request, truncated.
+fn reason_or_default(reason: Option<String>, query: &Message) -> String {
     let reason = reason.filter(|reason| !reason.trim().is_empty());
     let reason = reason.unwrap_or_else(|| {
-        let by = asked.properties.app_id.as_deref().unwrap_or("somebody");
+        let by = query.properties.app_id.as_deref().unwrap_or("a client");
         format!("cancelled by {by}")
     });
     reason.chars().take(MAX_REASON_CHARS).collect()

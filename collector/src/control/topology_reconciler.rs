@@ -1,5 +1,5 @@
-//! Declares all broker objects of the namespace again and again, so that what somebody deleted by
-//! mistake is back soon even if nobody stumbles over its absence: a delay queue, a binding.
+//! Declares all broker objects of the namespace periodically, so that a delay queue or binding that was
+//! deleted by mistake is restored even if its absence causes no error.
 
 use std::time::Duration;
 
@@ -8,21 +8,22 @@ use garenne_common::failpoints::Protection;
 use garenne_common::topology::Declaration;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) struct Keeper {
+/// The task that restores broker objects.
+pub(crate) struct TopologyReconciler {
     pub(crate) admin: Admin,
     pub(crate) wanted: Vec<Declaration>,
-    pub(crate) every: Duration,
+    pub(crate) interval: Duration,
     pub(crate) stop: CancellationToken,
 }
 
-impl Keeper {
-    /// Keeps until it is told to stop.
+impl TopologyReconciler {
+    /// Declares until `stop`.
     pub(crate) async fn run(self) {
-        let mut trouble = None;
+        let mut last_error = None;
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
-                () = tokio::time::sleep(self.every) => {}
+                () = tokio::time::sleep(self.interval) => {}
             }
             if !Protection::TopologyReconciled.is_enabled() {
                 continue;
@@ -30,14 +31,14 @@ impl Keeper {
             let declared = self.stop.run_until_cancelled(self.admin.declare(&self.wanted)).await;
             let Some(declared) = declared else { return };
             let failed = declared.err();
-            // A lost connection is its consumers' to tell; a conflict nobody else may meet for days.
+            // Consumers report lost connections. A conflict may cause no other error for days.
             if let Some(error) = failed.as_ref().filter(|error| !error.is_transient())
-                && failed != trouble
+                && failed != last_error
                 && *error != BrokerError::Closed
             {
-                tracing::warn!("the broker objects are not as they should be: {error}");
+                tracing::warn!("broker objects differ from what they should be: {error}");
             }
-            trouble = failed;
+            last_error = failed;
         }
     }
 }

@@ -1,13 +1,15 @@
-//! The way of a delivery: receive, gather into a group, commit, acknowledge.
+//! Ingest: receives deliveries, gathers them into groups, commits and acknowledges each group.
 //!
-//! Two tasks, so that the next group gathers while the previous one commits. Memory is bounded by the
-//! prefetch and by three groups: one gathering, one waiting, one committing.
+//! Two tasks, so that the next group is gathered while the previous one is committed. Memory is bounded by
+//! the prefetch and by three groups: one being gathered, one waiting, one being committed.
 //!
-//! The order that must hold is commit before acknowledge. Notices need not be published before the
-//! acknowledgement: they lie in the outbox, in the same transaction as their results, and the relay
-//! ([`crate::notices`]) drains it at start-up and ever after. If acknowledging waited for publishing,
-//! a broker that has stopped its publishers for lack of memory could never get rid of the results
-//! that fill it.
+//! A group is committed before it is acknowledged. Its notices need not be published before that: they are
+//! stored in the outbox by the same transaction, and the relay ([`crate::outbox`]) publishes them, also after
+//! a restart. If acknowledgements waited for publishing, a broker that blocks publishers for lack of memory
+//! could never get rid of the results that fill it.
+
+pub mod group;
+pub(crate) mod unrouted_replies;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,45 +22,45 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::group::{Group, Source};
-use crate::replies::Replies;
+use crate::ingest::group::{Group, Source};
+use crate::ingest::unrouted_replies::UnroutedReplies;
 use crate::store::{Store, StoreError};
 
-/// Unacknowledged deliveries of results. Each may be a whole bundle, so it need not be large, and a
-/// group takes at most half of them, so that the broker sends the other half meanwhile.
+/// Prefetch of results. It is small, since each delivery may be a whole bundle. A group takes at most half
+/// of it, so that the broker sends the other half meanwhile.
 pub(crate) const RESULTS_PREFETCH: u16 = 512;
-/// Dead letters carry whole messages and are few.
+/// Prefetch of dead letters, which contain whole messages and are rare.
 pub(crate) const DEAD_PREFETCH: u16 = 64;
-/// Likewise.
+/// Prefetch of unrouted messages.
 pub(crate) const UNROUTED_PREFETCH: u16 = 64;
 
-/// Pauses between attempts to commit one group.
+/// Pauses between attempts to commit a group; they double from the first to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The problem of a collector whose groups are not stored.
 const STORE_FAILING: &str = "store_failing";
 
-/// A group and what acknowledges it.
-pub(crate) struct Parcel {
+/// A group, and what is needed to acknowledge it.
+pub(crate) struct GatheredGroup {
     group: Group,
     deliveries: usize,
-    /// Per consumer the newest delivery. Groups are finished in the order in which they are gathered,
-    /// so everything before it is finished too and one `multiple` acknowledges all of it; deliveries
-    /// of an older epoch in the same group are void anyway.
+    /// The newest delivery of each consumer. Groups are committed in the order of gathering, so one
+    /// `multiple` acknowledgement covers all earlier deliveries too. Deliveries of an older epoch in the
+    /// same group come again anyway.
     newest: Vec<(Source, Settler, DeliveryTag)>,
 }
 
-/// The receiving half.
-pub(crate) struct Intake {
+/// The task that receives and gathers.
+pub(crate) struct Ingest {
     pub(crate) sources: Sources,
     pub(crate) group_size: usize,
     pub(crate) linger: Duration,
-    pub(crate) progress: Arc<Progress>,
-    /// Signs dead letters that are made here.
+    pub(crate) progress: Arc<IngestProgress>,
+    /// Name of the collector, for dead letters that are created here.
     pub(crate) by: String,
     pub(crate) stop: CancellationToken,
-    pub(crate) parcels: mpsc::Sender<Parcel>,
+    pub(crate) gathered: mpsc::Sender<GatheredGroup>,
 }
 
 /// The three consumers that fill groups.
@@ -68,33 +70,34 @@ pub(crate) struct Sources {
     pub(crate) unrouted: Consumer,
 }
 
-/// How many parcels were begun and how many are finished, for those who must know that what had
-/// arrived by some moment is stored.
+/// Counts groups, so that others can determine whether everything that had arrived at some time is stored.
 #[derive(Debug, Default)]
-pub(crate) struct Progress {
+pub(crate) struct IngestProgress {
+    /// Number of groups that have been started.
     begun: AtomicU64,
+    /// Number of groups that are committed.
     finished: AtomicU64,
-    /// When the last group was committed, in milliseconds; 0 before the first.
+    /// When the last group was committed, in milliseconds since 1970; 0 before the first.
     committed_at: AtomicU64,
-    /// Deliveries that were handed to the committing half and are not finished.
+    /// Number of deliveries that have been gathered and are not committed.
     deliveries: AtomicU64,
 }
 
-/// What is received and not committed.
+/// Deliveries that are not committed yet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Uncommitted {
     pub(crate) groups: u64,
     pub(crate) deliveries: u64,
-    /// How many groups were finished so far.
+    /// Number of groups that are committed.
     pub(crate) finished: u64,
 }
 
-impl Progress {
-    /// What was delivered before a parcel and is not in it goes into one of the next so many: the
-    /// prefetch holds no more.
+impl IngestProgress {
+    /// A delivery that arrived before a group was started is in one of this many groups after it, since
+    /// the prefetch holds no more.
     const BEHIND: u64 = 3;
 
-    /// How many groups were begun, and how many are committed.
+    /// The number of groups that have been started, and that are committed.
     pub(crate) fn groups(&self) -> (u64, u64) {
         (self.mark(), self.finished.load(Ordering::Acquire))
     }
@@ -105,20 +108,20 @@ impl Progress {
         (at > 0).then(|| Timestamp::from_millis(at))
     }
 
-    /// A mark that [`has_passed`](Self::has_passed) understands.
+    /// A mark for [`has_passed`](Self::has_passed).
     pub(crate) fn mark(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }
 
-    /// What waits for its commit.
+    /// What is not committed yet.
     pub(crate) fn uncommitted(&self) -> Uncommitted {
-        // Read first: a group that finishes between the two loads must not be counted twice.
+        // Read first: a group that is committed between the two loads must not count twice.
         let finished = self.finished.load(Ordering::Acquire);
         let groups = self.mark().saturating_sub(finished);
         Uncommitted { groups, deliveries: self.deliveries.load(Ordering::Acquire), finished }
     }
 
-    fn handed_on(&self, deliveries: usize) {
+    fn gathered(&self, deliveries: usize) {
         self.deliveries.fetch_add(as_count(deliveries), Ordering::AcqRel);
     }
 
@@ -128,10 +131,10 @@ impl Progress {
         self.deliveries.fetch_sub(as_count(deliveries), Ordering::AcqRel);
     }
 
-    /// Whether everything that was delivered when the mark was made is stored.
+    /// Whether everything that had been delivered when the mark was made is stored.
     pub(crate) fn has_passed(&self, mark: u64) -> bool {
         let finished = self.finished.load(Ordering::Acquire);
-        // Nothing is under way; or so much was finished that what had arrived then is part of it.
+        // Either nothing is under way, or enough groups have been committed since.
         finished == self.mark() || finished >= mark + Self::BEHIND
     }
 }
@@ -143,18 +146,18 @@ fn as_count(deliveries: usize) -> u64 {
 type Received = (Source, Settler, Delivery);
 
 impl Sources {
-    /// What settles each consumer's deliveries, by name.
-    pub(crate) fn settlers(&self, questions: &Consumer) -> Vec<(&'static str, Settler)> {
+    /// The settler of each consumer, with its name.
+    pub(crate) fn settlers(&self, queries: &Consumer) -> Vec<(&'static str, Settler)> {
         vec![
             ("results", self.results.settler()),
             ("dead letters", self.dead.settler()),
             ("unrouted", self.unrouted.settler()),
-            ("questions", questions.settler()),
+            ("queries", queries.settler()),
         ]
     }
 
-    /// What is here already. The rare kinds come first: there are few of them per group, because few
-    /// may be unacknowledged, so they cannot keep results waiting, but results could starve them.
+    /// A delivery that has been received already. Rare kinds come first: results could starve them, but
+    /// their small prefetch keeps them from starving results.
     fn try_next(&mut self) -> Option<Received> {
         for (source, consumer) in [
             (Source::Dead, &mut self.dead),
@@ -168,7 +171,7 @@ impl Sources {
         None
     }
 
-    /// The next delivery of any kind; `None` when a consumer was stopped.
+    /// The next delivery of any kind; `None` if a consumer has stopped.
     async fn next(&mut self) -> Option<Received> {
         let (source, consumer, delivery) = tokio::select! {
             biased;
@@ -180,22 +183,21 @@ impl Sources {
     }
 }
 
-impl Intake {
-    /// Gathers groups until it is told to stop. What it received and did not hand on, the broker
-    /// delivers again to the next collector.
+impl Ingest {
+    /// Gathers groups until `stop`. The broker redelivers what is not passed on by then.
     pub(crate) async fn run(mut self) {
         while let Some((first, was_waiting)) = self.first().await {
             self.progress.begun.fetch_add(1, Ordering::AcqRel);
-            let mut parcel = Parcel::new();
-            parcel.take(first, &self.by);
-            self.gather(&mut parcel, was_waiting).await;
-            if !self.hand_on(parcel).await {
+            let mut group = GatheredGroup::new();
+            group.take(first, &self.by);
+            self.gather(&mut group, was_waiting).await;
+            if !self.pass_on(group).await {
                 return;
             }
         }
     }
 
-    /// The first delivery of a group, and whether it was waiting for us.
+    /// The first delivery of a group, and whether it had been received already.
     async fn first(&mut self) -> Option<(Received, bool)> {
         if self.stop.is_cancelled() {
             return None;
@@ -210,13 +212,13 @@ impl Intake {
         }
     }
 
-    /// Takes what is here. Where deliveries come faster than groups are finished, waits a little for
-    /// more; an idle collector does not, so a single result is stored at once.
-    async fn gather(&mut self, parcel: &mut Parcel, busy: bool) {
+    /// Adds deliveries that have been received. A busy collector also waits up to `linger` for more; an
+    /// idle one does not, so that a single result is stored at once.
+    async fn gather(&mut self, group: &mut GatheredGroup, busy: bool) {
         let deadline = Instant::now() + self.linger;
-        while !parcel.is_full(self.group_size) {
+        while !group.is_full(self.group_size) {
             if let Some(received) = self.sources.try_next() {
-                parcel.take(received, &self.by);
+                group.take(received, &self.by);
                 continue;
             }
             if !busy {
@@ -227,36 +229,36 @@ impl Intake {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep_until(deadline) => return,
                 received = self.sources.next() => match received {
-                    Some(received) => parcel.take(received, &self.by),
+                    Some(received) => group.take(received, &self.by),
                     None => return,
                 },
             }
         }
     }
 
-    /// Hands a parcel to the committing half, and goes on filling it while that one is busy.
-    async fn hand_on(&mut self, mut parcel: Parcel) -> bool {
+    /// Passes a group on to be committed, and keeps filling it while the committer is busy.
+    async fn pass_on(&mut self, mut group: GatheredGroup) -> bool {
         loop {
-            let open = !parcel.is_full(self.group_size) && !self.stop.is_cancelled();
+            let open = !group.is_full(self.group_size) && !self.stop.is_cancelled();
             tokio::select! {
                 biased;
-                place = self.parcels.reserve() => {
-                    self.progress.handed_on(parcel.deliveries);
-                    return place.map(|place| place.send(parcel)).is_ok();
+                slot = self.gathered.reserve() => {
+                    self.progress.gathered(group.deliveries);
+                    return slot.map(|slot| slot.send(group)).is_ok();
                 }
                 received = self.sources.next(), if open => {
                     let Some(received) = received else {
-                        self.progress.handed_on(parcel.deliveries);
-                        return self.parcels.send(parcel).await.is_ok();
+                        self.progress.gathered(group.deliveries);
+                        return self.gathered.send(group).await.is_ok();
                     };
-                    parcel.take(received, &self.by);
+                    group.take(received, &self.by);
                 }
             }
         }
     }
 }
 
-impl Parcel {
+impl GatheredGroup {
     fn new() -> Self {
         Self { group: Group::new(Timestamp::now()), deliveries: 0, newest: vec![] }
     }
@@ -275,67 +277,67 @@ impl Parcel {
     }
 }
 
-/// The committing half.
+/// The task that commits and acknowledges.
 pub(crate) struct Committer<S> {
     pub(crate) store: S,
-    pub(crate) parcels: mpsc::Receiver<Parcel>,
-    pub(crate) progress: Arc<Progress>,
-    pub(crate) replies: Replies,
+    pub(crate) gathered: mpsc::Receiver<GatheredGroup>,
+    pub(crate) progress: Arc<IngestProgress>,
+    pub(crate) replies: UnroutedReplies,
     /// Wakes the relay of notices.
     pub(crate) outbox_filled: Arc<Notify>,
     pub(crate) health: ProcessHealth,
-    /// Whether the results belong to another store.
+    /// Whether the results belong to the store of another collector.
     pub(crate) standby: watch::Receiver<bool>,
     pub(crate) stop: CancellationToken,
 }
 
 impl<S: Store> Committer<S> {
-    /// Finishes parcels until no more can come.
+    /// Commits groups until the other task has ended.
     pub(crate) async fn run(mut self) {
-        let mut seen = Seen::default();
-        while let Some(parcel) = self.parcels.recv().await {
-            if !self.finish(parcel, &mut seen).await {
+        let mut stats = CommitStats::default();
+        while let Some(group) = self.gathered.recv().await {
+            if !self.finish(group, &mut stats).await {
                 return;
             }
-            seen.summarise();
+            stats.log();
         }
     }
 
-    /// Commits a parcel's group and acknowledges its deliveries; `false` if it had to leave them.
-    async fn finish(&self, parcel: Parcel, seen: &mut Seen) -> bool {
+    /// Commits a group and acknowledges its deliveries. Returns `false` if the collector stops instead.
+    async fn finish(&self, gathered: GatheredGroup, stats: &mut CommitStats) -> bool {
         if *self.standby.borrow() {
-            // All of it is back in its queue already, and another store takes it.
-            self.progress.finish(parcel.deliveries);
+            // The deliveries have returned to their queues, and the other store receives them.
+            self.progress.finish(gathered.deliveries);
             return true;
         }
-        let group = Arc::new(parcel.group);
+        let group = Arc::new(gathered.group);
         if !Protection::CommitBeforeAck.is_enabled() {
-            for (_, settler, tag) in &parcel.newest {
+            for (_, settler, tag) in &gathered.newest {
                 settler.ack(*tag, true);
             }
         }
         let Some(committed) = self.commit(&group).await else { return false };
-        self.progress.finish(parcel.deliveries);
-        for (_, settler, tag) in parcel.newest {
+        self.progress.finish(gathered.deliveries);
+        for (_, settler, tag) in gathered.newest {
             if !settler.ack(tag, true) {
-                // The group comes again, and changes nothing then.
-                tracing::debug!(?tag, "the channel of these deliveries is gone");
+                // The group comes again and changes nothing then.
+                tracing::debug!(?tag, "acknowledgement of a closed channel dropped");
             }
         }
         if committed.notices > 0 {
             self.outbox_filled.notify_one();
         }
-        self.replies.tell_unrouted(&group, &committed.given_up);
-        seen.groups += 1;
-        seen.deliveries += parcel.deliveries;
-        seen.fresh += committed.fresh;
-        seen.repeats += committed.repeats;
+        self.replies.reply_unrouted(&group, &committed.given_up);
+        stats.groups += 1;
+        stats.deliveries += gathered.deliveries;
+        stats.fresh += committed.fresh;
+        stats.repeats += committed.repeats;
         true
     }
 
-    /// Commits, however often it takes: a group that is not stored is never acknowledged. Meanwhile
-    /// the prefetch runs full and the broker keeps the rest.
-    async fn commit(&self, group: &Arc<Group>) -> Option<crate::aggregate::Committed> {
+    /// Commits a group, and tries again until that succeeds: a group that is not stored is never
+    /// acknowledged. The broker keeps further messages once the prefetch is exhausted.
+    async fn commit(&self, group: &Arc<Group>) -> Option<crate::rules::aggregate::Committed> {
         let mut pause = FIRST_PAUSE;
         loop {
             match self.store.commit(Arc::clone(group)).await {
@@ -360,8 +362,8 @@ impl<S: Store> Committer<S> {
     }
 }
 
-/// What was done since the last line of the log about it.
-struct Seen {
+/// What has been committed since the last log line about it.
+struct CommitStats {
     since: Instant,
     groups: usize,
     deliveries: usize,
@@ -369,17 +371,17 @@ struct Seen {
     repeats: u64,
 }
 
-impl Default for Seen {
+impl Default for CommitStats {
     fn default() -> Self {
         Self { since: Instant::now(), groups: 0, deliveries: 0, fresh: 0, repeats: 0 }
     }
 }
 
-impl Seen {
-    const EVERY: Duration = Duration::from_secs(10);
+impl CommitStats {
+    const INTERVAL: Duration = Duration::from_secs(10);
 
-    fn summarise(&mut self) {
-        if self.since.elapsed() >= Self::EVERY {
+    fn log(&mut self) {
+        if self.since.elapsed() >= Self::INTERVAL {
             let Self { groups, deliveries, fresh, repeats, .. } = *self;
             tracing::debug!(groups, deliveries, fresh, repeats, "committed");
             *self = Self::default();
@@ -392,8 +394,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_had_arrived_is_stored_when_all_is_done_or_enough_came_after_it() {
-        let progress = Progress::default();
+    fn a_mark_has_passed_when_all_is_stored_or_enough_groups_came_later() {
+        let progress = IngestProgress::default();
         assert!(progress.has_passed(progress.mark()));
         progress.begun.store(5, Ordering::Release);
         progress.finished.store(4, Ordering::Release);

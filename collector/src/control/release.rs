@@ -1,8 +1,8 @@
-//! Lets parked tasks go: back to their queue when a worker that knows them is alive, or to their end
-//! when somebody has cancelled them.
+//! Releases parked tasks: to their queue when a worker with a handler is alive, or to their end when they are
+//! cancelled.
 //!
-//! Slowly enough that a mistake does no harm: a slice at each look. A task that comes back, because
-//! another worker of its queue took it and does not know it, waits longer each time (`store::parked`).
+//! At a limited rate, so that a mistake does no harm. A task that is parked again, since another worker of its
+//! queue received it and has no handler, waits longer each time (`store::parked`).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,27 +13,28 @@ use tokio::sync::Notify;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use crate::live::Live;
-use crate::replies::Replies;
+use crate::control::worker_registry::WorkerRegistry;
+use crate::ingest::unrouted_replies::UnroutedReplies;
 use crate::store::{Store, StoreError};
 
-/// Heartbeats between the connection and the reader.
+/// Number of heartbeats that wait for this task.
 pub(crate) const HEARTBEATS_BUFFER: u16 = 256;
-/// How often parked tasks are looked at.
-const LOOK: Duration = Duration::from_millis(500);
-/// How many are let go at one look: 500 a second, which no broker minds.
+/// How often parked tasks are checked.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// Maximum number of tasks released per check: 500 per second.
 const SLICE: usize = 250;
-/// How many kinds of parked tasks are looked at.
-const KINDS: usize = 1_000;
+/// Maximum number of pairs of queue and task name per check.
+const MAX_KINDS: usize = 1_000;
 
+/// The task that releases parked tasks.
 pub(crate) struct Releaser<S> {
     pub(crate) store: S,
     pub(crate) heartbeats: Consumer,
     pub(crate) tasks_exchange: String,
     pub(crate) resends_filled: Arc<Notify>,
     pub(crate) outbox_filled: Arc<Notify>,
-    pub(crate) replies: Replies,
-    /// Somebody has cancelled something.
+    pub(crate) replies: UnroutedReplies,
+    /// Fires after a cancel request.
     pub(crate) cancelled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
 }
@@ -41,12 +42,12 @@ pub(crate) struct Releaser<S> {
 impl<S: Store> Releaser<S> {
     pub(crate) async fn run(self) {
         let stop = self.stop.clone();
-        stop.run_until_cancelled(self.look_forever()).await;
+        stop.run_until_cancelled(self.check_forever()).await;
     }
 
-    async fn look_forever(mut self) {
-        let mut live = Live::default();
-        let mut tick = tokio::time::interval(LOOK);
+    async fn check_forever(mut self) {
+        let mut workers = WorkerRegistry::default();
+        let mut tick = tokio::time::interval(POLL_INTERVAL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -55,52 +56,52 @@ impl<S: Store> Releaser<S> {
                     match Heartbeat::decode(&delivery.message) {
                         Ok(heartbeat) => {
                             let sender = delivery.message.properties.user_id.as_deref();
-                            live.hear(sender, heartbeat, Instant::now());
+                            workers.record(sender, heartbeat, Instant::now());
                         }
-                        Err(error) => tracing::debug!(%error, "a heartbeat cannot be read"),
+                        Err(error) => tracing::debug!(%error, "invalid heartbeat"),
                     }
                     continue;
                 }
                 _ = tick.tick() => {}
                 () = self.cancelled.notified() => {}
             }
-            live.prune(Instant::now());
-            if let Err(error) = self.look(&live).await {
-                tracing::warn!("parked tasks were not looked at: {error}");
+            workers.prune(Instant::now());
+            if let Err(error) = self.check(&workers).await {
+                tracing::warn!("parked tasks were not checked: {error}");
             }
         }
     }
 
-    async fn look(&self, live: &Live) -> Result<(), StoreError> {
+    async fn check(&self, workers: &WorkerRegistry) -> Result<(), StoreError> {
         self.end_cancelled().await?;
-        let mut room = SLICE;
-        for kind in self.store.parked_kinds(KINDS).await? {
-            if room == 0 {
+        let mut left = SLICE;
+        for kind in self.store.parked_kinds(MAX_KINDS).await? {
+            if left == 0 {
                 return Ok(());
             }
-            if !live.knows(&kind.0, &kind.1) {
+            if !workers.has_handler(&kind.0, &kind.1) {
                 continue;
             }
             let exchange = self.tasks_exchange.clone();
             let (queue, name) = (kind.0.clone(), kind.1.clone());
-            let released = self.store.release(kind, exchange, room).await?;
+            let released = self.store.release(kind, exchange, left).await?;
             if released > 0 {
-                tracing::info!(released, %queue, %name, "parked tasks go back: a worker knows them");
+                tracing::info!(released, %queue, %name, "parked tasks released: a worker has a handler");
                 self.resends_filled.notify_one();
             }
-            room = room.saturating_sub(released);
+            left = left.saturating_sub(released);
         }
         Ok(())
     }
 
-    /// Nobody runs a parked task, so nobody else can end it.
+    /// Ends cancelled parked tasks: no worker has them.
     async fn end_cancelled(&self) -> Result<(), StoreError> {
         let ended = self.store.end_cancelled_parked(SLICE).await?;
         if ended.notices > 0 {
             self.outbox_filled.notify_one();
         }
         for letter in &ended.letters {
-            self.replies.tell(letter);
+            self.replies.reply(letter);
         }
         Ok(())
     }

@@ -1,7 +1,6 @@
-//! Done notices on their way from the outbox to the broker; [`crate::relay`] does the work.
+//! The outbox of done notices.
 //!
-//! A notice that is published twice has the same id both times
-//! ([`garenne_common::wire::Notice::key`]).
+//! A notice that is published twice has the same id both times ([`garenne_common::wire::Notice::key`]).
 
 use std::time::Duration;
 
@@ -10,42 +9,42 @@ use garenne_common::wire::Notice;
 use tokio::sync::mpsc::{self, error::SendTimeoutError};
 
 use crate::APP_ID;
-use crate::relay::Outbox;
+use crate::outbox::Outbox;
 use crate::store::{OutboxEntry, Store, StoreError};
 
-/// Notices published and confirmed together.
+/// Maximum number of notices that are unconfirmed at the same time.
 const SLICE: usize = 500;
-/// How long a reader of copies may take none before they are skipped.
-const READER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the relay waits for a reader of copies before it skips them.
+const READER_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) struct Notices<S> {
     pub(crate) store: S,
     pub(crate) exchange: String,
-    /// Gets every notice that was published.
-    pub(crate) copies: Option<Copies>,
+    /// Receives a copy of every published notice.
+    pub(crate) copies: Option<NoticeCopies>,
 }
 
-/// A reader of copies. A slow one makes the relay wait, so that none is skipped; one that takes none
-/// for a while must not keep notices from everybody else.
-pub(crate) struct Copies {
+/// A reader of copies. The relay waits for a slow reader, so that no copy is skipped. A reader that stops
+/// reading must not delay the notices of others.
+pub(crate) struct NoticeCopies {
     to: mpsc::Sender<Notice>,
-    /// How many were skipped since the reader last took one.
+    /// Number of copies skipped since the reader last received one.
     skipped: u64,
 }
 
-impl Copies {
+impl NoticeCopies {
     pub(crate) fn new(to: mpsc::Sender<Notice>) -> Self {
         Self { to, skipped: 0 }
     }
 
-    /// Hands a copy over or skips it; `false` if there is no reader any more.
+    /// Sends or skips a copy. Returns `false` if the reader is gone.
     async fn send(&mut self, notice: Notice) -> bool {
-        let patience = if self.skipped == 0 { READER_PATIENCE } else { Duration::ZERO };
-        match self.to.send_timeout(notice, patience).await {
+        let timeout = if self.skipped == 0 { READER_TIMEOUT } else { Duration::ZERO };
+        match self.to.send_timeout(notice, timeout).await {
             Ok(()) if self.skipped > 0 => {
                 tracing::warn!(
                     skipped = self.skipped,
-                    "notices are printed again; some were skipped"
+                    "the reader of printed notices reads again; some notices were skipped"
                 );
                 self.skipped = 0;
             }
@@ -53,8 +52,8 @@ impl Copies {
             Err(SendTimeoutError::Timeout(_)) => {
                 if self.skipped == 0 {
                     tracing::warn!(
-                        patience = ?READER_PATIENCE,
-                        "the reader of printed notices takes none; they are skipped until it does"
+                        timeout = ?READER_TIMEOUT,
+                        "the reader of printed notices does not read; skipping notices until it does"
                     );
                 }
                 self.skipped += 1;
@@ -67,7 +66,7 @@ impl Copies {
 
 impl<S: Store> Outbox for Notices<S> {
     type Entry = OutboxEntry;
-    const WHAT: &'static str = "notices";
+    const NAME: &'static str = "notices";
 
     async fn oldest(&self, after: u64) -> Result<Vec<OutboxEntry>, StoreError> {
         self.store.outbox(after, SLICE).await
@@ -85,7 +84,7 @@ impl<S: Store> Outbox for Notices<S> {
         }
     }
 
-    async fn forget(&self, confirmed: Vec<u64>) -> Result<(), StoreError> {
+    async fn delete(&self, confirmed: Vec<u64>) -> Result<(), StoreError> {
         self.store.published(confirmed).await
     }
 
@@ -93,7 +92,7 @@ impl<S: Store> Outbox for Notices<S> {
         for entry in entries {
             let Some(copies) = &mut self.copies else { return };
             if !copies.send(entry.notice).await {
-                tracing::debug!("nobody reads copies of notices any more");
+                tracing::debug!("the reader of copies of notices is gone");
                 self.copies = None;
             }
         }

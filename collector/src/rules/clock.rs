@@ -1,21 +1,20 @@
-//! Whether the wall clock can be believed where something is deleted or ended by it. Pure: the caller
-//! says what the clocks show.
+//! Decides whether the wall clock may be used to delete or end something. Pure: the times are parameters.
 //!
-//! A clock that jumps a month ahead would make everything in the store a month older at once. So what
-//! it gains over monotonic time is watched, and so is its gain while no collector was running.
+//! A clock that jumps a month ahead would make everything in the store a month older at once. So its gain
+//! over the monotonic clock is watched, and the gap since the last commit of an earlier process.
 
 use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
 
-/// How far the wall clock may run ahead of monotonic time before it counts as a jump.
+/// Gain of the wall clock over the monotonic clock that does not count as a jump.
 const TOLERANCE: Duration = Duration::from_mins(5);
-/// How long after a jump nothing is decided by the wall clock: time for an operator to correct it.
+/// How long the wall clock is not used after a jump: time for an operator to correct it.
 const HOLD: Duration = Duration::from_hours(24);
-/// A store whose last commit is older may have been opened under a wrong clock.
+/// If the last commit is older when a store is opened, the clock may be wrong.
 const LONGEST_GAP: Duration = Duration::from_hours(24);
 
-/// The wall clock beside the monotonic one.
+/// The wall clock and the monotonic clock at the same time.
 #[derive(Debug)]
 pub(crate) struct Clock {
     wall: Timestamp,
@@ -28,7 +27,7 @@ impl Clock {
         Self { wall, monotonic, held_until: None }
     }
 
-    /// By how much the wall clock has jumped ahead since the last jump, if it has.
+    /// The gain of the wall clock since the last jump, if it is a jump.
     pub(crate) fn jumped(&mut self, wall: Timestamp, monotonic: Instant) -> Option<Duration> {
         let elapsed = monotonic.duration_since(self.monotonic);
         let gained = since(self.wall, wall).saturating_sub(elapsed);
@@ -39,7 +38,7 @@ impl Clock {
         Some(gained)
     }
 
-    /// How long ago anything was last stored, if that is too long to trust the clock.
+    /// The time since the last commit of the store, if that is too long to trust the clock.
     pub(crate) fn opened(&mut self, last_commit: Option<Timestamp>) -> Option<Duration> {
         let gap = since(last_commit?, self.wall);
         if gap <= LONGEST_GAP {
@@ -49,7 +48,7 @@ impl Clock {
         Some(gap)
     }
 
-    /// Whether nothing may be decided by the wall clock yet.
+    /// Whether the wall clock must not be used yet.
     pub(crate) fn is_held(&self, monotonic: Instant) -> bool {
         self.held_until.is_some_and(|until| monotonic < until)
     }
@@ -70,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_jump_ahead_holds_for_a_day_of_running_and_is_told_once() {
+    fn a_jump_ahead_holds_for_a_day_and_is_reported_once() {
         let start = Instant::now();
         let mut clock = Clock::new(at(Duration::ZERO), start);
         let minute = Duration::from_mins(1);
@@ -84,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn many_small_jumps_are_one_large_one_and_a_step_back_is_none() {
+    fn small_jumps_add_up_and_a_step_back_is_not_a_jump() {
         let start = Instant::now();
         let mut clock = Clock::new(at(Duration::ZERO), start);
         let minute = Duration::from_mins(1);
@@ -92,11 +91,11 @@ mod tests {
         assert_eq!(jumps.collect::<Vec<_>>(), [None, None, Some(6 * minute)]);
         let mut clock = Clock::new(at(DAY), start);
         assert_eq!(clock.jumped(at(Duration::ZERO), start + minute), None);
-        assert_eq!(clock.jumped(at(DAY + minute), start + minute), None, "it was put right");
+        assert_eq!(clock.jumped(at(DAY + minute), start + minute), None, "it was corrected");
     }
 
     #[test]
-    fn a_store_that_nobody_filled_for_more_than_a_day_holds_and_an_empty_one_does_not() {
+    fn a_store_without_a_commit_for_a_day_holds_and_an_empty_one_does_not() {
         let start = Instant::now();
         let mut clock = Clock::new(at(3 * DAY), start);
         assert_eq!(clock.opened(None), None);

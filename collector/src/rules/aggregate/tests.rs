@@ -18,7 +18,7 @@ struct Maps {
     letters: HashMap<TaskId, bool>,
     batches: HashMap<BatchId, Batch>,
     notices: Vec<Notice>,
-    leases: HashMap<TaskId, LeaseStanding>,
+    leases: HashMap<TaskId, LeaseRecord>,
 }
 
 impl Ledger for Maps {
@@ -70,11 +70,11 @@ impl Ledger for Maps {
         Ok(())
     }
 
-    fn task_over(&mut self, _: &TaskId) -> Result<(), Infallible> {
+    fn task_ended(&mut self, _: &TaskId) -> Result<(), Infallible> {
         Ok(())
     }
 
-    fn batch_over(&mut self, _: &BatchId) -> Result<(), Infallible> {
+    fn batch_ended(&mut self, _: &BatchId) -> Result<(), Infallible> {
         Ok(())
     }
 
@@ -82,12 +82,12 @@ impl Ledger for Maps {
         Ok(())
     }
 
-    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, Infallible> {
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseRecord>, Infallible> {
         Ok(self.leases.get(id).cloned())
     }
 
     fn begin_lease(&mut self, lease: &Lease) -> Result<(), Infallible> {
-        let standing = LeaseStanding { fence: lease.fence.clone(), state: LeaseState::Held };
+        let standing = LeaseRecord { fence: lease.fence.clone(), state: LeaseState::Held };
         self.leases.insert(lease.id.clone(), standing);
         Ok(())
     }

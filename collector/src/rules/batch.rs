@@ -1,31 +1,31 @@
-//! A batch as a small state machine: facts arrive in any order, and it ends once.
+//! A batch as a small state machine: reports arrive in any order, and it ends once.
 //!
-//! Pure. Nothing here knows which tasks were counted already: that is the business of whoever
-//! inserts results, and it calls [`Batch::member_ended`] for each new one only.
+//! Pure. It does not know which tasks have been counted: the caller, which inserts results, calls
+//! [`Batch::member_ended`] for fresh ones only.
 
 use garenne_common::wire::{BatchState, BatchSummary, Notice};
 use garenne_common::{BatchId, Status, Timestamp};
 
-/// All that is known of a batch.
+/// A batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// Which.
+    /// Its id.
     pub id: BatchId,
-    /// Where it is in its life.
+    /// Its state.
     pub state: BatchState,
-    /// How many tasks it has, once it is sealed.
+    /// Number of its tasks, once it is sealed.
     pub total: Option<u64>,
-    /// Members that succeeded.
+    /// Number of members that succeeded.
     pub succeeded: u64,
-    /// Members that were given up.
+    /// Number of members that failed.
     pub failed: u64,
-    /// Members that were cancelled.
+    /// Number of members that were cancelled.
     pub cancelled: u64,
-    /// The earliest moment that any report about it named.
+    /// The earliest time in any report about it.
     pub opened_at: Timestamp,
-    /// Unsealed by then, it is abandoned.
+    /// It is abandoned if it is not sealed by then.
     pub deadline: Timestamp,
-    /// Whether its producer's opening was seen, so that `deadline` is its word and not our default.
+    /// Whether its producer has announced it, so that `deadline` is not the default.
     pub announced: bool,
     /// When it was sealed.
     pub sealed_at: Option<Timestamp>,
@@ -36,7 +36,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// A batch at the first report about it, whichever that is: members overtake the opening, and
+    /// A batch with the first report about it, of any kind: members may arrive before the announcement, and
     /// producers in other languages send none.
     pub fn first_seen(id: BatchId, at: Timestamp, default_deadline: Timestamp) -> Self {
         Self {
@@ -55,15 +55,15 @@ impl Batch {
         }
     }
 
-    /// Its producer announced it.
+    /// Records the announcement of its producer.
     pub fn opened(&mut self, at: Timestamp, deadline: Timestamp) {
         self.mentioned(at);
-        // Of two announcements the later deadline counts, so that their order does not.
+        // The later deadline of two announcements counts, so that their order does not matter.
         self.deadline = if self.announced { self.deadline.max(deadline) } else { deadline };
         self.announced = true;
     }
 
-    /// Its producer said how many members it has. The first word counts.
+    /// Records the number of its members. The first seal counts.
     pub fn sealed(&mut self, count: u64, at: Timestamp) {
         self.mentioned(at);
         if self.total.is_none() {
@@ -72,9 +72,9 @@ impl Batch {
         }
     }
 
-    /// A member ended that had not ended before.
+    /// Counts a member that has ended.
     ///
-    /// Members go on being counted when the batch is over: the counts stay true, the state stays.
+    /// Members are also counted after the end of the batch: the counts stay true, the state does not change.
     pub fn member_ended(&mut self, status: Status, at: Timestamp) {
         self.mentioned(at);
         match status {
@@ -85,14 +85,14 @@ impl Batch {
         self.last_ended_at = self.last_ended_at.max(Some(at));
     }
 
-    /// A report named it without changing it.
+    /// Records that a report mentions it.
     pub fn mentioned(&mut self, at: Timestamp) {
         self.opened_at = self.opened_at.min(at);
     }
 
-    /// Draws the conclusion from the facts so far; the notice, if this ends the batch.
+    /// Updates the state. Returns the notice if this ends the batch.
     ///
-    /// `>=`, because more members than announced (a producer's mistake) must not keep it from ending.
+    /// More members than announced, a mistake of the producer, must not prevent the end.
     pub fn settle(&mut self) -> Option<Notice> {
         let total = self.total.filter(|_| !self.state.is_final())?;
         self.state = BatchState::Sealed;
@@ -104,7 +104,7 @@ impl Batch {
         Some(Notice::Batch(self.summary()))
     }
 
-    /// Ends it as abandoned, if it is still waiting for its seal at `now`.
+    /// Abandons it if it is past its deadline at `now` and not sealed.
     pub fn abandon(&mut self, now: Timestamp) -> Option<Notice> {
         if self.state != BatchState::Open || self.deadline > now {
             return None;
@@ -114,8 +114,8 @@ impl Batch {
         Some(Notice::Batch(self.summary()))
     }
 
-    /// Ends it as abandoned, if it is not over: somebody knows that its members will not end.
-    pub fn abandon_as_asked(&mut self, now: Timestamp) -> Option<Notice> {
+    /// Abandons it on request if it has not ended.
+    pub fn abandon_on_request(&mut self, now: Timestamp) -> Option<Notice> {
         if self.state.is_final() {
             return None;
         }
@@ -124,7 +124,7 @@ impl Batch {
         Some(Notice::Batch(self.summary()))
     }
 
-    /// What others are told of it.
+    /// Its summary for notices and responses.
     pub fn summary(&self) -> BatchSummary {
         BatchSummary {
             batch: self.id.clone(),
@@ -152,13 +152,13 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_batch_is_done_when_it_is_sealed() {
+    fn an_empty_batch_is_done_when_sealed() {
         let mut batch = batch();
         assert_eq!(batch.settle(), None);
         batch.sealed(0, at(20));
         assert!(batch.settle().is_some());
         assert_eq!((batch.state, batch.finished_at), (BatchState::Done, Some(at(20))));
-        assert_eq!(batch.settle(), None, "one notice");
+        assert_eq!(batch.settle(), None, "only one notice");
     }
 
     #[test]
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sealed_batch_waits_for_its_members_however_long() {
+    fn a_sealed_batch_waits_for_its_members_without_limit() {
         let mut batch = batch();
         batch.sealed(1, at(20));
         assert_eq!(batch.settle(), None);

@@ -1,8 +1,8 @@
-//! Whether the files that are open are still the ones at the store's path.
+//! Checks that the open files are still the ones at the path of the store.
 //!
-//! A file that is deleted, moved or replaced stays open and takes every commit, and nobody will ever
-//! read it again. SQLite does not notice, so each transaction asks here: the write-ahead log holds the
-//! latest commits and the shared memory keeps several collectors apart, so all three files count.
+//! A file that is deleted, moved or replaced stays open and takes every commit, which nobody will ever read.
+//! SQLite does not notice, so each transaction checks it. The write-ahead log contains the latest commits, and
+//! the shared memory coordinates several collectors, so all three files are checked.
 
 use std::ffi::OsString;
 use std::fs;
@@ -13,20 +13,19 @@ use super::StoreError;
 
 /// The files of an open store, each with its device and inode.
 #[derive(Debug, Clone)]
-pub(super) struct Place {
+pub(super) struct StoreFiles {
     path: PathBuf,
     files: Vec<(PathBuf, Identity)>,
 }
 
 type Identity = (u64, u64);
 
-impl Place {
-    /// Notes which files are at a path now. The store must be open, so that SQLite has made all of
-    /// them and removes none.
+impl StoreFiles {
+    /// Records the files at a path. The store must be open, so that SQLite has created all of them.
     pub(super) fn of(path: &Path) -> Result<Self, StoreError> {
         let gone = || StoreError::Replaced { path: path.to_owned() };
-        // SQLite follows links and puts the other files beside the file itself. The given path counts
-        // too: a link that points elsewhere is where the next collector looks.
+        // SQLite follows links and creates the other files beside the target. The given path is checked too:
+        // the next collector follows a link that has been changed.
         let real = fs::canonicalize(path).map_err(|_| gone())?;
         let beside = |suffix: &str| {
             let mut name = OsString::from(&real);
@@ -40,7 +39,7 @@ impl Place {
         Ok(Self { path: path.to_owned(), files })
     }
 
-    /// Refuses if one of the files is another one, or gone.
+    /// Fails if one of the files has been replaced or is missing.
     pub(super) fn check(&self) -> Result<(), StoreError> {
         let same = |(file, noted): &(PathBuf, Identity)| identity(file) == Some(*noted);
         if self.files.iter().all(same) {
@@ -59,14 +58,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_deleted_replaced_or_linked_elsewhere_is_noticed_and_so_is_its_return() {
+    fn deleted_replaced_and_relinked_files_are_detected() {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         for name in ["real", "real-wal", "real-shm", "other"] {
             fs::write(at(name), "").unwrap();
         }
         std::os::unix::fs::symlink(at("real"), at("link")).unwrap();
-        let place = Place::of(&at("link")).unwrap();
+        let place = StoreFiles::of(&at("link")).unwrap();
         assert_eq!(place.check(), Ok(()));
         for name in ["real", "real-wal", "real-shm"] {
             fs::rename(at(name), at("away")).unwrap();

@@ -1,4 +1,4 @@
-//! Replies to tasks that found no queue, best effort: whoever waits may ask the collector instead.
+//! Replies to the senders of tasks without a queue. Best effort: a sender can query the collector instead.
 
 use garenne_common::broker::{Outgoing, Publisher};
 use garenne_common::wire::{DeadLetter, Message, Report, report, task};
@@ -7,47 +7,46 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::APP_ID;
-use crate::group::{Group, Letter};
+use crate::ingest::group::{Group, Letter};
 
-/// Replies that wait for the publisher; more are dropped.
+/// Maximum number of replies that wait for the publisher; further ones are dropped.
 const WAITING_REPLIES: usize = 1_000;
 
-/// Tells those who wait for a task's reply that the task found no queue. Every other reply is the
-/// worker's.
+/// Sends the replies that no worker sends: the task had no queue, or a cancelled or purged task was parked.
 #[derive(Clone)]
-pub(crate) struct Replies {
+pub(crate) struct UnroutedReplies {
     outgoing: mpsc::Sender<Outgoing>,
     pub(crate) gate: ReplyGate,
 }
 
-impl Replies {
-    /// The sending end, and what is to be published.
+impl UnroutedReplies {
+    /// The sender, and the receiver of replies to publish.
     pub(crate) fn channel(gate: ReplyGate) -> (Self, mpsc::Receiver<Outgoing>) {
         let (outgoing, to_send) = mpsc::channel(WAITING_REPLIES);
         (Self { outgoing, gate }, to_send)
     }
 
-    /// Replies to whoever waits for a task that ended here, if anybody does.
-    pub(crate) fn tell(&self, Letter { letter, result }: &Letter) {
+    /// Replies to the sender of a task that has ended here, if it asked for that.
+    pub(crate) fn reply(&self, Letter { letter, result }: &Letter) {
         let Some(result) = result else { return };
-        let reply = reply(letter, result).filter(|reply| self.gate.admits(&reply.routing_key));
+        let reply = reply_for(letter, result).filter(|reply| self.gate.admits(&reply.routing_key));
         if reply.is_some_and(|reply| self.outgoing.try_send(reply).is_err()) {
-            tracing::debug!(task = %result.id, "a reply was dropped");
+            tracing::debug!(task = %result.id, "reply dropped");
         }
     }
 
-    /// Replies to those unrouted tasks of a group that have ended by it.
-    pub(crate) fn tell_unrouted(&self, group: &Group, given_up: &[TaskId]) {
+    /// Replies to the senders of the unrouted tasks that this group has ended.
+    pub(crate) fn reply_unrouted(&self, group: &Group, given_up: &[TaskId]) {
         for letter in &group.letters {
             let Some(result) = &letter.result else { continue };
             if letter.letter.reason == DeadReason::Unrouted && given_up.contains(&result.id) {
-                self.tell(letter);
+                self.reply(letter);
             }
         }
     }
 }
 
-/// Publishes replies until no more can come.
+/// Publishes replies until all senders are dropped.
 pub(crate) async fn send_replies(
     mut replies: mpsc::Receiver<Outgoing>,
     publisher: Publisher,
@@ -56,7 +55,7 @@ pub(crate) async fn send_replies(
     let send_all = async {
         while let Some(reply) = replies.recv().await {
             if let Err(error) = publisher.send_and_forget(reply).await {
-                tracing::debug!(%error, "a reply was not sent");
+                tracing::debug!(%error, "reply not sent");
             }
         }
     };
@@ -66,7 +65,7 @@ pub(crate) async fn send_replies(
     }
 }
 
-fn reply(letter: &DeadLetter, result: &TaskResult) -> Option<Outgoing> {
+fn reply_for(letter: &DeadLetter, result: &TaskResult) -> Option<Outgoing> {
     let ReplyTo { queue, correlation_id, format } = reply_to(&letter.message)?;
     let message = match format {
         ReplyFormat::Plain => report::encode_reply(result, correlation_id.as_deref(), APP_ID),
@@ -79,7 +78,7 @@ fn reply(letter: &DeadLetter, result: &TaskResult) -> Option<Outgoing> {
     Some(Outgoing { exchange: String::new(), routing_key: queue.to_string(), message })
 }
 
-/// As the task says; a message that is no sound task still gets the plain reply it asks for.
+/// Where the reply goes. An invalid task gets a plain reply if it asks for one.
 fn reply_to(message: &Message) -> Option<ReplyTo> {
     match task::decode(message, &QueueName::default()) {
         Ok(task) => task?.reply,
@@ -114,15 +113,15 @@ mod tests {
             message.set_header("x-garenne-reply-format", HeaderValue::Text(format.to_owned()));
         }
         let mut group = Group::new(Timestamp::from_millis(1));
-        group.take(crate::group::Source::Unrouted, "cpu", &message, "me");
+        group.take(crate::ingest::group::Source::Unrouted, "cpu", &message, "me");
         group
     }
 
-    fn told(group: &Group, given_up: &[&str]) -> Option<Message> {
+    fn sent(group: &Group, given_up: &[&str]) -> Option<Message> {
         let given_up: Vec<_> = given_up.iter().map(|id| TaskId::new(id).unwrap()).collect();
         let rule = ReplyRule::new(&Namespace::new("g").unwrap(), &[]);
-        let (replies, mut outgoing) = Replies::channel(ReplyGate::new(rule));
-        replies.tell_unrouted(group, &given_up);
+        let (replies, mut outgoing) = UnroutedReplies::channel(ReplyGate::new(rule));
+        replies.reply_unrouted(group, &given_up);
         outgoing.try_recv().ok().map(|outgoing| {
             assert_eq!(
                 (outgoing.exchange.as_str(), outgoing.routing_key.as_str()),
@@ -133,25 +132,25 @@ mod tests {
     }
 
     #[test]
-    fn an_unrouted_task_is_answered_in_the_form_it_asked_for() {
-        let plain = told(&unrouted(None), &["t-1"]).unwrap();
+    fn replies_have_the_requested_format() {
+        let plain = sent(&unrouted(None), &["t-1"]).unwrap();
         assert_eq!(plain.properties.kind.as_deref(), Some(report::REPLY_KIND));
         assert_eq!(plain.properties.correlation_id.as_deref(), Some("c"));
-        let bundle = told(&unrouted(Some("bundle")), &["t-1"]).unwrap();
+        let bundle = sent(&unrouted(Some("bundle")), &["t-1"]).unwrap();
         assert_eq!(report::decode(&bundle).unwrap().len(), 1);
-        // No sound task, but whoever sent it still waits.
-        assert!(told(&unrouted(Some("smoke signals")), &["t-1"]).is_some());
+        // Not a valid task, but its sender waits.
+        assert!(sent(&unrouted(Some("smoke signals")), &["t-1"]).is_some());
     }
 
     #[test]
-    fn a_queue_that_takes_no_replies_gets_none() {
+    fn queues_that_may_not_receive_replies_get_none() {
         for queue in ["g.results", "other.dead", "orders", "amq.rabbitmq.reply-to"] {
-            assert_eq!(told(&unrouted_to(queue, None), &["t-1"]), None, "{queue}");
+            assert_eq!(sent(&unrouted_to(queue, None), &["t-1"]), None, "{queue}");
         }
     }
 
     #[test]
-    fn a_task_that_ended_otherwise_gets_no_second_reply() {
-        assert_eq!(told(&unrouted(None), &[]), None);
+    fn tasks_that_have_ended_otherwise_get_no_second_reply() {
+        assert_eq!(sent(&unrouted(None), &[]), None);
     }
 }

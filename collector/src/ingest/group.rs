@@ -1,7 +1,7 @@
-//! Groups: what a handful of deliveries say, decoded and ready for one transaction.
+//! Groups: the decoded contents of several deliveries, to be stored in one transaction.
 //!
-//! Pure. Nothing is refused here: what cannot be read becomes a dead letter, for a delivery that is
-//! neither stored nor acknowledged would stop the collector for good.
+//! Pure. Nothing is refused: an invalid message becomes a dead letter, since a delivery that is neither
+//! stored nor acknowledged would block the collector.
 
 use garenne_common::batch_key::Memberships;
 use garenne_common::outcome::DeadReason;
@@ -9,29 +9,29 @@ use garenne_common::wire::report::{self, BUNDLE_KIND, REPLY_KIND};
 use garenne_common::wire::{DeadLetter, Lease, Message, Report, RetryNote, bundle};
 use garenne_common::{QueueName, TaskResult, Timestamp};
 
-/// A group also closes at so many bytes, so that a few huge outputs do not pile up in memory.
+/// A group is also full at this size, which bounds the memory that large outputs take.
 const MAX_GROUP_BYTES: usize = 8 * 1024 * 1024;
 
-/// What goes into one transaction.
+/// What is stored in one transaction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Group {
-    /// When it was gathered, by this machine's clock.
+    /// When it was started, by the clock of this machine.
     pub at: Timestamp,
     /// Reports in the order of their arrival.
     pub reports: Vec<Report>,
-    /// Leases that began. They come before the reports: a note without its lease says nothing.
+    /// Leases that begin. They are applied before the reports, which may contain notes about them.
     pub leases: Vec<Lease>,
     /// Dead letters in the order of their arrival.
     pub letters: Vec<Letter>,
     bytes: usize,
 }
 
-/// A dead letter and what it says of its task.
+/// A dead letter and the final record of its task.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Letter {
     /// The letter.
     pub letter: DeadLetter,
-    /// The task's final record; `None` if the task has not ended, or if the letter is no task's.
+    /// The final record; `None` if the task has not ended or the letter does not belong to a task.
     pub result: Option<TaskResult>,
 }
 
@@ -40,9 +40,9 @@ pub struct Letter {
 pub enum Source {
     /// Reports of workers and producers.
     Results,
-    /// Tasks that were given up.
+    /// Dead letters.
     Dead,
-    /// Whatever found no queue.
+    /// Messages without a queue.
     Unrouted,
 }
 
@@ -52,22 +52,22 @@ impl Group {
         Self { at, reports: vec![], leases: vec![], letters: vec![], bytes: 0 }
     }
 
-    /// How many records it holds.
+    /// The number of records.
     pub fn len(&self) -> usize {
         self.reports.len() + self.leases.len() + self.letters.len()
     }
 
-    /// Whether it holds none.
+    /// Whether it contains no record.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Whether it should take no more.
+    /// Whether it should not get any more records.
     pub fn is_full(&self, size: usize) -> bool {
         self.len() >= size || self.bytes >= MAX_GROUP_BYTES
     }
 
-    /// Adds what one message says. `by` signs letters that are made here.
+    /// Adds the contents of one message. `by` is the origin of dead letters that are created here.
     pub fn take(&mut self, source: Source, routing_key: &str, message: &Message, by: &str) {
         self.bytes += message.body.len();
         match source {
@@ -79,10 +79,10 @@ impl Group {
 
     fn take_dead(&mut self, message: &Message, by: &str) {
         if message.properties.kind.as_deref() == Some(REPLY_KIND) {
-            // Somebody named this queue in a reply_to. It must not count as the end of that task.
-            return self.take_stray("dead", message, "a reply, and no dead letter", by);
+            // The reply_to of a task names this queue. The reply must not count as the end of that task.
+            return self.take_invalid("dead", message, "a reply instead of a dead letter", by);
         }
-        // Given up by the broker, as a whole; a worker gives up the tasks of a bundle one by one.
+        // The broker dead-letters a bundle as a whole; workers do so with single tasks.
         if !DeadLetter::is_one(message)
             && let Some(tasks) = tasks_of(message, &DeadLetter::decode(message).queue)
         {
@@ -111,17 +111,17 @@ impl Group {
                     app_id = message.properties.app_id,
                     "{error}; kept as a dead letter"
                 );
-                self.take_stray(routing_key, message, &error, by);
+                self.take_invalid(routing_key, message, &error, by);
             }
         }
     }
 
-    /// Keeps what is no task's, under an id of its own: it may name any task's, and must not be kept
-    /// in the place of that task's letter.
-    fn take_stray(&mut self, routing_key: &str, message: &Message, error: &str, by: &str) {
+    /// Keeps a message that does not belong to a task. It gets an id of its own: the id in the message may
+    /// be that of a task, whose letter it must not replace.
+    fn take_invalid(&mut self, routing_key: &str, message: &Message, error: &str, by: &str) {
         let mut message = message.clone();
         let error = match message.properties.message_id.take() {
-            Some(id) => format!("{error} (it came as {id:?})"),
+            Some(id) => format!("{error} (its message_id was {id:?})"),
             None => error.to_owned(),
         };
         let reason = DeadReason::Malformed;
@@ -129,7 +129,7 @@ impl Group {
         self.letters.push(Letter { letter, result: None });
     }
 
-    /// Tasks, results and dead letters all share this last resort.
+    /// Tasks, results and dead letters can all be unrouted.
     fn take_unrouted(&mut self, routing_key: &str, message: &Message, by: &str) {
         if DeadLetter::is_one(message) {
             self.letters.push(Letter::of_task(DeadLetter::decode(message)));
@@ -150,8 +150,8 @@ impl Group {
     }
 }
 
-/// The tasks of a bundle as messages of their own, each with what the broker noted on the bundle;
-/// `None` if it is none, or none that can be read.
+/// The tasks of a bundle as messages of their own, each with the broker's headers of the bundle. `None` if
+/// the message is not a bundle or is invalid.
 fn tasks_of(message: &Message, queue: &str) -> Option<Vec<Message>> {
     if !bundle::is_one(message) {
         return None;
@@ -159,13 +159,14 @@ fn tasks_of(message: &Message, queue: &str) -> Option<Vec<Message>> {
     let queue = QueueName::new(queue).unwrap_or_default();
     let mut tasks = bundle::singles(message, &queue).ok()?;
     for task in &mut tasks {
-        task.headers.extend(message.headers.iter().filter(|(name, _)| is_brokers(name)).cloned());
+        task.headers
+            .extend(message.headers.iter().filter(|(name, _)| is_set_by_broker(name)).cloned());
     }
     Some(tasks)
 }
 
-/// A report with the id of its batch in the place of the key. A word about a batch from somebody who does
-/// not have its key comes to nothing; a result without the right key is that of a task in no batch.
+/// Replaces the key of a batch in a report by its id. Reports about a batch without its key are dropped; a
+/// result without the right key belongs to no batch.
 fn admitted(mut report: Report, memberships: &mut Memberships) -> Option<Report> {
     match &mut report {
         Report::Finished(TaskResult { batch, .. })
@@ -175,7 +176,7 @@ fn admitted(mut report: Report, memberships: &mut Memberships) -> Option<Report>
         }
         Report::BatchOpened { batch, .. } | Report::BatchSealed { batch, .. } => {
             let Some(id) = memberships.of(batch) else {
-                tracing::debug!(%batch, "a report about a batch without its key is ignored");
+                tracing::debug!(%batch, "report about a batch without its key dropped");
                 return None;
             };
             *batch = id;
@@ -185,12 +186,12 @@ fn admitted(mut report: Report, memberships: &mut Memberships) -> Option<Report>
     Some(report)
 }
 
-fn is_brokers(header: &str) -> bool {
+fn is_set_by_broker(header: &str) -> bool {
     header.starts_with("x-last-death-")
 }
 
 impl Letter {
-    /// A letter that is a task's.
+    /// The letter of a task.
     pub fn of_task(letter: DeadLetter) -> Self {
         let result = letter.to_result();
         Self { letter, result }
@@ -218,18 +219,18 @@ mod tests {
     }
 
     #[test]
-    fn a_bundle_that_does_not_decode_becomes_a_dead_letter_without_a_record() {
+    fn an_invalid_bundle_becomes_a_dead_letter_without_a_record() {
         let group = taken(Source::Results, &task());
         assert_eq!(group.reports, []);
         assert_eq!(group.letters[0].letter.reason, DeadReason::Malformed);
         assert_eq!(group.letters[0].result, None);
-        // It says t-1, but is not what became of that task.
+        // It names t-1 but is not the dead letter of that task.
         assert_ne!(group.letters[0].letter.id.as_str(), "t-1");
         assert!(group.letters[0].letter.error.contains("t-1"));
     }
 
     #[test]
-    fn a_reply_among_the_dead_letters_ends_no_task() {
+    fn a_reply_in_the_dead_letter_queue_ends_no_task() {
         let mut reply = task();
         reply.properties.kind = Some(REPLY_KIND.to_owned());
         let group = taken(Source::Dead, &reply);
@@ -246,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn every_task_of_a_bundle_ends_by_itself() {
+    fn each_task_of_a_bundle_gets_a_dead_letter() {
         let tasks = ["t-1", "t-2"].map(|id| {
             let mut task = task();
             task.properties.message_id = Some(id.to_owned());
@@ -269,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bundle_that_cannot_be_read_is_one_letter() {
+    fn an_invalid_bundle_is_one_dead_letter() {
         let mut bundle = task();
         bundle.properties.kind = Some(bundle::BUNDLE_KIND.to_owned());
         for source in [Source::Dead, Source::Unrouted] {
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn reports_and_dead_letters_that_found_no_queue_stay_what_they_are() {
+    fn unrouted_reports_and_dead_letters_are_processed_as_such() {
         let at = Timestamp::from_millis(1);
         let batch = garenne_common::BatchId::new("b").unwrap();
         let reports = [Report::BatchSealed { batch, count: 0, at }];
@@ -291,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn huge_bodies_fill_a_group() {
+    fn large_bodies_fill_a_group() {
         let mut message = task();
         message.body = vec![0; MAX_GROUP_BYTES].into();
         assert!(taken(Source::Dead, &message).is_full(1_000));

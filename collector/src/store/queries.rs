@@ -11,7 +11,7 @@ use super::{
     Backlog, OutboxEntry, ResendEntry, StoreError, StoreIdentity, Totals, Waiting, letters,
     open_envelope,
 };
-use crate::aggregate::Resend;
+use crate::rules::aggregate::Resend;
 
 /// How many failed attempts of a dead task are shown.
 const NAMED_ATTEMPTS: u32 = 50;

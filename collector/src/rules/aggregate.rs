@@ -1,8 +1,8 @@
-//! What a group of reports changes: the rules of counting, apart from where things are kept.
+//! What a group of reports changes, independent of the store.
 //!
-//! Pure but for the [`Ledger`] it is given: a transaction of the store, or a few maps in a test or a
-//! simulation. The rules: the first final record of a task wins; a batch counts a task once; a notice
-//! is written in the same transaction as what it tells of.
+//! Pure except for the given [`Ledger`]: a transaction of the store, or maps in tests and the simulation.
+//! The rules: the first final record of a task wins; a batch counts a task once; a notice is stored in the
+//! same transaction as the event.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -16,89 +16,89 @@ use garenne_common::wire::{
 };
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
 
-use crate::batch::Batch;
-use crate::group::{Group, Letter};
-use crate::lease::{LeaseStanding, LeaseState};
+use crate::ingest::group::{Group, Letter};
+use crate::rules::batch::Batch;
+use crate::rules::lease::{LeaseRecord, LeaseState};
 
-/// What an operator may choose.
+/// Rules that the configuration determines.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
-    /// How long a batch may stay unsealed whose producer did not say.
+    /// The deadline of batches whose producer has not given one.
     pub batch_deadline: Duration,
-    /// Whether tasks outside a batch get a notice each.
+    /// Whether tasks without a batch get a notice.
     pub task_notices: bool,
 }
 
-/// Where a group's changes go. All of them take effect together or not at all.
+/// Where the changes of a group are stored. They take effect together or not at all.
 pub trait Ledger {
-    /// What can go wrong.
+    /// The error of the store.
     type Error;
-    /// Keeps a final record, unless there is one of that task.
+    /// Stores a final record unless the task has one.
     fn insert_result(&mut self, result: &TaskResult) -> Result<Inserted, Self::Error>;
-    /// How a task ended, if it did.
+    /// How a task has ended, if it has.
     fn final_status(&mut self, id: &TaskId) -> Result<Option<Status>, Self::Error>;
-    /// Keeps the note of a failed attempt, unless it is there.
+    /// Stores the note of a failed attempt unless it is stored.
     fn insert_attempt(&mut self, note: &RetryNote) -> Result<(), Self::Error>;
-    /// Keeps a dead letter, unless there is a final one of that task. A `late` one is not listed.
+    /// Stores a dead letter unless the task has a final one. A `late` one is not listed.
     fn keep_letter(&mut self, letter: &DeadLetter, late: bool) -> Result<(), Self::Error>;
-    /// Takes a task's dead letter, if there is one, out of the lists: the task ended after all.
+    /// Removes the dead letter of a task from the lists: the task has ended otherwise.
     fn hide_letter(&mut self, id: &TaskId) -> Result<(), Self::Error>;
-    /// A batch as it was last saved.
+    /// Loads a batch.
     fn load_batch(&mut self, id: &BatchId) -> Result<Option<Batch>, Self::Error>;
     /// Saves a batch.
     fn save_batch(&mut self, batch: &Batch) -> Result<(), Self::Error>;
-    /// Puts a notice into the outbox.
+    /// Adds a notice to the outbox.
     fn add_notice(&mut self, notice: &Notice) -> Result<(), Self::Error>;
-    /// Notes that a task waits for a worker that knows it.
+    /// Parks a task until a worker knows its name.
     fn park(&mut self, letter: &DeadLetter) -> Result<(), Self::Error>;
-    /// Forgets what was wished or waited for about a task: it has ended.
-    fn task_over(&mut self, id: &TaskId) -> Result<(), Self::Error>;
-    /// Forgets what was wished about a batch: it is done.
-    fn batch_over(&mut self, id: &BatchId) -> Result<(), Self::Error>;
-    /// Puts a task that goes back to the broker into the second outbox.
+    /// Deletes the cancel request and parking of a task that has ended.
+    fn task_ended(&mut self, id: &TaskId) -> Result<(), Self::Error>;
+    /// Deletes the cancel request of a batch that has ended.
+    fn batch_ended(&mut self, id: &BatchId) -> Result<(), Self::Error>;
+    /// Adds a task to the outbox of tasks that are published again.
     fn add_resend(&mut self, resend: &Resend) -> Result<(), Self::Error>;
-    /// How a task's lease stands, if it ever had one.
-    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, Self::Error>;
-    /// Keeps a lease that begins, in place of an earlier one of that task.
+    /// The lease of a task, if it has ever had one.
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseRecord>, Self::Error>;
+    /// Stores a lease that begins, replacing an earlier one of the task.
     fn begin_lease(&mut self, lease: &Lease) -> Result<(), Self::Error>;
-    /// Notes that a lease was heard of now, and how it stands.
+    /// Updates the state of a lease and the time of its last report.
     fn mark_lease(&mut self, id: &TaskId, state: LeaseState) -> Result<(), Self::Error>;
-    /// Forgets the lease of a task that has ended.
+    /// Deletes the lease of a task that has ended.
     fn drop_lease(&mut self, id: &TaskId) -> Result<(), Self::Error>;
 }
 
-/// A task that goes from the store back to the broker, and the way it takes.
+/// A task that is published again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resend {
-    /// The exchange, such as that of tasks, or of a delay.
+    /// The exchange: that of tasks or of a delay.
     pub exchange: String,
-    /// The routing key: the short name of the task's queue.
+    /// The routing key: the name of the task's queue.
     pub routing_key: String,
     /// The task, ready to be published.
     pub message: Message,
 }
 
-/// What became of a final record.
+/// Result of storing a final record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Inserted {
-    /// It is the task's first.
+    /// It is the first of its task.
     Fresh,
-    /// The task has ended before, with this status; the repeat was counted.
+    /// The task had ended with this status; the repetition is counted.
     Repeat(Status),
 }
 
-/// What a group did.
+/// What a group has changed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Committed {
-    /// Tasks that ended.
+    /// Number of tasks that ended.
     pub fresh: u64,
-    /// Final records of tasks that had ended before.
+    /// Number of final records of tasks that had ended before.
     pub repeats: u64,
-    /// Notices that now wait in the outbox.
+    /// Number of notices added to the outbox.
     pub notices: u64,
-    /// Words of executions whose lease had lapsed or passed on; nothing came of them.
+    /// Number of rejected reports of executions that no longer hold their lease.
     pub outdated: u64,
-    /// Tasks that ended by a dead letter of this group.
+    /// Tasks that a dead letter of this group has ended.
     pub given_up: Vec<TaskId>,
 }
 
@@ -109,11 +109,11 @@ pub fn apply<L: Ledger>(
     rules: Rules,
 ) -> Result<Committed, L::Error> {
     let done = Committed::default();
-    let mut run = Run { ledger, rules, at: group.at, batches: BTreeMap::new(), done };
+    let mut run = GroupChanges { ledger, rules, at: group.at, batches: BTreeMap::new(), done };
     for lease in &group.leases {
         run.lease(lease)?;
     }
-    // Reports first: where a group holds both, a success beats the stray dead letter of a retry fork.
+    // Reports before letters: if a group contains both, a success wins over the dead letter of a duplicate.
     for report in &group.reports {
         run.report(report)?;
     }
@@ -123,23 +123,23 @@ pub fn apply<L: Ledger>(
     run.settle_batches()
 }
 
-struct Run<'a, L> {
+struct GroupChanges<'a, L> {
     ledger: &'a mut L,
     rules: Rules,
     at: Timestamp,
-    /// Batches that the group touches: loaded once, saved once.
+    /// Batches in the group; each is loaded and saved once.
     batches: BTreeMap<BatchId, Batch>,
     done: Committed,
 }
 
-impl<L: Ledger> Run<'_, L> {
+impl<L: Ledger> GroupChanges<'_, L> {
     fn report(&mut self, report: &Report) -> Result<(), L::Error> {
         match report {
             Report::Finished(result) => {
                 if self.finished(result)? == Inserted::Fresh {
                     self.ledger.hide_letter(&result.id)?;
                     if result.status == Status::Cancelled {
-                        // A lapsed lease must not bring back what was cancelled.
+                        // A lapsed lease must not publish a cancelled task again.
                         self.ledger.drop_lease(&result.id)?;
                     }
                 }
@@ -173,28 +173,28 @@ impl<L: Ledger> Run<'_, L> {
         if self.ledger.final_status(&lease.id)?.is_some() {
             return Ok(());
         }
-        let standing = self.ledger.lease(&lease.id)?;
-        if standing.is_none_or(|standing| standing.yields_to(&lease.fence)) {
+        let record = self.ledger.lease(&lease.id)?;
+        if record.is_none_or(|record| record.yields_to(&lease.fence)) {
             self.ledger.begin_lease(lease)?;
         }
         Ok(())
     }
 
     fn lease_note(&mut self, note: &LeaseNote) -> Result<(), L::Error> {
-        let standing = self.ledger.lease(&note.id)?;
-        match standing.and_then(|standing| standing.after(&note.fence, note.change)) {
+        let record = self.ledger.lease(&note.id)?;
+        match record.and_then(|record| record.after(&note.fence, note.change)) {
             Some(state) => self.ledger.mark_lease(&note.id, state),
             None => Ok(()),
         }
     }
 
-    /// Whether an execution may say how its task ends. Without a lease anybody may.
+    /// Whether an execution may report the end of its task. Any may if the task has no lease.
     fn admits(&mut self, id: &TaskId, fence: Option<&Fence>) -> Result<bool, L::Error> {
         let Some(fence) = fence.filter(|_| Protection::FenceCheck.is_enabled()) else {
             return Ok(true);
         };
-        let standing = self.ledger.lease(id)?;
-        let admitted = standing.is_none_or(|standing| standing.admits(fence));
+        let record = self.ledger.lease(id)?;
+        let admitted = record.is_none_or(|record| record.admits(fence));
         self.done.outdated += u64::from(!admitted);
         Ok(admitted)
     }
@@ -202,7 +202,7 @@ impl<L: Ledger> Run<'_, L> {
     fn letter(&mut self, Letter { letter, result }: &Letter) -> Result<(), L::Error> {
         let fence = execution_of(&letter.message);
         if !self.admits(&letter.id, fence.as_ref())? {
-            // Nothing is lost: the task itself is on its way again.
+            // Nothing is lost: the task has been published again.
             return Ok(());
         }
         if fence.is_some() {
@@ -235,7 +235,7 @@ impl<L: Ledger> Run<'_, L> {
             }
         }
         self.done.fresh += 1;
-        self.ledger.task_over(&result.id)?;
+        self.ledger.task_ended(&result.id)?;
         match &result.batch {
             Some(id) => {
                 let at = result.finished_at;
@@ -251,7 +251,7 @@ impl<L: Ledger> Run<'_, L> {
         match self.batches.entry(id.clone()) {
             Entry::Occupied(known) => Ok(known.into_mut()),
             Entry::Vacant(place) => {
-                // The default deadline counts from our clock: a sender's may be anywhere.
+                // The default deadline is relative to the clock of this machine; senders' clocks may be wrong.
                 let deadline = self.at.plus(self.rules.batch_deadline);
                 let batch = self.ledger.load_batch(id)?;
                 let fresh = || Batch::first_seen(id.clone(), at, deadline);
@@ -265,7 +265,7 @@ impl<L: Ledger> Run<'_, L> {
             let notice = batch.settle();
             self.ledger.save_batch(&batch)?;
             if let Some(notice) = notice {
-                self.ledger.batch_over(&batch.id)?;
+                self.ledger.batch_ended(&batch.id)?;
                 self.notice(&notice)?;
             }
         }

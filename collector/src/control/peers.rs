@@ -1,6 +1,8 @@
-//! Other collectors of the namespace, by their heartbeats. Two that fill two stores would share the
-//! results between them, and neither would ever know all of a batch: the one with the younger store
-//! stands back until the other is gone. Collectors that share a store get on well.
+//! Other collectors of the namespace, known by their heartbeats.
+//!
+//! Two collectors with different stores would share the results, and neither would know all members of a
+//! batch. So the one with the younger store goes into standby until the other is gone. Collectors that share
+//! a store work in parallel.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,15 +16,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store::StoreIdentity;
 
-/// How often it looks who was not heard of for too long.
-const LOOK: Duration = Duration::from_millis(500);
-/// Collectors with other stores that are kept in mind.
-const MOST: usize = 64;
+/// How often silent collectors are removed.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// Maximum number of known collectors with other stores.
+const MAX_PEERS: usize = 64;
 
-/// The problem of a collector that stands back.
+/// The problem of a collector in standby.
 const OTHER_STORE: &str = "other_store";
 
-/// Who else fills a store, and which store that is. Pure: the caller says how late it is.
+/// The other collectors and their stores. Pure: the time is a parameter.
 #[derive(Debug)]
 struct Peers {
     own: StoreIdentity,
@@ -40,16 +42,16 @@ impl Peers {
         Self { own, others: HashMap::new() }
     }
 
-    /// Takes a heartbeat in; whether it is the first of a collector with another store.
-    fn hear(&mut self, heartbeat: CollectorHeartbeat, now: Instant) -> bool {
+    /// Records a heartbeat. Returns whether it is the first of a collector with another store.
+    fn record(&mut self, heartbeat: CollectorHeartbeat, now: Instant) -> bool {
         if heartbeat.store == self.own.id {
-            // It may have changed its store.
+            // Its store may have changed.
             self.others.remove(&heartbeat.collector);
             return false;
         }
         let until = now + heartbeat.holds_for();
         let CollectorHeartbeat { collector, store: id, store_created: created, .. } = heartbeat;
-        if self.others.len() >= MOST && !self.others.contains_key(&collector) {
+        if self.others.len() >= MAX_PEERS && !self.others.contains_key(&collector) {
             return false;
         }
         let store = StoreIdentity { created, id };
@@ -60,26 +62,26 @@ impl Peers {
         self.others.retain(|_, peer| peer.until > now);
     }
 
-    /// The collector with the oldest store, if that is older than ours.
-    fn elder(&self) -> Option<(&str, &StoreIdentity)> {
-        let elder = self.others.iter().min_by_key(|(_, peer)| &peer.store)?;
-        (elder.1.store < self.own).then_some((elder.0.as_str(), &elder.1.store))
+    /// The collector with the oldest store, if that is older than our own.
+    fn older(&self) -> Option<(&str, &StoreIdentity)> {
+        let older = self.others.iter().min_by_key(|(_, peer)| &peer.store)?;
+        (older.1.store < self.own).then_some((older.0.as_str(), &older.1.store))
     }
 }
 
-/// Listens to the others and lets this collector stand back, or begin again.
-pub(crate) struct Neighbours {
+/// Receives heartbeats of other collectors, and puts this one into standby or ends that.
+pub(crate) struct PeerWatch {
     pub(crate) own: StoreIdentity,
     pub(crate) heartbeats: Consumer,
-    /// Consumers of what belongs to one store only.
+    /// The consumers of messages that belong to one store only.
     pub(crate) consumers: Vec<Pauser>,
     pub(crate) standby: watch::Sender<bool>,
-    pub(crate) news: Arc<Notify>,
+    pub(crate) new_peer: Arc<Notify>,
     pub(crate) health: ProcessHealth,
     pub(crate) stop: CancellationToken,
 }
 
-impl Neighbours {
+impl PeerWatch {
     pub(crate) async fn run(self) {
         let stop = self.stop.clone();
         stop.run_until_cancelled(self.listen()).await;
@@ -87,7 +89,7 @@ impl Neighbours {
 
     async fn listen(mut self) {
         let mut peers = Peers::new(self.own.clone());
-        let mut tick = tokio::time::interval(LOOK);
+        let mut tick = tokio::time::interval(POLL_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -97,27 +99,27 @@ impl Neighbours {
                         continue;
                     }
                     match CollectorHeartbeat::decode(&delivery.message) {
-                        Ok(heartbeat) => if peers.hear(heartbeat, Instant::now()) {
-                            self.news.notify_one();
+                        Ok(heartbeat) => if peers.record(heartbeat, Instant::now()) {
+                            self.new_peer.notify_one();
                         },
-                        Err(error) => tracing::debug!(%error, "a heartbeat cannot be read"),
+                        Err(error) => tracing::debug!(%error, "invalid heartbeat"),
                     }
                 }
                 _ = tick.tick() => peers.prune(Instant::now()),
             }
-            self.judge(&peers);
+            self.update(&peers);
         }
     }
 
-    fn judge(&self, peers: &Peers) {
-        let elder = peers.elder();
-        let standby = elder.is_some();
+    fn update(&self, peers: &Peers) {
+        let older = peers.older();
+        let standby = older.is_some();
         self.health.set(
             OTHER_STORE,
-            elder.map(|(collector, store)| {
+            older.map(|(collector, store)| {
                 format!(
-                    "not consuming: the collector {collector:?} fills another, older store ({}, made \
-                     {}); give all collectors of a namespace one store, or stop one of them",
+                    "not consuming: the collector {collector:?} uses another, older store ({}, created \
+                     {}); configure the same store for all collectors of a namespace, or stop one of them",
                     store.id, store.created
                 )
             }),
@@ -153,29 +155,29 @@ mod tests {
     }
 
     #[test]
-    fn the_younger_store_stands_back_while_the_older_is_heard_of() {
+    fn the_younger_store_is_in_standby_while_the_older_is_alive() {
         let (mut peers, now) = (Peers::new(store(5, "m")), Instant::now());
-        assert!(!peers.hear(heartbeat("self", store(5, "m")), now));
-        assert!(peers.hear(heartbeat("younger", store(6, "a")), now));
-        assert_eq!(peers.elder(), None);
-        assert!(peers.hear(heartbeat("older", store(4, "z")), now));
-        assert!(!peers.hear(heartbeat("older", store(4, "z")), now), "known already");
-        assert_eq!(peers.elder().unwrap().0, "older");
+        assert!(!peers.record(heartbeat("self", store(5, "m")), now));
+        assert!(peers.record(heartbeat("younger", store(6, "a")), now));
+        assert_eq!(peers.older(), None);
+        assert!(peers.record(heartbeat("older", store(4, "z")), now));
+        assert!(!peers.record(heartbeat("older", store(4, "z")), now), "already known");
+        assert_eq!(peers.older().unwrap().0, "older");
         peers.prune(now + Duration::from_secs(6));
-        assert!(peers.elder().is_some());
+        assert!(peers.older().is_some());
         peers.prune(now + Duration::from_secs(7));
-        assert_eq!(peers.elder(), None);
+        assert_eq!(peers.older(), None);
     }
 
     #[test]
-    fn of_two_stores_of_one_moment_exactly_one_stands_back() {
+    fn of_two_stores_of_the_same_age_exactly_one_is_in_standby() {
         let now = Instant::now();
-        let stands_back = |own: &str, other: &str| {
+        let is_standby = |own: &str, other: &str| {
             let mut peers = Peers::new(store(5, own));
-            peers.hear(heartbeat("other", store(5, other)), now);
-            peers.elder().is_some()
+            peers.record(heartbeat("other", store(5, other)), now);
+            peers.older().is_some()
         };
-        assert!(stands_back("b", "a"));
-        assert!(!stands_back("a", "b"));
+        assert!(is_standby("b", "a"));
+        assert!(!is_standby("a", "b"));
     }
 }

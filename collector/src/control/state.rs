@@ -1,4 +1,4 @@
-//! What a collector does at the moment, as log lines: what is gathered, stored and still to be sent.
+//! Logs the state of a collector: gathered groups, the last commit, messages to publish.
 
 use std::sync::Arc;
 
@@ -6,35 +6,35 @@ use garenne_common::ProcessHealth;
 use garenne_common::broker::Settler;
 use garenne_common::service::telemetry;
 
-use crate::outlets::Outlets;
-use crate::pipeline::Progress;
+use crate::ingest::IngestProgress;
+use crate::outbox::publishers::Publishers;
 use crate::store::{Backlog, Store, Waiting, WeakStore};
 
-/// Reports the state of a running collector.
+/// Logs the state of a running collector on request.
 #[derive(Clone)]
 pub struct CollectorState {
-    /// Weak, since the last handle of a store closes it.
+    /// Weak, since dropping the last handle closes the store.
     pub(crate) store: WeakStore,
-    pub(crate) outlets: Outlets,
+    pub(crate) publishers: Publishers,
     pub(crate) health: ProcessHealth,
-    pub(crate) progress: Arc<Progress>,
-    /// What is consumed, by name.
+    pub(crate) progress: Arc<IngestProgress>,
+    /// The settler of each consumer, with its name.
     pub(crate) settlers: Vec<(&'static str, Settler)>,
 }
 
 impl CollectorState {
-    /// Logs the state: a line for the collector, one for each consumer, and one for the outboxes, for
-    /// which the store is asked.
+    /// Logs one line for the collector, one for each problem and consumer, and one for the outboxes, which
+    /// reads the store.
     pub async fn log(&self) {
         let (gathered, committed) = self.progress.groups();
         let last_commit = self.progress.last_commit().map(|at| at.to_string());
-        let publishing = self.outlets.trouble().map(|trouble| trouble.to_string());
+        let publishing = self.publishers.trouble().map(|trouble| trouble.to_string());
         tracing::info!(
             groups_gathered = gathered,
             groups_committed = committed,
             groups_waiting = gathered.saturating_sub(committed),
             last_commit,
-            to_publish = self.outlets.queued(),
+            to_publish = self.publishers.queued(),
             not_publishing = publishing,
             lost_log_lines = telemetry::lost_lines(),
             "state of the collector"

@@ -1,33 +1,33 @@
-//! The rules of leases: whose word counts for a task that its broker no longer holds. Pure.
+//! The rules of leases: which execution of a leased task may report its end. Pure.
 //!
-//! A lease begins with the whole task (`garenne_common::wire::Lease`) and ends with its final record,
-//! with a release, or by lapsing: then the task is published again, and whatever the earlier
-//! execution still says is too late.
+//! A lease begins with the whole task (`garenne_common::wire::Lease`) and ends with the final record of the
+//! task, with its release, or by lapsing. A lapsed task is published again, and later reports of the earlier
+//! execution are rejected.
 
 use garenne_common::wire::{Fence, LeaseChange};
 
-/// How a task's lease stands.
+/// The lease of a task.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LeaseStanding {
-    /// The newest execution that was heard of.
+pub struct LeaseRecord {
+    /// The newest known execution.
     pub fence: Fence,
-    /// What became of it.
+    /// Its state.
     pub state: LeaseState,
 }
 
-/// What became of an execution under a lease.
+/// The state of an execution under a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseState {
-    /// It runs, as far as anybody knows.
+    /// It is running, as far as known.
     Held,
-    /// It is over; the task's next message is with the broker.
+    /// It is over; the next message of the task is in the broker.
     Released,
-    /// It fell silent; the task was published again.
+    /// It was not renewed; the task has been published again.
     Lapsed,
 }
 
 impl LeaseState {
-    /// The word that the store keeps.
+    /// The name in the store.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Held => "held",
@@ -36,23 +36,23 @@ impl LeaseState {
         }
     }
 
-    /// Every state; the store reads its word back by this list.
+    /// All states; the store looks up names in this list.
     pub const ALL: [Self; 3] = [Self::Held, Self::Released, Self::Lapsed];
 }
 
-impl LeaseStanding {
-    /// Whether a new execution takes the lease over. Of two with the same number the first one stays:
-    /// both came from one message, and if the first is gone, it lapses.
+impl LeaseRecord {
+    /// Whether a new execution takes over the lease. Of two with the same number the first one keeps it:
+    /// both come from the same message, and if the first one is gone, its lease lapses.
     pub fn yields_to(&self, fence: &Fence) -> bool {
         fence.number > self.fence.number
     }
 
-    /// Whether this execution may still say how the task ends.
+    /// Whether this execution may report the end of the task.
     pub fn admits(&self, fence: &Fence) -> bool {
         self.yields_to(fence) || (*fence == self.fence && self.state != LeaseState::Lapsed)
     }
 
-    /// What a note makes of the lease; `None` if it is not for its sender to change.
+    /// The state after a note; `None` if its sender does not hold the lease.
     pub fn after(&self, fence: &Fence, change: LeaseChange) -> Option<LeaseState> {
         let holds = *fence == self.fence && self.state == LeaseState::Held;
         holds.then_some(match change {
@@ -70,28 +70,28 @@ mod tests {
         Fence { number, execution: execution.to_owned() }
     }
 
-    fn standing(state: LeaseState) -> LeaseStanding {
-        LeaseStanding { fence: fence(2, "b"), state }
+    fn record(state: LeaseState) -> LeaseRecord {
+        LeaseRecord { fence: fence(2, "b"), state }
     }
 
     #[test]
-    fn only_the_newest_execution_has_a_say() {
-        let held = standing(LeaseState::Held);
+    fn only_the_newest_execution_is_admitted() {
+        let held = record(LeaseState::Held);
         assert!(held.admits(&fence(2, "b")) && held.admits(&fence(3, "c")));
         assert!(!held.admits(&fence(1, "a")) && !held.admits(&fence(2, "other")));
         assert!(held.yields_to(&fence(3, "c")) && !held.yields_to(&fence(2, "other")));
     }
 
     #[test]
-    fn a_lapsed_execution_has_none() {
-        let lapsed = standing(LeaseState::Lapsed);
+    fn a_lapsed_execution_is_rejected() {
+        let lapsed = record(LeaseState::Lapsed);
         assert!(!lapsed.admits(&fence(2, "b")) && lapsed.admits(&fence(3, "c")));
         assert_eq!(lapsed.after(&fence(2, "b"), LeaseChange::Renewed), None);
     }
 
     #[test]
-    fn notes_change_the_lease_of_their_own_execution() {
-        let held = standing(LeaseState::Held);
+    fn notes_apply_to_the_lease_of_their_own_execution() {
+        let held = record(LeaseState::Held);
         let by_holder = |change| held.after(&fence(2, "b"), change);
         assert_eq!(by_holder(LeaseChange::Renewed), Some(LeaseState::Held));
         assert_eq!(by_holder(LeaseChange::Released), Some(LeaseState::Released));

@@ -1,7 +1,7 @@
-//! Looks whether work moves: groups are committed, outboxes are published, the store can be read.
+//! Detects stalls: groups that are not committed, outboxes that are not published, a store that cannot be
+//! read. Reports them in the health of the process.
 //!
-//! What stands still beyond a bound is a problem of the process, with what is waited for. The queue
-//! does not show it: the broker counts what the prefetch holds as delivered, and `results` looks empty.
+//! The queues do not show a stall: the broker counts the prefetch as delivered, and `results` looks empty.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,27 +9,27 @@ use std::time::{Duration, Instant};
 use garenne_common::ProcessHealth;
 use tokio_util::sync::CancellationToken;
 
-use crate::pipeline::Progress;
+use crate::ingest::IngestProgress;
 use crate::store::{Backlog, Store, StoreError, Waiting};
 
-/// How often it looks.
-const LOOK: Duration = Duration::from_secs(1);
-/// How long something may stand still before it is stalled; longer than one commit waits for a lock.
-const BOUND: Duration = Duration::from_secs(15);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Time without progress after which work is stalled; longer than a commit waits for a lock.
+const STALL_TIMEOUT: Duration = Duration::from_secs(15);
 
 pub(crate) struct Watchdog<S> {
     pub(crate) store: S,
-    pub(crate) progress: Arc<Progress>,
+    pub(crate) progress: Arc<IngestProgress>,
     pub(crate) health: ProcessHealth,
     pub(crate) stop: CancellationToken,
 }
 
-/// How long something has been waiting without any progress.
+/// How long work has waited without progress.
 #[derive(Debug, Default)]
-struct Standstill(Option<(u64, Instant)>);
+struct Stall(Option<(u64, Instant)>);
 
-impl Standstill {
-    /// `mark` is what waits at the head, `None` if nothing waits: while it stays the same, nothing moves.
+impl Stall {
+    /// `mark` identifies the first waiting item, `None` if there is none. While it is the same, there is no
+    /// progress. Returns the time since it changed.
     fn observe(&mut self, mark: Option<u64>, now: Instant) -> Duration {
         match (mark, self.0) {
             (Some(mark), Some((before, since))) if mark == before => now.duration_since(since),
@@ -44,23 +44,24 @@ impl Standstill {
 impl<S: Store> Watchdog<S> {
     pub(crate) async fn run(self) {
         let stop = self.stop.clone();
-        stop.run_until_cancelled(self.look_forever()).await;
+        stop.run_until_cancelled(self.check_forever()).await;
     }
 
-    async fn look_forever(self) {
+    async fn check_forever(self) {
         let (mut commits, mut notices, mut resends) =
-            (Standstill::default(), Standstill::default(), Standstill::default());
+            (Stall::default(), Stall::default(), Stall::default());
         loop {
-            tokio::time::sleep(LOOK).await;
-            self.look_at_commits(&mut commits);
-            // A store that does not answer must not keep the watchdog from looking at the commits.
-            let backlog = tokio::time::timeout(BOUND, self.store.backlog()).await;
-            let Some(Backlog { notices: waiting, resends: returning }) = self.judge(backlog) else {
+            tokio::time::sleep(POLL_INTERVAL).await;
+            self.check_commits(&mut commits);
+            // A store that does not respond must not block the checks of commits.
+            let backlog = tokio::time::timeout(STALL_TIMEOUT, self.store.backlog()).await;
+            let Some(Backlog { notices: waiting, resends: returning }) = self.check_store(backlog)
+            else {
                 continue;
             };
             let stalled = [
                 ("notices", stalled(&mut notices, waiting)),
-                ("tasks on their way back", stalled(&mut resends, returning)),
+                ("tasks to publish again", stalled(&mut resends, returning)),
             ];
             let stalled: Vec<_> = stalled
                 .into_iter()
@@ -71,13 +72,13 @@ impl<S: Store> Watchdog<S> {
         }
     }
 
-    fn look_at_commits(&self, commits: &mut Standstill) {
+    fn check_commits(&self, commits: &mut Stall) {
         let uncommitted = self.progress.uncommitted();
         let mark = (uncommitted.groups > 0).then_some(uncommitted.finished);
         let age = commits.observe(mark, Instant::now());
         self.health.set(
             "commit_stalled",
-            (age >= BOUND).then(|| {
+            (age >= STALL_TIMEOUT).then(|| {
                 format!(
                     "{} deliveries in {} groups wait for their commit, and none was committed for {} s",
                     uncommitted.deliveries,
@@ -88,26 +89,27 @@ impl<S: Store> Watchdog<S> {
         );
     }
 
-    fn judge(
+    fn check_store(
         &self,
         backlog: Result<Result<Backlog, StoreError>, tokio::time::error::Elapsed>,
     ) -> Option<Backlog> {
-        let (found, detail) = match backlog {
+        let (readable, detail) = match backlog {
             Ok(Ok(backlog)) => (Some(backlog), None),
             Ok(Err(error)) => (None, Some(error.to_string())),
             Err(_) => {
-                let detail = format!("the store has not answered for {} s", BOUND.as_secs());
+                let detail =
+                    format!("the store has not responded for {} s", STALL_TIMEOUT.as_secs());
                 (None, Some(detail))
             }
         };
         self.health.set("store_unreadable", detail);
-        found
+        readable
     }
 }
 
-fn stalled(standstill: &mut Standstill, waiting: Option<Waiting>) -> Option<(Duration, Waiting)> {
-    let age = standstill.observe(waiting.map(|waiting| waiting.oldest), Instant::now());
-    waiting.filter(|_| age >= BOUND).map(|waiting| (age, waiting))
+fn stalled(stall: &mut Stall, waiting: Option<Waiting>) -> Option<(Duration, Waiting)> {
+    let age = stall.observe(waiting.map(|waiting| waiting.oldest), Instant::now());
+    waiting.filter(|_| age >= STALL_TIMEOUT).map(|waiting| (age, waiting))
 }
 
 fn describe(what: &str, (age, waiting): (Duration, Waiting)) -> String {
@@ -120,14 +122,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_waits_and_does_not_move_grows_old() {
-        let (mut commits, start) = (Standstill::default(), Instant::now());
+    fn only_waiting_items_without_progress_age() {
+        let (mut commits, start) = (Stall::default(), Instant::now());
         let later = |seconds| start + Duration::from_secs(seconds);
         assert_eq!(commits.observe(None, start), Duration::ZERO);
         assert_eq!(commits.observe(Some(7), later(100)), Duration::ZERO);
         assert_eq!(commits.observe(Some(7), later(120)), Duration::from_secs(20));
-        assert_eq!(commits.observe(Some(8), later(130)), Duration::ZERO, "it moved");
-        assert_eq!(commits.observe(None, later(190)), Duration::ZERO, "nothing waits");
+        assert_eq!(commits.observe(Some(8), later(130)), Duration::ZERO, "progress");
+        assert_eq!(commits.observe(None, later(190)), Duration::ZERO, "nothing is waiting");
         assert_eq!(commits.observe(Some(8), later(191)), Duration::ZERO);
     }
 }

@@ -1,6 +1,7 @@
-//! Says every few seconds that the collector is alive, whose store it fills, and what is wrong with it.
-//! Best effort, over a publisher of its own: what the broker forbids or has lost of heartbeats ends
-//! that channel and not the one that answers and notices take.
+//! Publishes heartbeats: that the collector is alive, which store it uses, and its problems.
+//!
+//! Best effort, with a publisher of its own: heartbeats that the broker refuses close that channel and not
+//! that of responses.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,39 +12,39 @@ use garenne_common::{ProcessHealth, Timestamp, VERSION};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::pipeline::Progress;
+use crate::ingest::IngestProgress;
 use crate::store::StoreIdentity;
 
-/// How often, unless there is news.
-pub(crate) const PERIOD: Duration = Duration::from_secs(2);
-/// Heartbeats that wait for the broker; more are left out.
+/// Interval of heartbeats.
+pub(crate) const INTERVAL: Duration = Duration::from_secs(2);
+/// Maximum number of unconfirmed heartbeats; further ones are skipped.
 pub(crate) const WINDOW: usize = 4;
 
-/// What a collector says of itself.
-pub(crate) struct Beat {
+/// The task that publishes heartbeats.
+pub(crate) struct HeartbeatTask {
     pub(crate) publisher: Publisher,
     pub(crate) exchange: String,
     pub(crate) collector: String,
     pub(crate) store: StoreIdentity,
-    pub(crate) progress: Arc<Progress>,
+    pub(crate) progress: Arc<IngestProgress>,
     pub(crate) health: ProcessHealth,
-    /// Whether the collector stands back for an older store.
+    /// Whether the collector is in standby because of an older store.
     pub(crate) standby: watch::Receiver<bool>,
-    /// Somebody who does not know us was heard.
-    pub(crate) news: Arc<Notify>,
+    /// Another collector has appeared, which does not know this one.
+    pub(crate) new_peer: Arc<Notify>,
     pub(crate) stop: CancellationToken,
 }
 
-impl Beat {
-    /// Says it at once, then again and again, and whenever there is news.
+impl HeartbeatTask {
+    /// Publishes a heartbeat at once, then periodically, and after changes.
     pub(crate) async fn run(mut self) {
-        let mut tick = tokio::time::interval(PERIOD);
+        let mut tick = tokio::time::interval(INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 _ = tick.tick() => {}
-                () = self.news.notified() => {}
+                () = self.new_peer.notified() => {}
                 changed = self.standby.changed() => if changed.is_err() { return },
             }
             let message = self.heartbeat().encode();
@@ -64,7 +65,7 @@ impl Beat {
             consuming: !*self.standby.borrow(),
             uncommitted: self.progress.uncommitted().deliveries,
             problems: self.health.problems(),
-            every_ms: u32::try_from(PERIOD.as_millis()).unwrap_or(u32::MAX),
+            every_ms: u32::try_from(INTERVAL.as_millis()).unwrap_or(u32::MAX),
             at: Timestamp::now(),
         }
     }

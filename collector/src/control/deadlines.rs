@@ -1,11 +1,11 @@
-//! Deadlines: ends batches that nobody sealed, and publishes tasks again whose lease nobody renews.
+//! Deadlines: abandons batches that were not sealed, and publishes tasks again whose lease was not renewed.
 //!
-//! A seal or a renewal may lie unread in the results queue, after an outage even past its deadline. So
-//! a batch is given up only when the queue was seen drained twice in a row, and only if its deadline
-//! had passed before the first look: by then a seal that was sent in time has been read. The term of
-//! a lease is counted from its last renewal, but not from before an unbroken row of such looks. And
-//! while the broker takes no messages, nobody can seal or renew anything: such a look counts for none.
-//! A clock that jumps ahead ends no batch and no term ([`crate::clock`]).
+//! A seal or renewal may be unread in the results queue, after an outage even beyond its deadline. So a batch
+//! is abandoned only after two consecutive checks that found the queue drained, and only if its deadline had
+//! passed before the first of them: a seal that was sent in time has been read by then. The term of a lease
+//! starts with its last renewal, but not before the first of a series of such checks. While the broker takes
+//! no messages, nothing can be sealed or renewed, so such a check does not count. A clock that jumps ahead
+//! ends no batch and no lease ([`crate::rules::clock`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,15 +18,15 @@ use garenne_common::wire::Message;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
-use crate::pipeline::{Progress, RESULTS_PREFETCH};
+use crate::ingest::{IngestProgress, RESULTS_PREFETCH};
+use crate::rules::clock::Clock;
 use crate::store::{Store, StoreError};
 
-/// How often deadlines are looked at, and so how far the two looks are apart.
-const LOOK: Duration = Duration::from_secs(1);
-/// A broker that has not confirmed a message by then takes none, or is too slow to judge others by.
-const PROBE: Duration = Duration::from_secs(5);
-/// Batches ended, or tasks published again, in one transaction.
+/// Interval of the checks.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// A broker that has not confirmed a message by then takes none, or is too slow for conclusions.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum number of batches or tasks in one transaction.
 const SLICE: usize = 500;
 
 pub(crate) struct Deadlines<S> {
@@ -34,20 +34,20 @@ pub(crate) struct Deadlines<S> {
     pub(crate) admin: Admin,
     pub(crate) publisher: Publisher,
     pub(crate) topology: Topology,
-    /// Which queue the consumer of results reads; changes when it was lost.
+    /// The queue of the results consumer; changes when the connection is lost.
     pub(crate) consuming: watch::Receiver<Option<String>>,
-    pub(crate) progress: Arc<Progress>,
+    pub(crate) progress: Arc<IngestProgress>,
     pub(crate) outbox_filled: Arc<Notify>,
     pub(crate) resends_filled: Arc<Notify>,
     pub(crate) stop: CancellationToken,
 }
 
-/// Looks in a row that found the queue drained, with nothing between them that could hide a report.
+/// Consecutive checks that found the queue drained.
 #[derive(Clone, Copy)]
 struct Drained {
     first: Timestamp,
     last: Timestamp,
-    /// How far the pipeline was at the last one.
+    /// The progress of ingest at the last one.
     mark: u64,
 }
 
@@ -57,23 +57,23 @@ impl<S: Store> Deadlines<S> {
         let mut clock = Clock::new(Timestamp::now(), Instant::now());
         let stop = self.stop.clone();
         loop {
-            let look = async {
-                tokio::time::sleep(LOOK).await;
-                self.look(drained, &mut clock).await
+            let check = async {
+                tokio::time::sleep(POLL_INTERVAL).await;
+                self.check(drained, &mut clock).await
             };
-            let looked = tokio::select! {
+            let checked = tokio::select! {
                 () = stop.cancelled() => return,
-                looked = look => looked,
+                checked = check => checked,
             };
-            drained = looked.unwrap_or_else(|error| {
-                tracing::warn!("deadlines were not looked at: {error}");
+            drained = checked.unwrap_or_else(|error| {
+                tracing::warn!("deadlines were not checked: {error}");
                 None
             });
         }
     }
 
-    /// One look; the row of looks that it belongs to, if the queue was drained.
-    async fn look(
+    /// One check. Returns the series of checks that it belongs to, if the queue was drained.
+    async fn check(
         &mut self,
         before: Option<Drained>,
         clock: &mut Clock,
@@ -87,7 +87,7 @@ impl<S: Store> Deadlines<S> {
             );
             return Ok(None);
         }
-        // Asked first: mostly nothing is due, and then the broker is left in peace.
+        // Checked first: usually nothing is due, and then the broker is not queried.
         let (batches, leases) =
             (self.store.has_overdue_batches(now).await?, self.store.has_leases().await?);
         let batches = batches && !clock.is_held(running);
@@ -106,7 +106,7 @@ impl<S: Store> Deadlines<S> {
             return Ok(Some(Drained { first: now, last: now, mark }));
         };
         if !self.progress.has_passed(before.mark) {
-            // What the last look took for read may still be on its way to the disk.
+            // Reports that were received at the last check may not be stored yet.
             return Ok(Some(before));
         }
         if batches {
@@ -121,7 +121,7 @@ impl<S: Store> Deadlines<S> {
     async fn abandon(&self, overdue_at: Timestamp) -> Result<(), StoreError> {
         let ended = self.store.abandon_overdue(overdue_at, SLICE).await?;
         if ended > 0 {
-            tracing::warn!(batches = ended, "abandoned: not sealed by their deadline");
+            tracing::warn!(batches = ended, "batches abandoned: not sealed by their deadline");
             self.outbox_filled.notify_one();
         }
         Ok(())
@@ -136,12 +136,12 @@ impl<S: Store> Deadlines<S> {
         Ok(())
     }
 
-    /// Whether the broker takes messages; a memory or disk alarm shows only to whoever publishes.
+    /// Whether the broker takes messages; a memory or disk alarm shows only when publishing.
     async fn takes_messages(&self) -> bool {
-        // Under a key that nobody listens for: confirmed, and gone.
+        // No queue is bound with this key: the message is confirmed and dropped.
         let (exchange, routing_key) = (self.topology.control(), "probe".to_owned());
         let probe = Outgoing { exchange, routing_key, message: Message::default() };
-        self.publisher.publish_within(probe, PROBE).await.is_ok()
+        self.publisher.publish_within(probe, PROBE_TIMEOUT).await.is_ok()
     }
 
     /// Whether we consume and are not behind. What we hold unacknowledged, [`Progress`] knows.

@@ -1,17 +1,15 @@
-//! Tasks on their way from the store back to the broker; [`crate::relay`] does the work.
+//! The outbox of tasks that are published again: replayed dead letters, parked tasks, lapsed leases.
 //!
-//! Whoever brings a task back (a replayed dead letter, a parked task that a worker knows by now, a
-//! lapsed lease) adds it in the transaction that changes the record it comes from
-//! ([`Ledger::add_resend`](crate::aggregate::Ledger::add_resend)). So it is neither lost nor brought
-//! back by two decisions. A task that is published twice has the same id both times, and the first
-//! final result counts.
+//! A task is added by the transaction that changes the record it comes from
+//! ([`Ledger::add_resend`](crate::rules::aggregate::Ledger::add_resend)), so it is neither lost nor added
+//! twice. If it is published twice, it has the same id both times, and the first final result counts.
 
 use garenne_common::broker::Outgoing;
 
-use crate::relay::Outbox;
+use crate::outbox::Outbox;
 use crate::store::{ResendEntry, Store, StoreError};
 
-/// Tasks published and confirmed together, and how large they may be: bodies are whole arguments.
+/// Maximum number and size of tasks that are unconfirmed at the same time.
 const SLICE: usize = 200;
 const SLICE_BYTES: usize = 8 * 1024 * 1024;
 
@@ -21,7 +19,7 @@ pub(crate) struct Resends<S> {
 
 impl<S: Store> Outbox for Resends<S> {
     type Entry = ResendEntry;
-    const WHAT: &'static str = "tasks to be sent again";
+    const NAME: &'static str = "tasks to publish again";
 
     async fn oldest(&self, after: u64) -> Result<Vec<ResendEntry>, StoreError> {
         self.store.resends(after, SLICE, SLICE_BYTES).await
@@ -40,7 +38,7 @@ impl<S: Store> Outbox for Resends<S> {
         }
     }
 
-    async fn forget(&self, confirmed: Vec<u64>) -> Result<(), StoreError> {
+    async fn delete(&self, confirmed: Vec<u64>) -> Result<(), StoreError> {
         self.store.resent(confirmed).await
     }
 

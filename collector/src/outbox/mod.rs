@@ -1,13 +1,16 @@
-//! The relay: publishes what waits in an outbox, in order, and forgets it once the broker has it.
+//! Outboxes: messages that are stored by a transaction and published afterwards, by a relay.
 //!
-//! What the broker refuses (the queue it goes to is full, say) or never confirms (that queue does not
-//! answer) keeps nothing else waiting: the relay goes on with what comes after it, and tries again when
-//! it has been through all.
+//! Entries come from the store. The relay publishes them in order and deletes them once the broker has
+//! confirmed them. An entry that the broker refuses (a full queue) or does not confirm (a queue that does not
+//! respond) delays no other: the relay continues with the next one, and tries again after the last.
 //!
-//! At least once: what was published and not yet forgotten when the process died is published again.
-//! The same happens when two collectors share a store. So whatever goes through an outbox has an id by
-//! which its readers know it again. What the entries mean is the business of [`crate::notices`] and
-//! [`crate::resends`].
+//! Entries are published at least once: again if the process dies between the confirm and the deletion, and
+//! by both of two collectors that share a store. So each has an id by which readers recognise repetitions.
+//! [`notices`] and [`resends`] define the entries.
+
+pub(crate) mod notices;
+pub(crate) mod publishers;
+pub(crate) mod resends;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -21,31 +24,31 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store::{StoreError, StoreFuture};
 
-/// Beside being woken, the relay looks so often; another collector's entries come without waking it.
-const LOOK: Duration = Duration::from_secs(1);
-/// After a failure.
+/// How often the relay polls the store; entries of other collectors do not wake it.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Pause after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
-/// How often it is reported that entries are refused.
-const REMINDER: Duration = Duration::from_secs(30);
-/// How long a stopping collector goes on publishing; the rest stays in the outbox for the next one.
-const DRAIN: Duration = Duration::from_secs(5);
+/// How often refused entries are logged.
+const REMINDER_INTERVAL: Duration = Duration::from_secs(30);
+/// How long a stopping collector keeps publishing; the rest stays in the outbox.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A table of messages that wait for their confirm.
+/// A table of messages to publish.
 pub(crate) trait Outbox: Send + 'static {
-    /// One of them, as it is stored.
+    /// A stored message.
     type Entry: Send;
-    /// What it holds, for the log: "notices".
-    const WHAT: &'static str;
+    /// What the entries are called in the log: "notices".
+    const NAME: &'static str;
 
-    /// The oldest entries after this one, as many as should be under way at once, in order.
+    /// The oldest entries after this one in order, as many as may be unconfirmed at the same time.
     fn oldest(&self, after: u64) -> impl StoreFuture<Vec<Self::Entry>>;
-    /// An entry's place in line.
+    /// The sequence number of an entry.
     fn seq(entry: &Self::Entry) -> u64;
-    /// An entry as it goes to the broker.
+    /// The message of an entry.
     fn outgoing(&self, entry: &Self::Entry) -> Outgoing;
-    /// Forgets what is confirmed.
-    fn forget(&self, confirmed: Vec<u64>) -> impl StoreFuture<()>;
-    /// Called with what is confirmed, before it is forgotten.
+    /// Deletes confirmed entries.
+    fn delete(&self, confirmed: Vec<u64>) -> impl StoreFuture<()>;
+    /// Called with confirmed entries before they are deleted.
     fn confirmed(&mut self, entries: Vec<Self::Entry>) -> impl Future<Output = ()> + Send;
 }
 
@@ -57,39 +60,39 @@ pub(crate) struct Relay<O> {
     pub(crate) stop: CancellationToken,
 }
 
-/// What became of a slice of the outbox.
+/// What became of some entries.
 enum Slice {
-    /// There was nothing.
+    /// There are no entries.
     Empty,
-    /// The broker has all of it.
+    /// All are confirmed.
     Done,
-    /// The broker does not have all of it, which ends with this entry.
+    /// Not all are confirmed; `last` is the last of them.
     Refused { last: u64, count: usize, cause: BrokerError },
 }
 
 impl<O: Outbox> Relay<O> {
-    /// Relays until it is told to stop, and then what is left, within a limit.
+    /// Relays until `stop`, then publishes the rest within a time limit.
     pub(crate) async fn run(mut self) {
         let stop = self.stop.clone();
         tokio::select! {
             () = stop.cancelled() => {}
             () = self.relay_forever() => {}
         }
-        if tokio::time::timeout(DRAIN, self.relay_all(&mut None)).await.is_err() {
+        if tokio::time::timeout(DRAIN_TIMEOUT, self.relay_all(&mut None)).await.is_err() {
             tracing::warn!(
-                "some {} are not published; the next collector on this store does it",
-                O::WHAT
+                "some {} are not published; the next collector on this store publishes them",
+                O::NAME
             );
         }
     }
 
     async fn relay_forever(&mut self) {
-        let mut said = None;
+        let mut logged = None;
         loop {
-            if self.relay_all(&mut said).await {
+            if self.relay_all(&mut logged).await {
                 tokio::select! {
                     () = self.filled.notified() => {}
-                    () = tokio::time::sleep(LOOK) => {}
+                    () = tokio::time::sleep(POLL_INTERVAL) => {}
                 }
             } else {
                 tokio::time::sleep(PAUSE).await;
@@ -97,9 +100,9 @@ impl<O: Outbox> Relay<O> {
         }
     }
 
-    /// Goes through the outbox once; whether nothing was left in it. `said` is when it was last
-    /// reported that something was.
-    async fn relay_all(&mut self, said: &mut Option<Instant>) -> bool {
+    /// Goes through the outbox once. Returns whether it is empty. `logged` is when refused entries were
+    /// last logged.
+    async fn relay_all(&mut self, logged: &mut Option<Instant>) -> bool {
         let (mut after, mut refused) = (0, None);
         loop {
             match self.relay_slice(after).await {
@@ -110,27 +113,27 @@ impl<O: Outbox> Relay<O> {
                     refused = Some((refused.map_or(0, |(before, _)| before) + count, cause));
                 }
                 Err(error) => {
-                    tracing::warn!("{} are not published: {error}", O::WHAT);
+                    tracing::warn!("{} are not published: {error}", O::NAME);
                     return false;
                 }
             }
         }
         if let Some((count, cause)) = &refused
-            && said.is_none_or(|said| said.elapsed() >= REMINDER)
+            && logged.is_none_or(|logged| logged.elapsed() >= REMINDER_INTERVAL)
         {
-            let what = O::WHAT;
-            *said = Some(Instant::now());
-            tracing::warn!("{count} {what} are not published, and stay in the outbox: {cause}");
+            let name = O::NAME;
+            *logged = Some(Instant::now());
+            tracing::warn!("{count} {name} are not published and stay in the outbox: {cause}");
         }
         refused.is_none()
     }
 
-    /// Publishes the oldest entries after this one, all under way at once.
+    /// Publishes the oldest entries after this one at the same time.
     async fn relay_slice(&mut self, after: u64) -> Result<Slice, StoreError> {
         let entries = self.outbox.oldest(after).await?;
         let Some(last) = entries.last().map(O::seq) else { return Ok(Slice::Empty) };
         if !Protection::ForgetAfterConfirm.is_enabled() {
-            self.outbox.forget(entries.iter().map(O::seq).collect()).await?;
+            self.outbox.delete(entries.iter().map(O::seq).collect()).await?;
         }
         let (begun, mut receipts) = (Instant::now(), Vec::with_capacity(entries.len()));
         for entry in &entries {
@@ -151,23 +154,24 @@ impl<O: Outbox> Relay<O> {
         let (count, seqs) = (all - confirmed.len(), confirmed.iter().map(O::seq).collect());
         if count < all {
             self.outbox.confirmed(confirmed).await;
-            self.outbox.forget(seqs).await?;
+            self.outbox.delete(seqs).await?;
         }
         Ok(failed.map_or(Slice::Done, |cause| Slice::Refused { last, count, cause }))
     }
 
-    /// What the broker says of a message. It is waited for while it is away or takes nothing. What it
-    /// takes and does not confirm goes to a queue that does not answer, and waits for its next turn.
+    /// Waits for the confirm of a message, without limit while the broker cannot be reached or blocks
+    /// publishers. A message that is accepted and not confirmed goes to a queue that does not respond; it
+    /// is tried again later.
     async fn outcome(&self, receipt: Receipt, begun: Instant) -> Result<(), BrokerError> {
-        let patience = self.publisher.patience();
-        let (mut confirmed, mut until) = (pin!(receipt.confirmed()), begun + patience);
+        let timeout = self.publisher.patience();
+        let (mut confirmed, mut until) = (pin!(receipt.confirmed()), begun + timeout);
         loop {
             match tokio::time::timeout_at(until, &mut confirmed).await {
                 Ok(outcome) => return outcome,
                 Err(_) if self.publisher.owes_confirms() => {
-                    return Err(self.publisher.why_late(patience));
+                    return Err(self.publisher.why_late(timeout));
                 }
-                Err(_) => until = Instant::now() + patience,
+                Err(_) => until = Instant::now() + timeout,
             }
         }
     }
