@@ -61,6 +61,7 @@ impl Bench {
             worker: "host:4711".into(),
             started_at: at,
             finished_at: at,
+            fingerprint: None,
         };
         let mut group = Group::new(at);
         group.reports = (0..size).map(|n| Report::Finished(result(n))).collect();

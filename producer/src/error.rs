@@ -88,6 +88,15 @@ pub enum OutputError {
         /// What did not fit.
         source: CodecError,
     },
+    /// Another task with the same id has ended: its name or arguments differ. This task may not have run.
+    #[error(
+        "another task with the id {id} was submitted before (its name or arguments differ), and the \
+         first result of an id counts; submit this task with another id"
+    )]
+    Conflict {
+        /// The id.
+        id: TaskId,
+    },
     /// No result came within the time given; the task may still be waiting or running.
     #[error(
         "task {id} has no result after {waited:?}; wait longer, or look with: garenne task show {id}"
@@ -171,6 +180,7 @@ impl OutputError {
             Self::Failed { .. }
             | Self::Cancelled { .. }
             | Self::Decode { .. }
+            | Self::Conflict { .. }
             | Self::Closed { .. } => false,
         }
     }

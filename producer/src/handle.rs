@@ -7,6 +7,7 @@ use std::time::Duration;
 use garenne_common::{Codec, Payload, Status, TaskId, TaskResult};
 use serde::de::DeserializeOwned;
 
+use crate::outstanding::Ended;
 use crate::replies::Waiting;
 use crate::{OutputError, Producer};
 
@@ -18,7 +19,7 @@ use crate::{OutputError, Producer};
 pub struct Handle<O> {
     id: TaskId,
     waiting: Option<Waiting>,
-    ended: Option<TaskResult>,
+    ended: Option<Ended>,
     /// Keeps the connections open as long as somebody waits for a reply over them.
     _producer: Producer,
     output: PhantomData<fn() -> O>,
@@ -37,7 +38,11 @@ impl<O> Handle<O> {
     /// Waits for the final record, whatever its status.
     pub async fn result(mut self) -> Result<TaskResult, OutputError> {
         self.receive().await?;
-        self.ended.take().ok_or_else(|| self.closed())
+        match self.ended.take() {
+            Some(Ended::Result(result)) => Ok(result),
+            Some(Ended::Conflict) => Err(OutputError::Conflict { id: self.id }),
+            None => Err(self.closed()),
+        }
     }
 
     /// Waits for the final record without giving the handle up.
@@ -45,7 +50,7 @@ impl<O> Handle<O> {
     /// Cancel-safe: it can stand in a `select!` loop or in a timeout and be called again.
     pub async fn ended(&mut self) -> Result<&TaskResult, OutputError> {
         self.receive().await?;
-        self.ended.as_ref().ok_or_else(|| OutputError::Closed { id: self.id.clone() })
+        self.record()
     }
 
     /// [`ended`](Self::ended) with a limit, after which it is [`OutputError::NoAnswer`].
@@ -54,7 +59,15 @@ impl<O> Handle<O> {
             Ok(received) => received?,
             Err(_) => return Err(OutputError::NoAnswer { id: self.id.clone(), waited: limit }),
         }
-        self.ended.as_ref().ok_or_else(|| OutputError::Closed { id: self.id.clone() })
+        self.record()
+    }
+
+    fn record(&self) -> Result<&TaskResult, OutputError> {
+        match &self.ended {
+            Some(Ended::Result(result)) => Ok(result),
+            Some(Ended::Conflict) => Err(OutputError::Conflict { id: self.id.clone() }),
+            None => Err(self.closed()),
+        }
     }
 
     async fn receive(&mut self) -> Result<(), OutputError> {
@@ -128,6 +141,7 @@ mod tests {
             worker: "host:1".into(),
             started_at: Timestamp::from_millis(0),
             finished_at: Timestamp::from_millis(0),
+            fingerprint: None,
         }
     }
 

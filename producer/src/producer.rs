@@ -176,7 +176,7 @@ impl Producer {
         self.require_queue(&task, by).await?;
         task.reply = Some(queue.reply_to());
         let id = task.id.clone();
-        let waiting = replies.expect(id.clone(), &queue);
+        let waiting = replies.expect(&task, &queue);
         self.publish_task(task, delay, by).await?;
         Ok(Handle::new(id, waiting, self.clone()))
     }

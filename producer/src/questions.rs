@@ -1,5 +1,6 @@
 //! What a program asks the collector.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use garenne_common::wire::report::{self, BUNDLE_KIND};
@@ -66,7 +67,7 @@ impl Producer {
         let asker = self.asker(ASK_DEADLINE).await?;
         let mut results = vec![];
         for slice in ids.chunks(MOST_IDS) {
-            let question = Query::Results { ids: slice.to_vec() };
+            let question = Query::Results { ids: slice.to_vec(), fingerprints: BTreeMap::new() };
             let message = asker.ask(&question, ASK_DEADLINE).await?;
             results.extend(results_in(&message)?);
         }
@@ -112,6 +113,7 @@ fn results_in(message: &Message) -> Result<Vec<TaskResult>, QueryError> {
         Report::Retrying(_)
         | Report::BatchOpened { .. }
         | Report::BatchSealed { .. }
+        | Report::Conflict { .. }
         | Report::Lease(_)
         | Report::FinishedUnderLease { .. } => None,
     });

@@ -32,13 +32,16 @@ pub(crate) async fn run(asker: Asker, stop: CancellationToken) {
 
 async fn ask_for_what_is_due(asker: &Asker) {
     loop {
-        let ids = asker.replies().due(MOST_IDS);
-        if ids.is_empty() || !Protection::RecoveryQueries.is_enabled() {
+        let due = asker.replies().due(MOST_IDS);
+        if due.is_empty() || !Protection::RecoveryQueries.is_enabled() {
             return;
         }
-        let count = ids.len();
+        let count = due.len();
+        let known = due.iter().filter_map(|(id, of)| Some((id.clone(), (*of)?)));
+        let fingerprints = known.collect();
+        let ids = due.into_iter().map(|(id, _)| id).collect();
         // The results in the answer find their handles on the way in, as those of any reply do.
-        if let Err(error) = asker.ask(&Query::Results { ids }, ASK_DEADLINE).await {
+        if let Err(error) = asker.ask(&Query::Results { ids, fingerprints }, ASK_DEADLINE).await {
             // They are due again later. Replies may well come without a collector.
             tracing::debug!(%error, count, "asked in vain for results");
             return;

@@ -15,13 +15,13 @@ use garenne_common::bundling::DurationEstimates;
 use garenne_common::topology::Topology;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{Message, Report, RetryNote};
-use garenne_common::{BatchId, ReplyFormat, ReplyTo, TaskId, TaskResult};
+use garenne_common::{BatchId, Fingerprint, ReplyFormat, ReplyTo, TaskId, TaskMessage};
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::outstanding::Outstanding;
+use crate::outstanding::{Ended, Outstanding};
 
 /// Deliveries between the connection and the router, which never waits for anybody.
 const BUFFER: u16 = 512;
@@ -60,7 +60,7 @@ pub(crate) struct Waiting {
     replies: Arc<Replies>,
     id: TaskId,
     ticket: u64,
-    result: oneshot::Receiver<TaskResult>,
+    result: oneshot::Receiver<Ended>,
     answered: bool,
 }
 
@@ -138,25 +138,29 @@ impl Replies {
     }
 
     /// A place for the result of `id`; taken before the task is sent, or its reply could be missed.
-    pub(crate) fn expect(self: &Arc<Self>, id: TaskId, queue: &ReplyQueue) -> Waiting {
-        let now = Instant::now().into_std();
-        let (ticket, result) = lock(&self.outstanding).expect(id.clone(), queue.epoch, now);
+    pub(crate) fn expect(self: &Arc<Self>, task: &TaskMessage, queue: &ReplyQueue) -> Waiting {
+        let (now, id) = (Instant::now().into_std(), task.id.clone());
+        let mut outstanding = lock(&self.outstanding);
+        let (ticket, result) = outstanding.expect(id.clone(), task.fingerprint, queue.epoch, now);
+        drop(outstanding);
         Waiting { replies: Arc::clone(self), id, ticket, result, answered: false }
     }
 
     /// [`expect`](Self::expect) for many at once.
-    pub(crate) fn expect_all(
+    pub(crate) fn expect_all<'t>(
         self: &Arc<Self>,
-        ids: Vec<TaskId>,
+        tasks: impl Iterator<Item = &'t TaskMessage>,
         queue: &ReplyQueue,
     ) -> Vec<Waiting> {
         let now = Instant::now().into_std();
         let mut outstanding = lock(&self.outstanding);
-        let place = |id: TaskId| {
-            let (ticket, result) = outstanding.expect(id.clone(), queue.epoch, now);
+        let place = |task: &TaskMessage| {
+            let id = task.id.clone();
+            let (ticket, result) =
+                outstanding.expect(id.clone(), task.fingerprint, queue.epoch, now);
             Waiting { replies: Arc::clone(self), id, ticket, result, answered: false }
         };
-        ids.into_iter().map(place).collect()
+        tasks.map(place).collect()
     }
 
     /// A place for the answer to the question with this correlation id.
@@ -167,7 +171,7 @@ impl Replies {
     }
 
     /// Ids to ask the collector for now.
-    pub(crate) fn due(&self, limit: usize) -> Vec<TaskId> {
+    pub(crate) fn due(&self, limit: usize) -> Vec<(TaskId, Option<Fingerprint>)> {
         lock(&self.outstanding).due(limit, Instant::now().into_std())
     }
 
@@ -217,6 +221,7 @@ impl Replies {
                     note.batch = note.batch.take().map(&mut shown);
                     drop(self.retries.send(note));
                 }
+                Report::Conflict { id, queried } => outstanding.conflict(&id, queried),
                 // Addressed to collectors; nothing here waits for them.
                 Report::BatchOpened { .. }
                 | Report::BatchSealed { .. }
@@ -261,7 +266,7 @@ impl Drop for Router {
 
 impl Waiting {
     /// Waits; `None` when the router has ended. Cancel-safe, and not to be called after it returned.
-    pub(crate) async fn result(&mut self) -> Option<TaskResult> {
+    pub(crate) async fn result(&mut self) -> Option<Ended> {
         let result = (&mut self.result).await.ok();
         self.answered = true;
         result

@@ -89,6 +89,7 @@ fn messages() -> Vec<Message> {
         options: Options::default(),
         submitted_at: Some(Timestamp::now()),
         traceparent: None,
+        fingerprint: None,
     };
     (0..TASKS).map(|n| task::encode(&task(n), "bench")).collect()
 }

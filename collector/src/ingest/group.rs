@@ -182,6 +182,8 @@ fn admitted(mut report: Report, memberships: &mut Memberships) -> Option<Report>
             *batch = id;
         }
         Report::Lease(_) => {}
+        // Only collectors send it, in responses.
+        Report::Conflict { .. } => return None,
     }
     Some(report)
 }

@@ -3,11 +3,12 @@
 //! Queries come in, and responses go to the reply queues of the clients. Nothing waits for confirms, and
 //! nothing can delay commits.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use garenne_common::broker::{Consumer, Delivery, Outgoing, Publisher, Settler};
 use garenne_common::wire::{CancelRequest, Control, Message, Query, Report, Response, report};
-use garenne_common::{ReplyGate, TaskId, Timestamp};
+use garenne_common::{Fingerprint, ReplyGate, TaskId, TaskResult, Timestamp};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -86,7 +87,9 @@ impl<S: Store> QueryServer<S> {
     async fn respond(&self, message: &Message, correlation_id: &str) -> Result<Message, Refusal> {
         let store = &self.store;
         let response = match Query::decode(message)? {
-            Query::Results { ids } => return self.results(ids, correlation_id).await,
+            Query::Results { ids, fingerprints } => {
+                return self.results(ids, &fingerprints, correlation_id).await;
+            }
             Query::Task { id } => self.task(id).await?,
             Query::Batch { id } => Response::Batch { batch: store.batch(id).await? },
             Query::Dead { id } => {
@@ -170,12 +173,24 @@ impl<S: Store> QueryServer<S> {
         self.cancelled.notify_one();
     }
 
-    async fn results(&self, ids: Vec<TaskId>, correlation: &str) -> Result<Message, Refusal> {
+    async fn results(
+        &self,
+        ids: Vec<TaskId>,
+        fingerprints: &BTreeMap<TaskId, Fingerprint>,
+        correlation: &str,
+    ) -> Result<Message, Refusal> {
         if ids.len() > MAX_ITEMS {
             return Err(Refusal::TooMany(ids.len()));
         }
         let results = self.store.results(ids, MAX_RESPONSE_BYTES).await?;
-        let reports: Vec<_> = results.into_iter().map(Report::Finished).collect();
+        let report = |result: TaskResult| match fingerprints.get(&result.id) {
+            // Without a fingerprint the task is of a foreign client, and cannot be told apart.
+            Some(queried) if result.fingerprint.is_some_and(|of| of != *queried) => {
+                Report::Conflict { id: result.id, queried: *queried }
+            }
+            Some(_) | None => Report::Finished(result),
+        };
+        let reports: Vec<_> = results.into_iter().map(report).collect();
         let mut message = report::encode(&reports, APP_ID)?;
         message.properties.correlation_id = Some(correlation.to_owned());
         Ok(message)

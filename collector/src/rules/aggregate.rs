@@ -157,6 +157,8 @@ impl<L: Ledger> GroupChanges<'_, L> {
                 self.batch(batch, *at)?.sealed(*count, *at);
             }
             Report::Lease(note) => self.lease_note(note)?,
+            // Only in responses; `Group` drops it.
+            Report::Conflict { .. } => {}
             Report::FinishedUnderLease { fence, result } => {
                 if self.admits(&result.id, Some(fence))? {
                     if self.finished(result)? == Inserted::Fresh {

@@ -28,8 +28,8 @@ pub(super) struct SqliteLedger<'a> {
 }
 
 const INSERT_RESULT: &str = "INSERT INTO results (id, name, queue, batch, status, bincode, output, \
-     error, reason, attempt, redelivered, worker, started_at, finished_at, stored_at) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
+     error, reason, attempt, redelivered, worker, started_at, finished_at, stored_at, fingerprint) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16) \
      ON CONFLICT (id) DO NOTHING";
 
 impl Ledger for SqliteLedger<'_> {
@@ -59,6 +59,7 @@ impl Ledger for SqliteLedger<'_> {
             from_time(result.started_at),
             from_time(result.finished_at),
             from_time(self.now),
+            result.fingerprint.map(|fingerprint| fingerprint.as_u64().cast_signed()),
         ])?;
         #[cfg(feature = "failpoints")]
         if replaced {

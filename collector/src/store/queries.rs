@@ -1,7 +1,7 @@
 //! What is read from SQLite, for questions and for the outbox. Nothing here writes.
 
 use garenne_common::wire::{BatchStatus, Codec, Notice, Payload, QuietBatch, RetryNote, TaskState};
-use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp};
+use garenne_common::{BatchId, Fingerprint, QueueName, TaskId, TaskName, TaskResult, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::ledger::{
@@ -25,7 +25,7 @@ const ERROR_CHARS: usize = 4_000;
 const WORKER_CHARS: usize = 255;
 
 const RESULT_COLUMNS: &str = "id, name, queue, batch, status, bincode, output, error, \
-     reason, attempt, redelivered, worker, started_at, finished_at";
+     reason, attempt, redelivered, worker, started_at, finished_at, fingerprint";
 
 pub(super) fn task(connection: &Connection, id: &TaskId) -> Result<TaskState, StoreError> {
     if let Some(result) = result(connection, id)? {
@@ -282,6 +282,9 @@ fn result_row(row: &Row<'_>) -> rusqlite::Result<TaskResult> {
         worker: cut(row.get(11)?, WORKER_CHARS).into(),
         started_at: time(row, 12)?,
         finished_at: time(row, 13)?,
+        fingerprint: row
+            .get::<_, Option<i64>>(14)?
+            .map(|number| Fingerprint::from_u64(number.cast_unsigned())),
     })
 }
 

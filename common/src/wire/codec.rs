@@ -120,9 +120,16 @@ impl Serialize for Payload {
 impl<'de> Deserialize<'de> for Payload {
     fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         if from.is_human_readable() {
-            // Not a RawValue: inside a tagged enum serde buffers, and a RawValue cannot be buffered.
-            let value = serde_json::Value::deserialize(from)?;
-            Ok(Self { codec: Codec::Json, bytes: Bytes::from(value.to_string()) })
+            // The text as it was written, since numbers change when they are converted to floats. So it
+            // must not be read through a tagged or flattened type, which serde would buffer.
+            let text = Box::<serde_json::value::RawValue>::deserialize(from)?;
+            let text = Bytes::from(Box::<str>::from(text).into_string());
+            if showable(&text).is_none() {
+                return Err(serde::de::Error::custom(
+                    "a value that is nested too deeply, or a number outside the range of floats",
+                ));
+            }
+            Ok(Self { codec: Codec::Json, bytes: text })
         } else {
             let (codec, bytes) = Deserialize::deserialize(from)?;
             Ok(Self { codec, bytes })

@@ -4,8 +4,16 @@
 use memchr::memchr2_iter;
 use serde_json::value::RawValue;
 
+use super::codec::{Codec, Payload};
+
 /// The deepest nesting of arguments and outputs: answers, lists and exports add less than ten levels.
 pub const MAX_DEPTH: usize = 100;
+
+/// A payload of bytes that are JSON which every response can carry; `None` for anything else.
+pub fn showable_payload(json: &[u8]) -> Option<Payload> {
+    let bytes = json.to_vec().into();
+    showable(json).map(|_| Payload { codec: Codec::Json, bytes })
+}
 
 /// Whether text that is JSON is nested more deeply than [`MAX_DEPTH`].
 pub fn is_too_deep(json: &[u8]) -> bool {

@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::codec::Codec;
+use super::codec::{Codec, Payload};
 use super::headers;
 use super::message::{HeaderValue, Message, Properties};
 use crate::names::{BatchId, QueueName, TaskId};
@@ -125,7 +125,7 @@ pub struct DeadSummary {
     /// The body as JSON where it is JSON, small enough, and nested at most
     /// [`MAX_DEPTH`](super::MAX_DEPTH) levels deep: one letter must not make a whole page unreadable.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub args: Option<serde_json::Value>,
+    pub args: Option<Payload>,
     /// The batch that its sender meant.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub batch: Option<BatchId>,

@@ -4,6 +4,9 @@
 //! asks in vain. Only `results` is answered in Garenne's own report bundle, because it carries outputs
 //! that JSON cannot.
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::control::CancelRequest;
@@ -15,6 +18,7 @@ use super::notice::BatchSummary;
 use super::report::RetryNote;
 use super::stalled::Stalled;
 use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, TaskId};
 use crate::outcome::{Status, TaskResult};
 use crate::timestamp::Timestamp;
@@ -33,8 +37,12 @@ pub enum Query {
     },
     /// The final results of these tasks, as far as they have ended; at most 1,000 ids.
     Results {
-        /// Which.
+        /// The tasks.
         ids: Vec<TaskId>,
+        /// Fingerprints of tasks whose ids their sender has chosen. A result with another fingerprint is
+        /// not sent; the response contains a [`Report::Conflict`](super::Report::Conflict) instead.
+        #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+        fingerprints: BTreeMap<TaskId, Fingerprint>,
     },
     /// How a batch stands.
     Batch {
@@ -345,9 +353,101 @@ impl Response {
 
     /// Reads one.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
-        within("an answer", &message.body, MAX_BODY_BYTES)?;
-        serde_json::from_slice(&message.body).map_err(Malformed::new)
+        within("a response", &message.body, MAX_BODY_BYTES)?;
+        Self::from_json(&message.body).map_err(Malformed::new)
     }
+
+    /// Responses that contain arguments or outputs are not read by their derived implementation: that
+    /// buffers the fields of a tagged enum, and a buffered number is a float.
+    fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let Tag { response } = serde_json::from_slice(json)?;
+        Ok(match &*response {
+            "task" => {
+                let TaskLinks { replayed_as, replay_of } = serde_json::from_slice(json)?;
+                Self::Task { state: TaskState::from_json(json)?, replayed_as, replay_of }
+            }
+            "batch" => {
+                let BatchBody { batch } = serde_json::from_slice(json)?;
+                Self::Batch { batch }
+            }
+            "dead" => {
+                let DeadBody { letter, attempts } = serde_json::from_slice(json)?;
+                Self::Dead { letter, attempts }
+            }
+            "dead_list" => {
+                let DeadListBody { letters, total, more_than_total, next } =
+                    serde_json::from_slice(json)?;
+                Self::DeadList { letters, total, more_than_total, next }
+            }
+            _ => serde_json::from_slice(json)?,
+        })
+    }
+}
+
+impl TaskState {
+    fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
+        let StateTag { state } = serde_json::from_slice(json)?;
+        Ok(match &*state {
+            "finished" => {
+                let FinishedBody { result } = serde_json::from_slice(json)?;
+                Self::Finished { result }
+            }
+            "parked" => {
+                let ParkedBody { letter } = serde_json::from_slice(json)?;
+                Self::Parked { letter }
+            }
+            _ => serde_json::from_slice(json)?,
+        })
+    }
+}
+
+#[derive(Deserialize)]
+struct Tag<'a> {
+    #[serde(borrow)]
+    response: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct StateTag<'a> {
+    #[serde(borrow)]
+    state: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct TaskLinks {
+    replayed_as: Option<TaskId>,
+    replay_of: Option<TaskId>,
+}
+
+#[derive(Deserialize)]
+struct BatchBody {
+    batch: Option<BatchStatus>,
+}
+
+#[derive(Deserialize)]
+struct DeadBody {
+    letter: Option<DeadSummary>,
+    #[serde(default)]
+    attempts: Vec<RetryNote>,
+}
+
+#[derive(Deserialize)]
+struct DeadListBody {
+    letters: Vec<DeadSummary>,
+    total: Option<u64>,
+    #[serde(default)]
+    more_than_total: bool,
+    next: Option<DeadCursor>,
+}
+
+#[derive(Deserialize)]
+struct FinishedBody {
+    result: TaskResult,
+}
+
+#[derive(Deserialize)]
+struct ParkedBody {
+    letter: DeadSummary,
 }
 
 fn json(value: &impl Serialize, kind: &str, correlation_id: &str) -> Message {
@@ -390,6 +490,28 @@ mod tests {
         let message = Message { body: body.to_vec().into(), ..Message::default() };
         let ids = vec![TaskId::new("t-1").unwrap()];
         assert_eq!(Query::decode(&message), Ok(Query::Cancel { ids, reason: None }));
+    }
+
+    #[test]
+    fn numbers_are_read_as_they_were_written() {
+        let numbers = r#"{"a":18446744073709551616,"b":1.10}"#;
+        let result = format!(
+            r#"{{"id":"t","name":"a.b","queue":"default","status":"succeeded","output":{numbers},"attempt":1,"redelivered":false,"worker":"w","started_at":"1970-01-01T00:00:00Z","finished_at":"1970-01-01T00:00:00Z"}}"#
+        );
+        let letter = format!(
+            r#"{{"id":"t","name":"a.b","queue":"default","reason":"fatal","error":"e","by":"w","at":"1970-01-01T00:00:00Z","body_bytes":1,"args":{numbers}}}"#
+        );
+        for body in [
+            format!(r#"{{"response":"task","state":"finished","result":{result}}}"#),
+            format!(r#"{{"response":"task","state":"parked","letter":{letter}}}"#),
+            format!(r#"{{"response":"dead","letter":{letter}}}"#),
+            format!(r#"{{"response":"dead_list","letters":[{letter}],"total":1}}"#),
+        ] {
+            let message = Message { body: body.clone().into(), ..Message::default() };
+            let response = Response::decode(&message).unwrap();
+            let written = serde_json::to_string(&response).unwrap();
+            assert!(written.contains(numbers), "{written}");
+        }
     }
 
     #[test]

@@ -10,12 +10,14 @@ mod v2;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use self::few::Few;
 use super::codec::Codec;
 use super::lease::{Fence, LeaseNote};
 use super::message::{Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, TaskId, TaskName};
 use crate::outcome::TaskResult;
 use crate::timestamp::Timestamp;
@@ -54,6 +56,13 @@ pub enum Report {
     },
     /// What a worker says of a lease it holds.
     Lease(LeaseNote),
+    /// Another task with the id has ended: its fingerprint is not the one in the query. Only in responses.
+    Conflict {
+        /// The id.
+        id: TaskId,
+        /// The fingerprint in the query.
+        queried: Fingerprint,
+    },
     /// A task ended that ran under a lease.
     FinishedUnderLease {
         /// Which execution.
@@ -103,8 +112,10 @@ pub fn decode(message: &Message) -> Result<Vec<Report>, Malformed> {
     let content_type = message.properties.content_type.as_deref().unwrap_or_default();
     if Codec::from_content_type(content_type) == Some(Codec::Json) {
         within("a bundle of reports in JSON", &message.body, MAX_JSON_BYTES)?;
-        let bundle: Few<Report> = serde_json::from_slice(&message.body).map_err(Malformed::new)?;
-        return Ok(bundle.0);
+        let bundle: Few<&RawValue> =
+            serde_json::from_slice(&message.body).map_err(Malformed::new)?;
+        let reports = bundle.0.into_iter().map(|report| from_json(report.get()));
+        return reports.collect::<Result<_, _>>().map_err(Malformed::new);
     }
     within("a bundle of reports", &message.body, MAX_BODY_BYTES)?;
     match message.body.first() {
@@ -112,6 +123,30 @@ pub fn decode(message: &Message) -> Result<Vec<Report>, Malformed> {
         Some(version) => Err(Malformed::new(format_args!("reports of version {version}"))),
         None => Err(Malformed::new("an empty bundle of reports")),
     }
+}
+
+/// Reports that contain outputs are not read by their derived implementation: that buffers the fields of a
+/// tagged enum, and a buffered number is a float.
+fn from_json(json: &str) -> Result<Report, serde_json::Error> {
+    #[derive(Deserialize)]
+    struct Tag<'a> {
+        #[serde(borrow)]
+        report: std::borrow::Cow<'a, str>,
+    }
+    #[derive(Deserialize)]
+    struct UnderLease {
+        fence: Fence,
+        result: TaskResult,
+    }
+    let Tag { report } = serde_json::from_str(json)?;
+    Ok(match &*report {
+        "finished" => Report::Finished(serde_json::from_str(json)?),
+        "finished_under_lease" => {
+            let UnderLease { fence, result } = serde_json::from_str(json)?;
+            Report::FinishedUnderLease { fence, result }
+        }
+        _ => serde_json::from_str(json)?,
+    })
 }
 
 /// The reply that any client can read: one JSON message for one result.
@@ -142,7 +177,10 @@ pub fn weight(report: &Report) -> usize {
             300 + output + result.error.as_ref().map_or(0, String::len)
         }
         Report::Retrying(note) => 300 + note.error.len(),
-        Report::BatchOpened { .. } | Report::BatchSealed { .. } | Report::Lease(_) => 200,
+        Report::BatchOpened { .. }
+        | Report::BatchSealed { .. }
+        | Report::Conflict { .. }
+        | Report::Lease(_) => 200,
     }
 }
 
@@ -177,7 +215,23 @@ mod tests {
             worker: "host:7".into(),
             started_at: Timestamp::from_millis(1_000),
             finished_at: Timestamp::from_millis(1_250),
+            fingerprint: None,
         }
+    }
+
+    #[test]
+    fn fingerprints_and_conflicts_travel() {
+        let fingerprint = Some(Fingerprint::from_u64(7));
+        let result = TaskResult { fingerprint, ..result(Status::Succeeded, None, Some(vec![1])) };
+        let fence = Fence { number: 2, execution: "e".to_owned() };
+        let conflict =
+            Report::Conflict { id: TaskId::new("t").unwrap(), queried: Fingerprint::from_u64(9) };
+        let reports = [
+            Report::Finished(result.clone()),
+            Report::FinishedUnderLease { fence, result },
+            conflict,
+        ];
+        assert_eq!(decode(&encode(&reports, "w").unwrap()), Ok(reports.to_vec()));
     }
 
     fn all_kinds() -> Vec<Report> {

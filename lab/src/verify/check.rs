@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use garenne_common::TaskResult;
 use garenne_common::wire::{BatchState, BatchSummary, DeadSummary};
+use garenne_common::{Payload, TaskResult};
 use garenne_producer::Totals;
 use serde::Serialize;
 
@@ -305,7 +305,8 @@ impl Evidence<'_> {
             let reason = self.mix.job(*n).expected().1;
             let same = letter.as_ref().is_some_and(|letter| {
                 Some(letter.reason) == reason
-                    && letter.args.as_ref() == Some(&self.mix.job(*n).arguments())
+                    && letter.args.as_ref().map(Payload::to_json_value)
+                        == Some(self.mix.job(*n).arguments())
             });
             if !same {
                 let what = "its dead letter is missing or not what was submitted";

@@ -158,7 +158,9 @@ impl From<OutputError> for CliError {
         let exit = match error {
             OutputError::NoAnswer { .. } => Exit::NotYet,
             OutputError::Failed { .. } | OutputError::Cancelled { .. } => Exit::Failed,
-            OutputError::Decode { .. } | OutputError::Closed { .. } => Exit::Unusable,
+            OutputError::Decode { .. }
+            | OutputError::Conflict { .. }
+            | OutputError::Closed { .. } => Exit::Unusable,
         };
         Self::from_sentence(&error.to_string()).exit(exit)
     }

@@ -298,8 +298,8 @@ fn is_kept(report: &Report, store: &Store) -> bool {
         Report::FinishedUnderLease { result, .. } => {
             store.results.contains_key(&result.id) || store.leases.contains_key(&result.id)
         }
-        // It says something of a lease, and does not carry it.
-        Report::Lease(_) => true,
+        // The first is about a lease and does not carry it, the second is sent by collectors only.
+        Report::Lease(_) | Report::Conflict { .. } => true,
         Report::Retrying(note) => store.attempts.contains(&(note.id.clone(), note.attempt)),
         Report::BatchOpened { batch, .. } => store.batches.contains_key(batch),
         Report::BatchSealed { batch, .. } => {

@@ -154,6 +154,7 @@ impl Context {
             options: garenne_common::Options::default(),
             submitted_at: None,
             traceparent: None,
+            fingerprint: None,
         };
         Self::new(
             Arc::new(task),

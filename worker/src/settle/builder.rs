@@ -286,6 +286,7 @@ impl SettlementBuilder {
             worker: Arc::clone(&self.worker),
             started_at: attempt.started_at,
             finished_at: attempt.finished_at,
+            fingerprint: task.fingerprint,
         }
     }
 
@@ -305,6 +306,7 @@ impl SettlementBuilder {
             worker: Arc::clone(&self.worker),
             started_at: attempt.started_at,
             finished_at: attempt.finished_at,
+            fingerprint: task.fingerprint,
         }
     }
 

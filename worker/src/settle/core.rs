@@ -308,6 +308,7 @@ impl SettleCore {
                 Report::Retrying(_)
                 | Report::BatchOpened { .. }
                 | Report::BatchSealed { .. }
+                | Report::Conflict { .. }
                 | Report::Lease(_)
                 | Report::FinishedUnderLease { .. },
             ) => {}

@@ -128,6 +128,7 @@ fn result(id: &str, batch: Option<BatchId>, status: Status, finished: u64) -> Ta
         worker: "w".into(),
         started_at: at(finished - 1),
         finished_at: at(finished),
+        fingerprint: None,
     }
 }
 

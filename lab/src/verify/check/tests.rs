@@ -140,6 +140,7 @@ fn record(mix: Mix, n: u64, batch: Option<&str>) -> TaskResult {
         worker: "w".into(),
         started_at: Timestamp::from_millis(1),
         finished_at: Timestamp::from_millis(2),
+        fingerprint: None,
     }
 }
 
@@ -182,7 +183,7 @@ fn letter(mix: Mix, n: u64) -> DeadSummary {
         by: "w".to_owned(),
         at: Timestamp::from_millis(2),
         body_bytes: 1,
-        args: Some(mix.job(n).arguments()),
+        args: Some(Payload::encode(Codec::Json, &mix.job(n).arguments()).unwrap()),
         batch: None,
         state: LetterState::Dead,
         started_at: None,

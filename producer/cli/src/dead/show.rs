@@ -93,8 +93,9 @@ fn headers(message: &LetterMessage) -> String {
 }
 
 fn body(letter: &DeadSummary) -> String {
-    let args = letter.args.as_ref().and_then(|args| serde_json::to_string_pretty(args).ok());
-    args.unwrap_or_else(|| {
+    let args = letter.args.as_ref().and_then(|args| args.as_json());
+    let as_written = args.map(|args| args.trim().to_owned());
+    as_written.unwrap_or_else(|| {
         let bytes = letter.body_bytes;
         let text = letter.message.as_ref().and_then(|message| message.body_text.as_deref());
         let kind = if letter.is_bincode() {

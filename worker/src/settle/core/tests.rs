@@ -97,6 +97,7 @@ fn result(id: &str) -> Successor {
         worker: "w".into(),
         started_at: at,
         finished_at: at,
+        fingerprint: None,
     }))
 }
 
