@@ -6,7 +6,7 @@ CARGO ?= cargo
 # Wherever cargo builds: CARGO_TARGET_DIR, build.target-dir or target/. Asked only by who needs it.
 TARGET = $(or $(shell $(CARGO) metadata --format-version 1 --no-deps | \
 	sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p'),$(error cargo does not say where it builds))
-FAILPOINTS = --workspace --features garenne-common/failpoints --target-dir $(TARGET)/failpoints
+FAILPOINTS = --workspace --features garenne-common/failpoints,garenne-worker/failpoints,garenne-collector/failpoints --target-dir $(TARGET)/failpoints
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-failpoints test-guards test-cluster soak ci fmt fmt-check clippy doc deny bench bench-beside microbench verify

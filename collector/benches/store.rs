@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use garenne_collector::aggregate::Rules;
-use garenne_collector::group::Group;
+use garenne_collector::ingest::group::Group;
+use garenne_collector::rules::aggregate::Rules;
 use garenne_collector::store::{SqliteStore, Store};
 use garenne_common::wire::{Codec, Payload, Report};
 use garenne_common::{BatchId, QueueName, Status, TaskId, TaskName, TaskResult, Timestamp};
@@ -61,6 +61,7 @@ impl Bench {
             worker: "host:4711".into(),
             started_at: at,
             finished_at: at,
+            fingerprint: None,
         };
         let mut group = Group::new(at);
         group.reports = (0..size).map(|n| Report::Finished(result(n))).collect();
@@ -78,7 +79,7 @@ impl Bench {
     /// How long it takes to forget as many rows, the oldest.
     fn forget(&self, rows: usize) -> Duration {
         let start = Instant::now();
-        let forgotten = self.store.forget(Timestamp::now().plus(Duration::from_secs(1)), rows);
+        let forgotten = self.store.delete_old(Timestamp::now().plus(Duration::from_secs(1)), rows);
         self.runtime.block_on(forgotten).unwrap();
         start.elapsed()
     }

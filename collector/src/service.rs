@@ -1,10 +1,10 @@
-//! A collector as a whole: what is started, in which order it stops, and what it owns.
+//! The collector as a whole: what it starts, and in which order it stops.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{
-    Admin, BrokerError, Consumer, ConsumerSpec, Link, Pauser, QueueSource, Settler,
+    Admin, BrokerError, Consumer, ConsumerSpec, Link, Outgoing, QueueSource, Settler,
 };
 use garenne_common::config::Config;
 use garenne_common::topology::Topology;
@@ -14,63 +14,86 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::aggregate::Rules;
-use crate::answers::{Answers, QUERIES_PREFETCH};
-use crate::deadlines::Deadlines;
-use crate::heartbeat::Beat;
-use crate::keeper::Keeper;
-use crate::letters::Letters;
-use crate::notices::{Copies, Notices};
-use crate::outlets::Outlets;
-use crate::peers::Neighbours;
-use crate::pipeline::{
-    Committer, DEAD_PREFETCH, Intake, Progress, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
+use crate::control::deadlines::Deadlines;
+use crate::control::heartbeat::HeartbeatTask;
+use crate::control::peers::PeerWatch;
+use crate::control::release::{HEARTBEATS_BUFFER, Releaser};
+use crate::control::retention::Retention;
+use crate::control::state::CollectorState;
+use crate::control::topology_reconciler::TopologyReconciler;
+use crate::control::watchdog::Watchdog;
+use crate::ingest::unrouted_replies::{UnroutedReplies, send_replies};
+use crate::ingest::{
+    Committer, DEAD_PREFETCH, Ingest, IngestProgress, RESULTS_PREFETCH, Sources, UNROUTED_PREFETCH,
 };
-use crate::relay::Relay;
-use crate::release::{HEARTBEATS_BUFFER, Releaser};
-use crate::replies::{Replies, send_replies};
-use crate::resends::Resends;
-use crate::retention::Retention;
-use crate::state::CollectorState;
+use crate::outbox::Relay;
+use crate::outbox::notices::{NoticeCopies, Notices};
+use crate::outbox::publishers::Publishers;
+use crate::outbox::resends::Resends;
+use crate::query::dead_letters::DeadLetterQueries;
+use crate::query::{QUERIES_PREFETCH, QueryServer};
+use crate::rules::aggregate::Rules;
 use crate::store::{SqliteStore, StoreError};
-use crate::watchdog::Watchdog;
 
-/// How long a stopping collector waits for the broker's last confirms.
-const CLOSING: Duration = Duration::from_secs(2);
+/// How long a stopping collector waits for the last confirms.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A running collector. Dropping it ends it without order; [`stop`](Self::stop) loses no time later.
+/// A running collector. Stop it with [`stop`](Self::stop); dropping it aborts its tasks.
 pub struct Collector {
     store: SqliteStore,
-    progress: Arc<Progress>,
+    progress: Arc<IngestProgress>,
     settlers: Vec<(&'static str, Settler)>,
-    outlets: Outlets,
+    publishers: Publishers,
     consuming: Link,
     health: ProcessHealth,
-    /// Intake and committing: everything that takes deliveries.
+    /// The tasks that receive and commit results.
     pipeline: JoinSet<()>,
-    /// Everything else.
+    /// All other tasks.
     background: JoinSet<()>,
     stop_taking: CancellationToken,
     stop_all: CancellationToken,
 }
 
-/// A collector that cannot start without a change by a person.
+/// Why a collector could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The store cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The broker refuses, and will go on refusing.
+    /// The broker refuses permanently.
     #[error(transparent)]
     Broker(#[from] BrokerError),
+}
+
+/// What several tasks of a collector share.
+struct Shared {
+    topology: Topology,
+    /// Name of the collector.
+    name: String,
+    replies: UnroutedReplies,
+    signals: Signals,
+}
+
+/// Wake tasks before their next poll of the store.
+#[derive(Default)]
+struct Signals {
+    /// Notices have been added to the outbox.
+    outbox_filled: Arc<Notify>,
+    /// Tasks to publish again have been added.
+    resends_filled: Arc<Notify>,
+    /// Tasks have been cancelled.
+    cancelled: Arc<Notify>,
 }
 
 impl Collector {
     /// Opens the store, connects, and returns when all queues are being consumed.
     ///
-    /// A broker that is merely down is waited for, however long it takes. Every published notice is
-    /// also sent to `copies`, if there is one; a slow reader slows the notices
-    /// down, and one that takes none for ten seconds misses some.
+    /// Waits while the broker cannot be reached. Each published notice is also sent to `copies`. A slow
+    /// reader delays notices; one that does not read for ten seconds misses some.
+    ///
+    /// # Errors
+    ///
+    /// If the store cannot be opened, or the broker refuses permanently.
     pub async fn start(
         config: &Config,
         copies: Option<mpsc::Sender<Notice>>,
@@ -80,13 +103,12 @@ impl Collector {
         let store = open_store(config).await?;
         let topology = config.broker.topology();
         let consuming = Link::new(&config.broker, &format!("garenne-collector {name} consume"));
-        let (sources, questions) = consume(&consuming, &topology).await?;
-
+        let (sources, queries) = consume(&consuming, &topology).await?;
         let mut collector = Self {
             store,
             progress: Arc::default(),
-            settlers: sources.settlers(&questions),
-            outlets: Outlets::start(&config.broker, &name),
+            settlers: sources.settlers(&queries),
+            publishers: Publishers::start(&config.broker, &name),
             consuming,
             health: ProcessHealth::default(),
             pipeline: JoinSet::new(),
@@ -94,178 +116,186 @@ impl Collector {
             stop_taking: CancellationToken::new(),
             stop_all: CancellationToken::new(),
         };
-        collector.spawn(config, &name, (sources, questions), copies);
+        let (replies, outgoing) = UnroutedReplies::channel(config.reply_gate());
+        let shared = Shared { topology, name, replies, signals: Signals::default() };
+        collector.spawn_unrouted_replies(outgoing);
+        collector.spawn_outboxes(&shared, copies);
+        collector.spawn_deadlines(&shared, &sources);
+        collector.spawn_parked(&shared);
+        let standby = collector.spawn_control(config, &shared, &sources, &queries);
+        collector.spawn_queries(&shared, queries);
+        collector.spawn_maintenance(config);
+        collector.spawn_ingest(config, &shared, sources, standby);
         tracing::info!("collecting");
         Ok(collector)
     }
 
-    fn spawn(
+    /// The path of results: gathers groups, and commits them.
+    fn spawn_ingest(
         &mut self,
         config: &Config,
-        by: &str,
-        (sources, questions): (Sources, Consumer),
-        copies: Option<mpsc::Sender<Notice>>,
+        shared: &Shared,
+        sources: Sources,
+        standby: watch::Receiver<bool>,
     ) {
-        let topology = config.broker.topology();
-        let [outbox_filled, resends_filled, cancelled] = [(); 3].map(|()| Arc::new(Notify::new()));
-        let (replies, outgoing) = Replies::channel(config.reply_gate());
-        // One parcel may wait: the next group gathers while one commits.
-        let (to_committer, parcels) = mpsc::channel(1);
-        let reading = sources.results.queue();
-        let consumers = vec![
-            sources.results.pauser(),
-            sources.dead.pauser(),
-            sources.unrouted.pauser(),
-            questions.pauser(),
-        ];
-        let (standby, is_standby) = watch::channel(false);
-
-        let progress = Arc::clone(&self.progress);
-        let intake = Intake {
+        // One group may wait: the next one is gathered while another one is committed.
+        let (to_committer, gathered) = mpsc::channel(1);
+        let ingest = Ingest {
             sources,
-            progress: Arc::clone(&progress),
+            progress: Arc::clone(&self.progress),
             group_size: config.collector.group_size,
             linger: config.collector.group_linger,
-            by: by.to_owned(),
+            by: shared.name.clone(),
             stop: self.stop_taking.clone(),
-            parcels: to_committer,
+            gathered: to_committer,
         };
         let committer = Committer {
             store: self.store.clone(),
-            parcels,
-            progress: Arc::clone(&progress),
-            replies: replies.clone(),
-            outbox_filled: Arc::clone(&outbox_filled),
+            gathered,
+            progress: Arc::clone(&self.progress),
+            replies: shared.replies.clone(),
+            outbox_filled: Arc::clone(&shared.signals.outbox_filled),
             health: self.health.clone(),
-            standby: is_standby.clone(),
+            standby,
             stop: self.stop_taking.clone(),
         };
-        self.pipeline.spawn(intake.run());
+        self.pipeline.spawn(ingest.run());
         self.pipeline.spawn(committer.run());
-
-        self.relay(config, copies, (&outbox_filled, &resends_filled));
-        self.watch(config, by, &progress, (consumers, standby, is_standby));
-        self.keep(config);
-        let letters = Letters {
-            store: self.store.clone(),
-            tasks_exchange: topology.tasks_exchange(),
-            outbox_filled: Arc::clone(&outbox_filled),
-            resends_filled: Arc::clone(&resends_filled),
-            replies: replies.clone(),
-        };
-        let answers = Answers {
-            store: self.store.clone(),
-            letters,
-            questions,
-            publisher: self.outlets.answers.clone(),
-            gate: replies.gate.clone(),
-            control: topology.control(),
-            cancelled: Arc::clone(&cancelled),
-            stop: self.stop_all.clone(),
-        };
-        let releaser = Releaser {
-            store: self.store.clone(),
-            heartbeats: hear(&self.consuming, &topology, by, "collector heartbeats"),
-            tasks_exchange: topology.tasks_exchange(),
-            resends_filled: Arc::clone(&resends_filled),
-            outbox_filled: Arc::clone(&outbox_filled),
-            replies: replies.clone(),
-            cancelled,
-            stop: self.stop_all.clone(),
-        };
-        let deadlines = Deadlines {
-            store: self.store.clone(),
-            admin: Admin::new(self.consuming.clone()),
-            publisher: self.outlets.answers.clone(),
-            topology,
-            consuming: reading,
-            progress,
-            outbox_filled,
-            resends_filled,
-            stop: self.stop_all.clone(),
-        };
-        let sending = send_replies(outgoing, self.outlets.answers.clone(), self.stop_all.clone());
-        self.background.spawn(answers.run());
-        self.background.spawn(releaser.run());
-        self.background.spawn(deadlines.run());
-        self.background.spawn(sending);
     }
 
-    /// Publishes what waits in the outboxes.
-    fn relay(
-        &mut self,
-        config: &Config,
-        copies: Option<mpsc::Sender<Notice>>,
-        (outbox_filled, resends_filled): (&Arc<Notify>, &Arc<Notify>),
-    ) {
-        let topology = config.broker.topology();
+    fn spawn_unrouted_replies(&mut self, outgoing: mpsc::Receiver<Outgoing>) {
+        let (publisher, stop) = (self.publishers.responses.clone(), self.stop_all.clone());
+        self.background.spawn(send_replies(outgoing, publisher, stop));
+    }
+
+    /// Publishes the entries of the outboxes.
+    fn spawn_outboxes(&mut self, shared: &Shared, copies: Option<mpsc::Sender<Notice>>) {
         let notices = Relay {
             outbox: Notices {
                 store: self.store.clone(),
-                exchange: topology.notices_exchange(),
-                copies: copies.map(Copies::new),
+                exchange: shared.topology.notices_exchange(),
+                copies: copies.map(NoticeCopies::new),
             },
-            publisher: self.outlets.notices.clone(),
-            filled: Arc::clone(outbox_filled),
+            publisher: self.publishers.notices.clone(),
+            filled: Arc::clone(&shared.signals.outbox_filled),
             stop: self.stop_all.clone(),
         };
         let resends = Relay {
             outbox: Resends { store: self.store.clone() },
-            publisher: self.outlets.tasks.clone(),
-            filled: Arc::clone(resends_filled),
+            publisher: self.publishers.tasks.clone(),
+            filled: Arc::clone(&shared.signals.resends_filled),
             stop: self.stop_all.clone(),
         };
         self.background.spawn(notices.run());
         self.background.spawn(resends.run());
     }
 
-    /// Looks whether work moves, says how it stands, and listens to other collectors.
-    fn watch(
+    /// Responds to queries.
+    fn spawn_queries(&mut self, shared: &Shared, queries: Consumer) {
+        let Signals { outbox_filled, resends_filled, cancelled } = &shared.signals;
+        let dead_letters = DeadLetterQueries {
+            store: self.store.clone(),
+            tasks_exchange: shared.topology.tasks_exchange(),
+            outbox_filled: Arc::clone(outbox_filled),
+            resends_filled: Arc::clone(resends_filled),
+            replies: shared.replies.clone(),
+        };
+        let server = QueryServer {
+            store: self.store.clone(),
+            dead_letters,
+            queries,
+            publisher: self.publishers.responses.clone(),
+            gate: shared.replies.gate.clone(),
+            control: shared.topology.control(),
+            cancelled: Arc::clone(cancelled),
+            stop: self.stop_all.clone(),
+        };
+        self.background.spawn(server.run());
+    }
+
+    /// Releases parked tasks.
+    fn spawn_parked(&mut self, shared: &Shared) {
+        let Signals { outbox_filled, resends_filled, cancelled } = &shared.signals;
+        let tag = "collector heartbeats";
+        let releaser = Releaser {
+            store: self.store.clone(),
+            heartbeats: heartbeats(&self.consuming, &shared.topology, &shared.name, tag),
+            tasks_exchange: shared.topology.tasks_exchange(),
+            resends_filled: Arc::clone(resends_filled),
+            outbox_filled: Arc::clone(outbox_filled),
+            replies: shared.replies.clone(),
+            cancelled: Arc::clone(cancelled),
+            stop: self.stop_all.clone(),
+        };
+        self.background.spawn(releaser.run());
+    }
+
+    /// Abandons batches, and publishes tasks with lapsed leases again.
+    fn spawn_deadlines(&mut self, shared: &Shared, sources: &Sources) {
+        let deadlines = Deadlines {
+            store: self.store.clone(),
+            admin: Admin::new(self.consuming.clone()),
+            publisher: self.publishers.responses.clone(),
+            topology: shared.topology.clone(),
+            consuming: sources.results.queue(),
+            progress: Arc::clone(&self.progress),
+            outbox_filled: Arc::clone(&shared.signals.outbox_filled),
+            resends_filled: Arc::clone(&shared.signals.resends_filled),
+            stop: self.stop_all.clone(),
+        };
+        self.background.spawn(deadlines.run());
+    }
+
+    /// Publishes heartbeats, receives those of other collectors, and detects stalls. Returns whether the
+    /// collector is in standby.
+    fn spawn_control(
         &mut self,
         config: &Config,
-        by: &str,
-        progress: &Arc<Progress>,
-        (consumers, standby, is_standby): (Vec<Pauser>, watch::Sender<bool>, watch::Receiver<bool>),
-    ) {
-        let (topology, news) = (config.broker.topology(), Arc::new(Notify::new()));
-        let neighbours = Neighbours {
+        shared: &Shared,
+        sources: &Sources,
+        queries: &Consumer,
+    ) -> watch::Receiver<bool> {
+        let (topology, new_peer) = (config.broker.topology(), Arc::new(Notify::new()));
+        let (standby, is_standby) = watch::channel(false);
+        let Sources { results, dead, unrouted } = sources;
+        let peers = PeerWatch {
             own: self.store.identity(),
-            heartbeats: hear(&self.consuming, &topology, by, "collector neighbours"),
-            consumers,
+            heartbeats: heartbeats(&self.consuming, &topology, &shared.name, "collector peers"),
+            consumers: [results, dead, unrouted, queries].map(Consumer::pauser).into(),
             standby,
-            news: Arc::clone(&news),
+            new_peer: Arc::clone(&new_peer),
             health: self.health.clone(),
             stop: self.stop_all.clone(),
         };
-        let beat = Beat {
-            publisher: self.outlets.heartbeats.clone(),
+        let heartbeat = HeartbeatTask {
+            publisher: self.publishers.heartbeats.clone(),
             exchange: topology.heartbeats(),
-            collector: by.to_owned(),
+            collector: shared.name.clone(),
             store: self.store.identity(),
-            progress: Arc::clone(progress),
+            progress: Arc::clone(&self.progress),
             health: self.health.clone(),
-            standby: is_standby,
-            news,
+            standby: is_standby.clone(),
+            new_peer,
             stop: self.stop_all.clone(),
         };
         let watchdog = Watchdog {
             store: self.store.clone(),
-            progress: Arc::clone(progress),
+            progress: Arc::clone(&self.progress),
             health: self.health.clone(),
             stop: self.stop_all.clone(),
         };
         self.background.spawn(watchdog.run());
-        self.background.spawn(neighbours.run());
-        self.background.spawn(beat.run());
+        self.background.spawn(peers.run());
+        self.background.spawn(heartbeat.run());
+        is_standby
     }
 
-    /// Keeps the broker objects there and the store small.
-    fn keep(&mut self, config: &Config) {
-        let topology = config.broker.topology();
-        let keeper = Keeper {
+    /// Restores broker objects, and deletes old records.
+    fn spawn_maintenance(&mut self, config: &Config) {
+        let reconciler = TopologyReconciler {
             admin: Admin::new(self.consuming.clone()),
-            wanted: topology.core(),
-            every: 3 * config.broker.heartbeat,
+            wanted: config.broker.topology().core(),
+            interval: 3 * config.broker.heartbeat,
             stop: self.stop_all.clone(),
         };
         let retention = Retention {
@@ -274,7 +304,7 @@ impl Collector {
             last_commit: self.store.last_commit(),
             stop: self.stop_all.clone(),
         };
-        self.background.spawn(keeper.run());
+        self.background.spawn(reconciler.run());
         self.background.spawn(retention.run());
     }
 
@@ -283,8 +313,8 @@ impl Collector {
         self.health.problems()
     }
 
-    /// Waits until a part of the collector ends, which none does unless it is told to: the process
-    /// should be started anew then.
+    /// Waits until a task of the collector ends, which does not happen unless it stops or a task panics. The
+    /// process should be restarted then.
     pub async fn broken(&mut self) {
         tokio::select! {
             Some(_) = self.pipeline.join_next() => {}
@@ -292,31 +322,31 @@ impl Collector {
         }
     }
 
-    /// What reports the state of this collector, also while it stops.
+    /// Logs the state of this collector on request, also while it stops.
     pub fn state(&self) -> CollectorState {
         CollectorState {
             health: self.health.clone(),
             store: self.store.downgrade(),
-            outlets: self.outlets.clone(),
+            publishers: self.publishers.clone(),
             progress: Arc::clone(&self.progress),
             settlers: self.settlers.clone(),
         }
     }
 
-    /// Stops in order and loses nothing: what is not acknowledged comes again.
+    /// Stops in order and loses nothing: unacknowledged messages are redelivered.
     pub async fn stop(mut self) {
-        // 1. Take no more; finish the groups that are gathered. A store that fails just now ends this
-        //    too: its group stays with the broker.
+        // 1. Receive no more, and commit the groups that are gathered. If the store fails, its group stays in
+        //    the broker.
         self.stop_taking.cancel();
         join_all(&mut self.pipeline).await;
-        // 2. Publish what the outboxes hold, within a limit; end everything else.
+        // 2. Publish the entries of the outboxes within a time limit, and end everything else.
         self.stop_all.cancel();
         join_all(&mut self.background).await;
-        // 3. Answers may still be under way.
-        self.outlets.close(CLOSING).await;
-        // 4. Deliveries that were never looked at go back to the broker by this.
+        // 3. Responses may be unconfirmed.
+        self.publishers.close(CLOSE_TIMEOUT).await;
+        // 4. This returns unprocessed deliveries to the broker.
         self.consuming.close().await;
-        // 5. The last handle: joins the store's threads, which may have a checkpoint to write.
+        // 5. Dropping the last handle joins the threads of the store, which may write a checkpoint.
         let store = self.store;
         if tokio::task::spawn_blocking(move || drop(store)).await.is_err() {
             tracing::error!("the store did not close in order");
@@ -328,7 +358,7 @@ impl Collector {
 async fn join_all(tasks: &mut JoinSet<()>) {
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {
-            tracing::error!("a part of the collector failed: {error}");
+            tracing::error!("a task of the collector failed: {error}");
         }
     }
 }
@@ -343,10 +373,10 @@ async fn open_store(config: &Config) -> Result<SqliteStore, StoreError> {
     opened.unwrap_or(Err(StoreError::Closed))
 }
 
-/// Starts the four consumers. The first declares everything; the others what they read themselves,
-/// so that they come back on their own when a broker returns without its data.
+/// Starts the four consumers. The first one declares everything, the others only their queues, so that each
+/// can continue by itself when a broker returns without its data.
 async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer), BrokerError> {
-    // A wrong password is said once and at once; a broker that is down is the consumers' business.
+    // Reports a wrong password at once. The consumers wait for a broker that cannot be reached.
     if let Err(error) = link.open().await
         && !error.is_transient()
     {
@@ -366,18 +396,18 @@ async fn consume(link: &Link, topology: &Topology) -> Result<(Sources, Consumer)
     };
     let dead = other(topology.dead(), "dead letters", DEAD_PREFETCH);
     let unrouted = other(topology.unrouted(), "unrouted", UNROUTED_PREFETCH);
-    let questions = other(topology.queries(), "questions", QUERIES_PREFETCH);
-    for consumer in [&dead, &unrouted, &questions] {
+    let queries = other(topology.queries(), "queries", QUERIES_PREFETCH);
+    for consumer in [&dead, &unrouted, &queries] {
         consumer.ready().await?;
     }
-    Ok((Sources { results, dead, unrouted }, questions))
+    Ok((Sources { results, dead, unrouted }, queries))
 }
 
-/// Heartbeats tell what there is now; old ones would tell nothing, so the queue is nobody else's.
-fn hear(link: &Link, topology: &Topology, name: &str, tag: &str) -> Consumer {
+/// Consumes heartbeats from an exclusive queue, since only current ones are of interest.
+fn heartbeats(link: &Link, topology: &Topology, name: &str, tag: &str) -> Consumer {
     let bindings = vec![(topology.heartbeats(), String::new())];
     let declarations = topology.named(&topology.heartbeats());
-    // A queue's name holds at most 255 bytes.
+    // The name of a queue has at most 255 bytes.
     let (owner, names): (String, _) = (name.chars().take(40).collect(), topology.clone());
     let name = Box::new(move || names.reply_queue(&owner));
     let queue = QueueSource::Exclusive { name, bindings };

@@ -27,6 +27,7 @@ fn one_task(batch: &BatchId) -> TaskMessage {
         options: Options::default(),
         submitted_at: Some(Timestamp::now()),
         traceparent: None,
+        fingerprint: None,
     }
 }
 
@@ -67,6 +68,7 @@ fn results() -> Vec<Report> {
         worker: "host:4711".into(),
         started_at: at,
         finished_at: at,
+        fingerprint: None,
     };
     (0..BUNDLE).map(|n| Report::Finished(result(n))).collect()
 }

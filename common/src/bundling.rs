@@ -128,6 +128,7 @@ mod tests {
             options: Options::default(),
             submitted_at: None,
             traceparent: None,
+            fingerprint: None,
         }
     }
 

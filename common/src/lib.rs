@@ -1,6 +1,6 @@
 //! What a Garenne task is and how it travels.
 //!
-//! The pure half ([`batch_key`], [`bundling`], [`names`], [`task`], [`outcome`], [`printable`],
+//! The pure half ([`batch_key`], [`bundling`], [`fingerprint`], [`names`], [`task`], [`outcome`], [`printable`],
 //! [`reply_gate`], [`retry`], [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The
 //! other half ([`broker`], [`config`], [`health`], and the module `service` with its feature) is how every
 //! Garenne process meets the outside world, and [`failpoints`] is for the tests of the tests. Nothing lives
@@ -11,6 +11,7 @@ pub mod broker;
 pub mod bundling;
 pub mod config;
 pub mod failpoints;
+pub mod fingerprint;
 pub mod health;
 pub mod names;
 pub mod outcome;
@@ -24,6 +25,7 @@ pub mod timestamp;
 pub mod topology;
 pub mod wire;
 
+pub use fingerprint::Fingerprint;
 pub use health::{Problem, ProcessHealth};
 pub use names::{BatchId, InvalidName, Namespace, QueueName, TaskId, TaskName};
 pub use outcome::{DeadReason, Status, TaskResult};

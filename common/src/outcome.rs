@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::timestamp::Timestamp;
 use crate::wire::Payload;
@@ -138,6 +139,9 @@ pub struct TaskResult {
     pub started_at: Timestamp,
     /// When it ended.
     pub finished_at: Timestamp,
+    /// The fingerprint of the task, if its sender has chosen the id.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub fingerprint: Option<Fingerprint>,
 }
 
 #[cfg(test)]

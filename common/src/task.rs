@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, DEFAULT_QUEUE, QueueName, TaskId, TaskName};
 use crate::retry::RetryPolicy;
 use crate::timestamp::Timestamp;
@@ -62,6 +63,8 @@ pub struct TaskMessage {
     pub submitted_at: Option<Timestamp>,
     /// W3C trace context of the submission.
     pub traceparent: Option<Arc<str>>,
+    /// Present if its sender has chosen the id.
+    pub fingerprint: Option<Fingerprint>,
 }
 
 /// How a task wants to be treated. Everything has a default.

@@ -90,6 +90,16 @@ pub enum OutputError {
         /// The decoding error.
         source: CodecError,
     },
+    /// Another task with the same id has ended: its name or arguments differ. This task may not have
+    /// run.
+    #[error(
+        "another task with the id {id} was submitted before (its name or arguments differ), and \
+         the first result of an id counts; submit this task with another id"
+    )]
+    Conflict {
+        /// The id.
+        id: TaskId,
+    },
     /// No result arrived within the given time; the task may still wait or run.
     #[error("task {id} has no result after {waited:?}; wait longer, or query its state")]
     NoAnswer {
@@ -167,6 +177,7 @@ impl OutputError {
             Self::Failed { .. }
             | Self::Cancelled { .. }
             | Self::Decode { .. }
+            | Self::Conflict { .. }
             | Self::Closed { .. } => false,
         }
     }

@@ -91,7 +91,7 @@ impl Producer {
         self.0.require_queue(&task.queue, by).await?;
         task.reply = Some(queue.reply_to());
         let id = task.id.clone();
-        let waiting = replies.expect(id.clone(), &queue);
+        let waiting = replies.expect(&task, &queue);
         self.publish_task(task, delay, by).await?;
         Ok(Handle::new(id, waiting, Arc::clone(&self.0)))
     }

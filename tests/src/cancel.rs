@@ -139,7 +139,7 @@ async fn a_worker_that_starts_without_a_collector_works_and_hears_of_wishes_late
     // One slot, which the first task keeps.
     let worker = warren.worker().toml(&effects::command(&warren)).set("worker.concurrency", 1);
     let mut worker = worker.start().await;
-    worker.logged("no collector has said which tasks are cancelled").await;
+    worker.logged("no collector has sent the cancel requests").await;
     effects::begun(&warren, 1).await;
     waiting(&warren, 0).await;
     // The worker's question waits for the collector.
@@ -395,5 +395,5 @@ async fn a_worker_that_comes_before_everything_else_hears_a_collector_that_comes
         warren.collector().start().await
     };
     let (worker, _collector) = tokio::join!(worker.start(), later);
-    assert!(!worker.stderr().contains("no collector has said"), "{}", worker.stderr());
+    assert!(!worker.stderr().contains("no collector has sent"), "{}", worker.stderr());
 }

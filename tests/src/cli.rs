@@ -148,6 +148,45 @@ async fn numbers_come_out_as_they_went_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_collector_shows_numbers_as_they_were_written() {
+    let warren = Warren::new().await;
+    let _crew = warren.crew().await;
+    let numbers = r#"{"message":"no","n":[18446744073709551616,1.10]}"#;
+    let echo = ["submit", "garenne.echo", numbers, "--id", "echo", "--wait"];
+    warren.garenne(&echo).await.ok();
+    // A handler that refuses its arguments: the task becomes a dead letter that contains them.
+    let refused = ["submit", "garenne.fail", numbers, "--id", "refused", "--wait"];
+    assert_eq!(warren.garenne(&refused).await.code, Some(1));
+    for command in [
+        &["task", "show", "echo"][..],
+        &["task", "show", "echo", "-o", "json"],
+        &["dead", "show", "refused"],
+        &["dead", "show", "refused", "-o", "json"],
+        &["dead", "list", "-o", "json"],
+    ] {
+        soon("the collector shows the numbers", async || {
+            let shown = warren.garenne(command).await.stdout;
+            shown.contains("[18446744073709551616,1.10]").then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_task_with_the_id_of_another_gets_no_output_of_it() {
+    let warren = Warren::new().await;
+    let _crew = warren.crew().await;
+    let submit = async |args: &str| {
+        warren.garenne(&["submit", "garenne.echo", args, "--id", "taken", "--wait=60s"]).await
+    };
+    assert_eq!(submit("\"first\"").await.ok().trim(), "\"first\"");
+    assert_eq!(submit("\"first\"").await.ok().trim(), "\"first\"", "the same task again");
+    let other = submit("\"second\"").await;
+    assert_eq!((other.code, other.stdout.as_str()), (Some(2), ""), "{other:#?}");
+    assert!(other.stderr.contains("another task with the id taken"), "{other:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn lines_of_a_map_share_messages_and_each_is_a_task() {
     let warren = Warren::new().await;
     let amqp = warren.amqp().await;

@@ -34,6 +34,7 @@ fn result(id: &str, status: Status, output: Option<String>, error: Option<String
         worker: "w".into(),
         started_at: Timestamp::from_millis(1),
         finished_at: Timestamp::from_millis(2),
+        fingerprint: None,
     })
 }
 

@@ -20,7 +20,7 @@ async fn a_cut_line_while_a_task_runs_does_not_run_it_twice() {
     let handle = producer.submit(gate.task()).await.unwrap();
     effects::begun(&warren, 1).await;
     line.cut();
-    worker.logged("adopted a redelivery").await;
+    worker.logged("redelivery of a running task").await;
     gate.open();
     let result = handle.result().soon("its result arrives").await.unwrap();
     assert_eq!(result.attempt, 1);

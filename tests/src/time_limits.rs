@@ -96,7 +96,7 @@ async fn async_and_blocking_handlers_hear_of_their_soft_limit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stuck_handler_is_a_lost_slot_until_it_returns() {
+async fn a_stuck_handler_is_counted_until_it_returns() {
     let warren = Warren::new().await;
     let (release, held) = std::sync::mpsc::channel::<()>();
     let held = std::sync::Mutex::new(held);
@@ -112,12 +112,13 @@ async fn a_stuck_handler_is_a_lost_slot_until_it_returns() {
     let stuck = producer.submit(limited).await.unwrap();
     let result = stuck.result().soon("its time is up").await.unwrap();
     assert_eq!(result.reason, Some(DeadReason::TimedOut));
-    soon("the slot is known as lost", async || (running.lost_slots() == 1).then_some(())).await;
+    soon("the handler counts as stuck", async || (running.stuck_handlers() == 1).then_some(()))
+        .await;
     // The other slot still works.
     let echo = producer.submit(task("garenne.echo", json!(1))).await.unwrap();
     assert_eq!(echo.result().soon("it runs").await.unwrap().status, Status::Succeeded);
     drop(release);
-    soon("the slot is back", async || (running.lost_slots() == 0).then_some(())).await;
+    soon("the handler has returned", async || (running.stuck_handlers() == 0).then_some(())).await;
     running.drain().soon("it stops").await;
 }
 
@@ -129,9 +130,9 @@ async fn a_stuck_handler_is_logged_with_its_task() {
     let hang = task("garenne.crash", json!({ "how": "hang", "millis": 8_000 }));
     let id = producer.submit_detached(hang.timeout(Duration::from_millis(200))).await.unwrap();
     let lost = worker.logged("does not return although its attempt is over").await;
-    for part in ["ERROR", "garenne.crash", id.as_str(), r#""lost":1"#, r#""of":4"#] {
+    for part in ["ERROR", "garenne.crash", id.as_str(), r#""stuck":1"#, r#""concurrency":4"#] {
         assert!(lost.contains(part), "{part}: {lost}");
     }
     let back = worker.logged("a stuck handler has returned").await;
-    assert!(back.contains(id.as_str()) && back.contains(r#""lost":0"#), "{back}");
+    assert!(back.contains(id.as_str()) && back.contains(r#""stuck":0"#), "{back}");
 }

@@ -1,7 +1,7 @@
-//! What a task costs a worker beside its handler and the broker: from its delivery to its
-//! acknowledgement, as the pure parts of the worker decide it.
+//! The cost of a task in a worker without its handler and the broker: the pure parts of the path from
+//! delivery to acknowledgement.
 //!
-//! Nothing is sent and nothing runs: every result is confirmed at once.
+//! Nothing is published and nothing runs; every result is confirmed at once.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a benchmark fails as a test does")]
 
@@ -17,66 +17,58 @@ use garenne_common::{
 };
 use garenne_worker::Disposition;
 use garenne_worker::protocol::{
-    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Lane, Outbound,
-    SettleCore, Signature, admit,
+    Action, Arrival, Attempt, DeliveryRef, KnownAttempts, QueueIndex, SettleCore,
+    SettlementBuilder, TaskSource, UnackedDeliveries, validate,
 };
 
-/// Tasks in a row: what a worker with 64 slots and its default look-ahead holds, more or less.
+/// About the number of tasks that a worker with a concurrency of 256 holds.
 const TASKS: u64 = 500;
 
-/// A worker without its IO.
-struct Desk {
+/// A worker without IO.
+struct Model {
     core: SettleCore,
-    inflight: Arc<Inflight>,
-    lanes: Arc<Vec<Lane>>,
-    signature: Signature,
+    known: Arc<KnownAttempts>,
+    queue: QueueName,
+    unacked: Arc<UnackedDeliveries>,
+    settlements: SettlementBuilder,
 }
 
-impl Desk {
+impl Model {
     fn new() -> Self {
         let topology = Topology::new(Namespace::new("bench").unwrap());
         let replies = ReplyGate::new(ReplyRule::new(topology.namespace(), &[]));
-        let signature =
-            Signature { topology, max_body: 1024 * 1024, replies, worker: Arc::from("host:4711") };
-        let lanes = Arc::new(vec![Lane::new(QueueName::default())]);
-        let inflight = Arc::<Inflight>::default();
-        let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);
-        Self { core, inflight, lanes, signature }
+        let worker = Arc::from("host:4711");
+        let settlements = SettlementBuilder { topology, max_body: 1024 * 1024, replies, worker };
+        let unacked = Arc::<UnackedDeliveries>::default();
+        let known = Arc::<KnownAttempts>::default();
+        let core = SettleCore::new(vec![Arc::clone(&unacked)], Arc::clone(&known), &settlements);
+        Self { core, known, queue: QueueName::default(), unacked, settlements }
     }
 
-    /// Admits a delivery; the attempt has ended by then.
-    fn admit(&self, message: Message, number: u64, at: Timestamp) -> Ended {
+    /// Validates a delivery.
+    fn receive(&self, message: Message, number: u64, at: Timestamp) -> Attempt {
         let tag = DeliveryTag { epoch: 1, number };
-        self.lanes[0].delivered(tag);
-        let (delivery, queue) = (DeliveryRef { queue: 0, tag }, &self.lanes[0].queue);
-        let arrival = Arrival { delivery, message: &message, queue, at };
-        match admit(arrival, |_| Some(()), &self.inflight, &self.signature) {
-            Admission::Run(task, ()) => Ended {
-                task,
-                carrier: Carrier::Alone(Box::new(message)),
-                redelivered: false,
-                started_at: at,
-                finished_at: at,
-                lease: None,
-            },
-            Admission::Adopted | Admission::Settle(_) => panic!("a new task is to be run"),
-        }
+        self.unacked.delivered(tag);
+        let delivery = DeliveryRef { queue: QueueIndex(0), tag };
+        let source = TaskSource::Message(Box::new(message));
+        let arrival = Arrival { delivery, redelivered: false, source };
+        let find = |_: &_| Some(());
+        let valid = validate(&arrival, &self.queue, at, find, &self.known, &self.settlements);
+        let Ok((task, ())) = valid else { panic!("a new task is to be run") };
+        Attempt::new(task, arrival, at)
     }
 
-    /// Settles attempts; returns how many acknowledgements that took.
-    fn settle(&mut self, ended: Vec<Ended>) -> usize {
+    /// Settles attempts. Returns the number of acknowledgements.
+    fn settle(&mut self, attempts: Vec<Attempt>) -> usize {
         let mut actions = vec![];
-        for ended in ended {
-            let output = Disposition::Complete(ended.task.args.clone());
-            self.core.settle(self.signature.settlement(&ended, output), &mut actions);
+        for attempt in attempts {
+            let output = Disposition::Complete(attempt.task.args.clone());
+            self.core.settle(self.settlements.build(&attempt, output), &mut actions);
         }
         self.core.flush(&mut actions);
-        while let Some(outbound) = self.core.room() {
-            match outbound {
-                Outbound::Successor { ticket, .. } => {
-                    self.core.answered(ticket, Answer::Confirmed, &mut actions);
-                }
-                Outbound::Reply(_) => {}
+        while let Some(outbound) = self.core.next_message() {
+            if let Some(ticket) = outbound.ticket {
+                self.core.confirm(ticket, &Ok(()), &mut actions);
             }
         }
         let ack = |action: &&Action| matches!(action, Action::Acknowledge { .. });
@@ -97,29 +89,38 @@ fn messages() -> Vec<Message> {
         options: Options::default(),
         submitted_at: Some(Timestamp::now()),
         traceparent: None,
+        fingerprint: None,
     };
     (0..TASKS).map(|n| task::encode(&task(n), "bench")).collect()
 }
 
-fn admitted(desk: &Desk, messages: Vec<Message>) -> Vec<Ended> {
+fn received(model: &Model, messages: Vec<Message>) -> Vec<Attempt> {
     let at = Timestamp::now();
-    (1..).zip(messages).map(|(number, message)| desk.admit(message, number, at)).collect()
+    (1..).zip(messages).map(|(number, message)| model.receive(message, number, at)).collect()
 }
 
 fn worker(c: &mut Criterion) {
     let mut group = c.benchmark_group("worker");
     group.throughput(Throughput::Elements(TASKS));
-    let fresh = || (Desk::new(), messages());
+    let fresh = || (Model::new(), messages());
     group.bench_function("admit", |b| {
-        b.iter_batched(fresh, |(desk, messages)| admitted(&desk, messages), BatchSize::LargeInput);
+        b.iter_batched(
+            fresh,
+            |(model, messages)| received(&model, messages),
+            BatchSize::LargeInput,
+        );
     });
     let ready = || {
-        let (desk, messages) = fresh();
-        let ended = admitted(&desk, messages);
-        (desk, ended)
+        let (model, messages) = fresh();
+        let attempts = received(&model, messages);
+        (model, attempts)
     };
     group.bench_function("settle and acknowledge", |b| {
-        b.iter_batched(ready, |(mut desk, ended)| desk.settle(ended), BatchSize::LargeInput);
+        b.iter_batched(
+            ready,
+            |(mut model, attempts)| model.settle(attempts),
+            BatchSize::LargeInput,
+        );
     });
     group.finish();
 }

@@ -1,12 +1,15 @@
 //! The Garenne worker: takes tasks from RabbitMQ, runs them, and settles each exactly once.
 //!
-//! A task's life here is one pipeline, and each step is a module:
+//! The path of a task:
 //!
 //! ```text
-//! intake ──► guard ──► execute ──► decide ──► settle
-//!    └ deliveries  └ sound, known,  └ Outcome  └ Disposition  └ successor confirmed, then ack
-//!                    not expired?
+//! intake ──► validate ──► admit ──► run ──► decide ──► settle
+//!  deliveries  sound, known,  permit,   Outcome   Disposition   successor confirmed,
+//!              not expired    isolation                         then acknowledged
 //! ```
+//!
+//! The modules are in this order: `intake`, `run` (`validate` to `decide`), `isolate` (child processes),
+//! `settle`. Besides the path there are `control` (cancel requests, heartbeats, stalls) and `handlers`.
 //!
 //! A worker with one handler:
 //!
@@ -38,59 +41,40 @@
 //! # Ok(()) }
 //! ```
 
-mod acks;
-mod admit;
-mod aides;
-mod announce;
-mod attempt;
-mod builtin;
-mod cancels;
-mod ceilings;
-mod command;
-mod context;
+mod builder;
 mod control;
-mod decide;
-mod doors;
-mod execute;
-mod faults;
-mod file_root;
-mod fitness;
-mod guard;
-mod handler;
-mod heartbeat;
-mod inflight;
+mod drain;
+mod handlers;
 mod intake;
 mod isolate;
-mod lease;
-mod line;
-mod outcome;
 #[cfg(feature = "program")]
 pub mod program;
-mod register;
+mod run;
 mod settle;
-mod slots;
-mod state;
-mod suspect;
-mod watchdog;
-mod worker;
+mod start;
 
-pub use ceilings::Ceilings;
-pub use context::Context;
-pub use decide::{decide, heed};
-pub use outcome::{Crash, Disposition, Outcome, Retryable, TaskError, Trouble, TroubleKind};
-pub use state::WorkerState;
-pub use worker::{Builder, Running, Worker, WorkerError};
+pub use builder::{Builder, Worker, WorkerError};
+pub use control::state::WorkerState;
+pub use drain::Running;
+pub use handlers::Context;
+pub use run::decide::{apply_cancellation, decide};
+pub use run::outcome::{
+    Crash, Disposition, Outcome, Retryable, StartFailure, StartFailureKind, TaskError,
+};
+pub use run::retry_limits::RetryLimits;
 
-/// What a worker decides, without its IO: what the pipeline above is made of.
+/// The decisions of a worker without IO.
 ///
-/// Public for simulations and tests, which run it against a broker of their own making. No part of
-/// the stable interface: it changes with the worker.
+/// Public for simulations and tests, which run them against a model of the broker. Not part of the stable
+/// interface.
 pub mod protocol {
-    pub use crate::acks::Ack;
-    pub use crate::admit::{Admission, admit, admit_member, split};
-    pub use crate::inflight::{Begin, DeliveryRef, Inflight, Key};
+    pub use crate::intake::queue::{DeliveryRef, QueueIndex};
+    pub use crate::intake::source::{Arrival, TaskSource};
+    pub use crate::intake::unacked::{Ack, UnackedDeliveries};
+    pub use crate::run::known_attempts::{AttemptKey, KnownAttempts, Registration};
+    pub use crate::run::validate::{split_bundle, validate};
     pub use crate::settle::{
-        Action, Answer, Arrival, Carrier, Ended, Lane, Outbound, Reply, SettleCore, Settlement,
-        Signature, Subject, Successor, Then, Ticket,
+        Action, Attempt, Outbound, Reply, SettleCore, Settlement, SettlementBuilder, Subject,
+        Successor, Ticket,
     };
 }

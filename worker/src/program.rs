@@ -9,7 +9,7 @@ use garenne_common::service::lifeline;
 use garenne_common::service::signals::Signals;
 use garenne_common::service::telemetry;
 
-use crate::worker::{Builder, Worker};
+use crate::builder::{Builder, Worker};
 
 /// Threads for what blocks beside handlers.
 const OTHER_BLOCKING: usize = 64;

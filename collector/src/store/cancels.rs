@@ -1,5 +1,6 @@
-//! Wishes to cancel at rest: kept until their task or batch is over, read by workers page by page.
+//! Cancel requests in SQLite: stored until their task or batch has ended, and read by workers in pages.
 
+#[cfg(feature = "failpoints")]
 use garenne_common::failpoints::Protection;
 use garenne_common::topology::MAX_DELAY;
 use garenne_common::wire::{BatchState, CancelRequest, CancelState, CancelTarget, Cancelled};
@@ -11,27 +12,27 @@ use super::ledger::{
 };
 use super::{CancelledBatch, CancelledTasks, StoreError};
 
-/// Keeps a wish for each task that has not ended.
+/// Stores a request for each task that has not ended.
 pub(super) fn cancel(
     ledger: &mut SqliteLedger<'_>,
     ids: Vec<TaskId>,
     reason: &str,
 ) -> Result<CancelledTasks, StoreError> {
-    let mut done = CancelledTasks { tasks: Vec::with_capacity(ids.len()), intents: vec![] };
+    let mut done = CancelledTasks { tasks: Vec::with_capacity(ids.len()), requests: vec![] };
     for id in ids {
         if let Some(ended) = ended(ledger, &id)? {
             done.tasks.push(ended);
             continue;
         }
-        done.intents.push(keep(ledger, &CancelTarget::Task(id.clone()), reason)?);
+        done.requests.push(store_request(ledger, &CancelTarget::Task(id.clone()), reason)?);
         done.tasks.push(Cancelled::requested(id));
     }
     Ok(done)
 }
 
-/// Keeps a wish for a batch, unless all of it has ended.
+/// Stores a request for a batch unless all of it has ended.
 ///
-/// An abandoned batch is over, but its members are not: they can still be cancelled.
+/// An abandoned batch has ended, but its members may not have: they can still be cancelled.
 pub(super) fn cancel_batch(
     ledger: &mut SqliteLedger<'_>,
     id: BatchId,
@@ -41,12 +42,12 @@ pub(super) fn cancel_batch(
         let mut select = ledger.transaction.prepare_cached(&select_batches("id = ?1"))?;
         select.query_row([id.as_str()], batch).optional()?
     };
-    let summary = known.as_ref().map(crate::batch::Batch::summary);
+    let summary = known.as_ref().map(crate::rules::batch::Batch::summary);
     if known.is_some_and(|batch| batch.state == BatchState::Done) {
-        return Ok(CancelledBatch { state: CancelState::TooLate, summary, intent: None });
+        return Ok(CancelledBatch { state: CancelState::TooLate, summary, request: None });
     }
-    let intent = Some(keep(ledger, &CancelTarget::Batch(id), reason)?);
-    Ok(CancelledBatch { state: CancelState::Requested, summary, intent })
+    let request = Some(store_request(ledger, &CancelTarget::Batch(id), reason)?);
+    Ok(CancelledBatch { state: CancelState::Requested, summary, request })
 }
 
 fn ended(ledger: &SqliteLedger<'_>, id: &TaskId) -> Result<Option<Cancelled>, StoreError> {
@@ -59,15 +60,15 @@ fn ended(ledger: &SqliteLedger<'_>, id: &TaskId) -> Result<Option<Cancelled>, St
     Ok(ended.optional()?)
 }
 
-/// The first wish counts: asking again changes neither its number nor its reason.
-fn keep(
+/// The first request counts: another one changes neither its number nor its reason.
+fn store_request(
     ledger: &mut SqliteLedger<'_>,
     target: &CancelTarget,
     reason: &str,
 ) -> Result<CancelRequest, StoreError> {
+    #[cfg(feature = "failpoints")]
     if !Protection::KeptCancelRequests.is_enabled() {
-        let (seq, target) = (ledger.now.as_millis(), target.clone());
-        return Ok(CancelRequest { seq, target, reason: reason.to_owned() });
+        return Ok(sabotage::unstored(ledger, target, reason));
     }
     let (is_batch, id) = columns(target);
     let mut insert = ledger.transaction.prepare_cached(
@@ -79,7 +80,7 @@ fn keep(
         let (seq, reason) = (to_count(row.get(0)?), row.get(1)?);
         Ok(CancelRequest { seq, target: target.clone(), reason })
     })?;
-    ledger.has_wishes = Some(true);
+    ledger.has_cancel_requests = Some(true);
     Ok(kept)
 }
 
@@ -90,8 +91,8 @@ fn columns(target: &CancelTarget) -> (bool, &str) {
     }
 }
 
-/// Forgets a wish: what it is about is over.
-pub(super) fn forget(
+/// Deletes the request for a task or batch that has ended.
+pub(super) fn delete(
     ledger: &SqliteLedger<'_>,
     is_batch: bool,
     id: &str,
@@ -102,9 +103,9 @@ pub(super) fn forget(
     Ok(())
 }
 
-/// Forgets wishes about what nobody has ever heard of. A delayed task may be on its way for
-/// [`MAX_DELAY`], and its wish must outlive it.
-pub(super) fn forget_old(
+/// Deletes old requests for unknown tasks and batches. A delayed task may arrive after [`MAX_DELAY`], and its
+/// request must exist until then.
+pub(super) fn delete_old(
     ledger: &SqliteLedger<'_>,
     before: Timestamp,
     limit: i64,
@@ -118,13 +119,13 @@ pub(super) fn forget_old(
     Ok(delete.execute(params![from_time(before), limit])?)
 }
 
-/// The wishes with higher numbers than `after`, and the highest number given so far.
+/// The requests with higher numbers than `after`, and the highest number so far.
 pub(super) fn page(
     connection: &Connection,
     after: u64,
     limit: usize,
 ) -> Result<(Vec<CancelRequest>, u64), StoreError> {
-    // Read first: a wish that comes between the two is in the page and beyond the number.
+    // Read first: a request that is stored between the two is in the page and above the number.
     let newest = connection
         .prepare_cached("SELECT seq FROM sqlite_sequence WHERE name = 'cancels'")?
         .query_row([], |row| row.get(0))
@@ -134,15 +135,31 @@ pub(super) fn page(
         "SELECT seq, batch, id, reason FROM cancels WHERE seq > ?1 ORDER BY seq LIMIT ?2",
     )?;
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
-    let rows = select.query_map(params![from_count(after), limit], intent)?;
+    let rows = select.query_map(params![from_count(after), limit], cancel_request)?;
     Ok((rows.collect::<Result<_, _>>()?, newest))
 }
 
-fn intent(row: &Row<'_>) -> rusqlite::Result<CancelRequest> {
+fn cancel_request(row: &Row<'_>) -> rusqlite::Result<CancelRequest> {
     let target = if row.get(1)? {
         CancelTarget::Batch(parsed(row, 2, BatchId::new)?)
     } else {
         CancelTarget::Task(parsed(row, 2, TaskId::new)?)
     };
     Ok(CancelRequest { seq: to_count(row.get(0)?), target, reason: row.get(3)? })
+}
+
+/// The mistake that a protection prevents.
+#[cfg(feature = "failpoints")]
+mod sabotage {
+    use super::{CancelRequest, CancelTarget, SqliteLedger};
+
+    /// A request that is broadcast and not stored.
+    pub(super) fn unstored(
+        ledger: &SqliteLedger<'_>,
+        target: &CancelTarget,
+        reason: &str,
+    ) -> CancelRequest {
+        let (seq, target) = (ledger.now.as_millis(), target.clone());
+        CancelRequest { seq, target, reason: reason.to_owned() }
+    }
 }

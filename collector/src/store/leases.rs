@@ -1,4 +1,4 @@
-//! Leases in SQLite: the task of a held one is kept whole, of the others only how they stand.
+//! Leases in SQLite: the whole task of a held lease, and the state of each other lease.
 
 use bytes::Bytes;
 use garenne_common::topology::Topology;
@@ -8,11 +8,11 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::ledger::{SqliteLedger, from_time, parsed, to_count, word};
 use super::{StoreError, open_envelope, seal_envelope};
-use crate::aggregate::{Ledger, Resend};
-use crate::lease::{LeaseStanding, LeaseState};
+use crate::rules::aggregate::{Ledger, Resend};
+use crate::rules::lease::{LeaseRecord, LeaseState};
 
-/// A held lease that nobody renews any more.
-struct Silent {
+/// A held lease that was not renewed in time.
+struct LapsedLease {
     id: TaskId,
     queue: String,
     envelope: String,
@@ -21,17 +21,17 @@ struct Silent {
     worker: String,
 }
 
-pub(super) fn standing(
+pub(super) fn record(
     ledger: &SqliteLedger<'_>,
     id: &TaskId,
-) -> Result<Option<LeaseStanding>, StoreError> {
+) -> Result<Option<LeaseRecord>, StoreError> {
     let mut select = ledger
         .transaction
         .prepare_cached("SELECT fence, execution, state FROM leases WHERE id = ?1")?;
     let row = |row: &Row<'_>| {
         let find = |text: &str| LeaseState::ALL.into_iter().find(|state| state.as_str() == text);
         let fence = Fence { number: to_count(row.get(0)?), execution: row.get(1)? };
-        Ok(LeaseStanding { fence, state: word(row, 2, find)? })
+        Ok(LeaseRecord { fence, state: word(row, 2, find)? })
     };
     Ok(select.query_row([id.as_str()], row).optional()?)
 }
@@ -79,46 +79,46 @@ pub(super) fn remove(ledger: &SqliteLedger<'_>, id: &TaskId) -> Result<(), Store
     Ok(())
 }
 
-/// Whether anybody holds a lease at all.
+/// Whether any lease is held.
 pub(super) fn any_held(connection: &Connection) -> Result<bool, StoreError> {
     let mut select =
         connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM leases WHERE state = 'held')")?;
     Ok(select.query_row([], |row| row.get(0))?)
 }
 
-/// Publishes again, through the outbox, what nobody has renewed for its term; the clock of each ran
-/// from its last renewal, but not before `listening_since`. How many there were.
+/// Publishes tasks again, through the outbox, whose lease was not renewed for its term. The term starts with
+/// the last renewal, but not before `listening_since`. Returns their number.
 pub(super) fn lapse(
     ledger: &mut SqliteLedger<'_>,
     topology: &Topology,
     listening_since: Timestamp,
     limit: usize,
 ) -> Result<usize, StoreError> {
-    let silent = silent(ledger, listening_since, limit)?;
-    for lease in &silent {
+    let lapsed = lapsed(ledger, listening_since, limit)?;
+    for lease in &lapsed {
         if ledger.final_status(&lease.id)?.is_some() {
             remove(ledger, &lease.id)?;
             continue;
         }
         ledger.add_resend(&again(lease, topology)?)?;
         mark(ledger, &lease.id, LeaseState::Lapsed)?;
-        tracing::warn!(id = %lease.id, worker = lease.worker, fence = lease.fence, "a lease lapsed");
+        tracing::warn!(id = %lease.id, worker = lease.worker, fence = lease.fence, "lease lapsed");
     }
-    Ok(silent.len())
+    Ok(lapsed.len())
 }
 
-fn silent(
+fn lapsed(
     ledger: &SqliteLedger<'_>,
     listening_since: Timestamp,
     limit: usize,
-) -> Result<Vec<Silent>, StoreError> {
+) -> Result<Vec<LapsedLease>, StoreError> {
     let mut select = ledger.transaction.prepare_cached(
         "SELECT id, queue, envelope, body, fence, worker FROM leases \
          WHERE state = 'held' AND MAX(stored_at, ?1) + term <= ?2 ORDER BY stored_at LIMIT ?3",
     )?;
     let limit = i64::try_from(limit).unwrap_or(i64::MAX);
     let row = |row: &Row<'_>| {
-        Ok(Silent {
+        Ok(LapsedLease {
             id: parsed(row, 0, TaskId::new)?,
             queue: row.get(1)?,
             envelope: row.get(2)?,
@@ -131,9 +131,9 @@ fn silent(
     Ok(select.query_map(bounds, row)?.collect::<Result<_, _>>()?)
 }
 
-/// The task as it goes back: with the fence of the execution that fell silent, which the next one
-/// exceeds, and marked as a suspect, since its worker may have died of it.
-fn again(lease: &Silent, topology: &Topology) -> Result<Resend, StoreError> {
+/// The task to publish: with the fence of the lapsed execution, which the next one exceeds, and marked as a
+/// suspect, since it may have crashed its worker.
+fn again(lease: &LapsedLease, topology: &Topology) -> Result<Resend, StoreError> {
     let message = open_envelope(&lease.envelope, Bytes::copy_from_slice(&lease.body));
     let mut message = message.map_err(|error| StoreError::Other(error.to_string()))?;
     lease::set_fence(&mut message, lease.fence);

@@ -1,9 +1,8 @@
-//! A SQLite transaction as the ledger of [`crate::aggregate`]: what is written, statement by statement.
+//! A SQLite transaction as the ledger of [`crate::rules::aggregate`].
 //!
-//! Row at a time through cached statements: the fastest way that says of every row whether it was new
-//! (docs/decisions/0003). What most results do not need, no result pays for (docs/decisions/0018).
+//! Writes row by row with cached statements, the fastest way that reports for each row whether it is new
+//! (docs/decisions/0003). Checks that most results do not need are skipped (docs/decisions/0018).
 
-use garenne_common::failpoints::Protection;
 use garenne_common::outcome::Status;
 use garenne_common::wire::{BatchState, Codec, DeadLetter, Lease, Notice, RetryNote, replay};
 use garenne_common::{BatchId, DeadReason, TaskId, TaskResult, Timestamp};
@@ -11,34 +10,34 @@ use rusqlite::types::Type;
 use rusqlite::{CachedStatement, OptionalExtension, Row, Transaction, params};
 
 use super::{StoreError, cancels, leases, parked, seal_envelope};
-use crate::aggregate::{Inserted, Ledger, Resend};
-use crate::batch::Batch;
-use crate::lease::{LeaseStanding, LeaseState};
+use crate::rules::aggregate::{Inserted, Ledger, Resend};
+use crate::rules::batch::Batch;
+use crate::rules::lease::{LeaseRecord, LeaseState};
 
 /// One transaction, at one moment.
 pub(super) struct SqliteLedger<'a> {
     pub(super) transaction: &'a Transaction<'a>,
     pub(super) now: Timestamp,
-    /// Whether there is any wish to cancel or any parked task: mostly there is none, and then no
-    /// result pays for looking. `None` before the first look.
-    pub(super) has_wishes: Option<bool>,
-    /// Likewise whether there is any dead letter.
+    /// Whether any cancel request or parked task exists. Usually none does, and then no result needs a
+    /// lookup. `None` before the first check.
+    pub(super) has_cancel_requests: Option<bool>,
+    /// The same for dead letters.
     has_letters: Option<bool>,
-    /// Inserts results: kept, because looking a statement up costs something too.
+    /// The statement that inserts results; kept, since even the lookup in the cache costs time.
     insert_result: Option<CachedStatement<'a>>,
 }
 
 const INSERT_RESULT: &str = "INSERT INTO results (id, name, queue, batch, status, bincode, output, \
-     error, reason, attempt, redelivered, worker, started_at, finished_at, stored_at) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15) \
+     error, reason, attempt, redelivered, worker, started_at, finished_at, stored_at, fingerprint) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16) \
      ON CONFLICT (id) DO NOTHING";
 
 impl Ledger for SqliteLedger<'_> {
     type Error = StoreError;
 
     fn insert_result(&mut self, result: &TaskResult) -> Result<Inserted, StoreError> {
-        let replaced =
-            !Protection::FirstResultWins.is_enabled() && self.remove_result(&result.id)?;
+        #[cfg(feature = "failpoints")]
+        let replaced = sabotage::replaces_result(self, &result.id)?;
         let insert = match &mut self.insert_result {
             Some(known) => known,
             none => none.insert(self.transaction.prepare_cached(INSERT_RESULT)?),
@@ -60,7 +59,9 @@ impl Ledger for SqliteLedger<'_> {
             from_time(result.started_at),
             from_time(result.finished_at),
             from_time(self.now),
+            result.fingerprint.map(|fingerprint| fingerprint.as_u64().cast_signed()),
         ])?;
+        #[cfg(feature = "failpoints")]
         if replaced {
             return Ok(Inserted::Repeat(result.status));
         }
@@ -182,10 +183,8 @@ impl Ledger for SqliteLedger<'_> {
     }
 
     fn add_notice(&mut self, notice: &Notice) -> Result<(), StoreError> {
-        if !Protection::OutboxInTransaction.is_enabled() {
-            // Ends the transaction, and begins another one for the notice.
-            self.transaction.execute_batch("COMMIT; BEGIN IMMEDIATE")?;
-        }
+        #[cfg(feature = "failpoints")]
+        sabotage::commit_before_notice(self)?;
         let json = serde_json::to_string(notice);
         let json = json.map_err(|error| StoreError::Other(error.to_string()))?;
         let mut insert =
@@ -198,16 +197,16 @@ impl Ledger for SqliteLedger<'_> {
         parked::park(self, letter)
     }
 
-    fn task_over(&mut self, id: &TaskId) -> Result<(), StoreError> {
-        if self.has_wishes()? {
-            cancels::forget(self, false, id.as_str())?;
-            parked::forget(self, id.as_str())?;
+    fn task_ended(&mut self, id: &TaskId) -> Result<(), StoreError> {
+        if self.has_cancel_requests()? {
+            cancels::delete(self, false, id.as_str())?;
+            parked::delete(self, id.as_str())?;
         }
         Ok(())
     }
 
-    fn batch_over(&mut self, id: &BatchId) -> Result<(), StoreError> {
-        if self.has_wishes()? { cancels::forget(self, true, id.as_str()) } else { Ok(()) }
+    fn batch_ended(&mut self, id: &BatchId) -> Result<(), StoreError> {
+        if self.has_cancel_requests()? { cancels::delete(self, true, id.as_str()) } else { Ok(()) }
     }
 
     fn add_resend(&mut self, resend: &Resend) -> Result<(), StoreError> {
@@ -221,8 +220,8 @@ impl Ledger for SqliteLedger<'_> {
         Ok(())
     }
 
-    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, StoreError> {
-        leases::standing(self, id)
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseRecord>, StoreError> {
+        leases::record(self, id)
     }
 
     fn begin_lease(&mut self, lease: &Lease) -> Result<(), StoreError> {
@@ -240,7 +239,7 @@ impl Ledger for SqliteLedger<'_> {
 
 impl<'a> SqliteLedger<'a> {
     pub(super) fn new(transaction: &'a Transaction<'a>, now: Timestamp) -> Self {
-        Self { transaction, now, has_wishes: None, has_letters: None, insert_result: None }
+        Self { transaction, now, has_cancel_requests: None, has_letters: None, insert_result: None }
     }
 
     fn has_letters(&mut self) -> Result<bool, StoreError> {
@@ -254,15 +253,15 @@ impl<'a> SqliteLedger<'a> {
         Ok(any)
     }
 
-    fn has_wishes(&mut self) -> Result<bool, StoreError> {
-        if let Some(known) = self.has_wishes {
+    fn has_cancel_requests(&mut self) -> Result<bool, StoreError> {
+        if let Some(known) = self.has_cancel_requests {
             return Ok(known);
         }
         let mut select = self.transaction.prepare_cached(
             "SELECT EXISTS (SELECT 1 FROM cancels) OR EXISTS (SELECT 1 FROM parked)",
         )?;
         let any = select.query_row([], |row| row.get(0))?;
-        self.has_wishes = Some(any);
+        self.has_cancel_requests = Some(any);
         Ok(any)
     }
 
@@ -271,12 +270,6 @@ impl<'a> SqliteLedger<'a> {
             self.transaction.prepare_cached("SELECT reason, at FROM dead_letters WHERE id = ?1")?;
         let letter = select.query_row([id.as_str()], |row| Ok((reason(row, 0)?, time(row, 1)?)));
         Ok(letter.optional()?)
-    }
-
-    /// Only without [`Protection::FirstResultWins`]; whether there was one.
-    fn remove_result(&self, id: &TaskId) -> Result<bool, StoreError> {
-        let delete = "DELETE FROM results WHERE id = ?1";
-        Ok(self.transaction.execute(delete, [id.as_str()])? == 1)
     }
 
     /// Adds to one of the counters.
@@ -373,4 +366,31 @@ pub(super) fn from_count(count: u64) -> i64 {
 
 pub(super) fn to_count(number: i64) -> u64 {
     u64::try_from(number).unwrap_or_default()
+}
+
+/// The mistakes that protections prevent.
+#[cfg(feature = "failpoints")]
+mod sabotage {
+    use super::{SqliteLedger, StoreError, TaskId};
+    use garenne_common::failpoints::Protection;
+
+    /// Deletes an earlier result, which the next one then replaces.
+    pub(super) fn replaces_result(
+        ledger: &SqliteLedger<'_>,
+        id: &TaskId,
+    ) -> Result<bool, StoreError> {
+        if Protection::FirstResultWins.is_enabled() {
+            return Ok(false);
+        }
+        let delete = "DELETE FROM results WHERE id = ?1";
+        Ok(ledger.transaction.execute(delete, [id.as_str()])? == 1)
+    }
+
+    /// Commits before a notice is added, which is then stored by another transaction.
+    pub(super) fn commit_before_notice(ledger: &SqliteLedger<'_>) -> Result<(), StoreError> {
+        if !Protection::OutboxInTransaction.is_enabled() {
+            ledger.transaction.execute_batch("COMMIT; BEGIN IMMEDIATE")?;
+        }
+        Ok(())
+    }
 }

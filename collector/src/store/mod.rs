@@ -1,18 +1,18 @@
-//! The store: groups in, outcomes out, and what questions ask for.
+//! The store: groups are committed to it, and queries read from it.
 //!
-//! A small trait, because PostgreSQL will be a second implementation. What a group means is not the
-//! store's business: it lends its transaction to [`crate::aggregate`] as a ledger.
+//! A trait, since PostgreSQL will be a second implementation. The store does not interpret groups: it lends
+//! its transaction to [`crate::rules::aggregate`] as a ledger.
 
 mod cancels;
 mod envelope;
 mod error;
+mod files;
 mod leases;
 mod ledger;
 mod letters;
 mod pages;
 mod parked;
-mod place;
-mod questions;
+mod queries;
 mod replay;
 mod schema;
 mod sqlite;
@@ -32,25 +32,24 @@ pub use error::StoreError;
 pub use sqlite::SqliteStore;
 pub(crate) use sqlite::WeakStore;
 
-use crate::aggregate::{Committed, Resend};
-use crate::group::{Group, Letter};
+use crate::ingest::group::{Group, Letter};
+use crate::rules::aggregate::{Committed, Resend};
 
-/// Where everything that must survive is kept.
+/// Durable storage of the collector.
 ///
-/// Each writing method is one transaction that is on the disk when it returns `Ok`; after an error
-/// nothing of it happened, and the same call may be made again.
+/// Each writing method is one transaction, which is on disk when it returns `Ok`. After an error nothing has
+/// changed, and the call may be repeated.
 pub trait Store: Clone + Send + Sync + 'static {
     /// Applies a group: results, batches, attempts, dead letters and notices together.
     fn commit(&self, group: Arc<Group>) -> impl StoreFuture<Committed>;
 
-    /// The oldest notices after this one that nobody has confirmed yet.
+    /// The oldest unconfirmed notices after this one.
     fn outbox(&self, after: u64, limit: usize) -> impl StoreFuture<Vec<OutboxEntry>>;
 
-    /// Forgets notices that are confirmed.
+    /// Deletes confirmed notices.
     fn published(&self, entries: Vec<u64>) -> impl StoreFuture<()>;
 
-    /// The oldest tasks after this one that go back to the broker and are not confirmed yet, as far
-    /// as `max_bytes` of bodies go.
+    /// The oldest unconfirmed tasks to publish again after this one, up to `max_bytes` of bodies.
     fn resends(
         &self,
         after: u64,
@@ -58,22 +57,23 @@ pub trait Store: Clone + Send + Sync + 'static {
         max_bytes: usize,
     ) -> impl StoreFuture<Vec<ResendEntry>>;
 
-    /// Forgets tasks whose way back is confirmed.
+    /// Deletes confirmed tasks from that outbox.
     fn resent(&self, entries: Vec<u64>) -> impl StoreFuture<()>;
 
-    /// Keeps a wish to cancel for each of these tasks that has not ended.
+    /// Stores a cancel request for each of these tasks that has not ended.
     fn cancel(&self, ids: Vec<TaskId>, reason: String) -> impl StoreFuture<CancelledTasks>;
 
-    /// Keeps a wish to cancel a batch that is not done.
+    /// Stores a cancel request for a batch that is not done.
     fn cancel_batch(&self, id: BatchId, reason: String) -> impl StoreFuture<CancelledBatch>;
 
-    /// The wishes with higher numbers than `after`, and the highest number given so far.
+    /// The cancel requests with higher numbers than `after`, and the highest number so far.
     fn cancels(&self, after: u64, limit: usize) -> impl StoreFuture<(Vec<CancelRequest>, u64)>;
 
-    /// What parked tasks wait for, each pair of queue and name once.
+    /// The pairs of queue and task name of parked tasks.
     fn parked_kinds(&self, limit: usize) -> impl StoreFuture<Vec<(QueueName, TaskName)>>;
 
-    /// Moves parked tasks of a kind that are due into the second outbox; how many there were.
+    /// Moves due parked tasks of this queue and name into the outbox of tasks to publish again. Returns their
+    /// number.
     fn release(
         &self,
         kind: (QueueName, TaskName),
@@ -81,24 +81,23 @@ pub trait Store: Clone + Send + Sync + 'static {
         limit: usize,
     ) -> impl StoreFuture<usize>;
 
-    /// Ends parked tasks that are to be cancelled, at most `limit`.
+    /// Ends cancelled parked tasks, at most `limit`.
     fn end_cancelled_parked(&self, limit: usize) -> impl StoreFuture<EndedParked>;
 
-    /// Whether a batch waits for its seal beyond its deadline.
+    /// Whether a batch is past its deadline and not sealed.
     fn has_overdue_batches(&self, now: Timestamp) -> impl StoreFuture<bool>;
 
-    /// Ends as abandoned what [`has_overdue_batches`](Self::has_overdue_batches) found, at most
-    /// `limit` of them; how many there were.
+    /// Abandons batches that are past their deadline and not sealed, at most `limit`. Returns their number.
     fn abandon_overdue(&self, now: Timestamp, limit: usize) -> impl StoreFuture<usize>;
 
-    /// Ends a batch as abandoned whatever its deadline; whether it was not over yet.
+    /// Abandons a batch independent of its deadline. Returns whether it had not ended.
     fn abandon_batch(&self, id: BatchId) -> impl StoreFuture<bool>;
 
     /// Whether any task runs under a lease.
     fn has_leases(&self) -> impl StoreFuture<bool>;
 
-    /// Publishes again what nobody has renewed for its term, at most `limit` tasks; how many there
-    /// were. No term is counted from before `listening_since`.
+    /// Publishes tasks again whose lease was not renewed for its term, at most `limit`. Returns their number.
+    /// No term starts before `listening_since`.
     fn lapse_leases(
         &self,
         topology: Topology,
@@ -106,35 +105,35 @@ pub trait Store: Clone + Send + Sync + 'static {
         limit: usize,
     ) -> impl StoreFuture<usize>;
 
-    /// Deletes at most `limit` records of each kind that were stored before `before`; how many.
-    fn forget(&self, before: Timestamp, limit: usize) -> impl StoreFuture<usize>;
+    /// Deletes at most `limit` records of each kind that were stored before `before`. Returns their number.
+    fn delete_old(&self, before: Timestamp, limit: usize) -> impl StoreFuture<usize>;
 
-    /// What is known of a task.
+    /// The state of a task.
     fn task(&self, id: TaskId) -> impl StoreFuture<TaskState>;
 
-    /// The final records of those tasks that have one, in the order asked, as far as `max_bytes` go.
+    /// The final records of the tasks that have one, in the given order, up to `max_bytes`.
     fn results(&self, ids: Vec<TaskId>, max_bytes: usize) -> impl StoreFuture<Vec<TaskResult>>;
 
-    /// What is known of a batch.
+    /// The status of a batch.
     fn batch(&self, id: BatchId) -> impl StoreFuture<Option<BatchStatus>>;
 
     /// Dead letters, the newest first.
     fn dead_page(&self, query: DeadQuery) -> impl StoreFuture<DeadPage>;
 
-    /// One dead letter with its message, whatever became of it.
+    /// A dead letter in any state, with its message.
     fn dead(&self, id: TaskId) -> impl StoreFuture<Option<DeadSummary>>;
 
-    /// The attempts of a task that failed and were followed by another one, the last fifty.
+    /// The last fifty failed attempts of a task that were followed by another one.
     fn attempts(&self, id: TaskId) -> impl StoreFuture<Vec<RetryNote>>;
 
-    /// A piece of a dead letter's body in base64; empty at its end.
+    /// A part of the body of a dead letter in base64; empty at its end.
     fn dead_body(&self, id: TaskId, from: u64) -> impl StoreFuture<String>;
 
-    /// What a task was replayed as, and what it is a replay of.
+    /// The replay of a task, and the task that it is a replay of.
     fn replay_links(&self, id: TaskId) -> impl StoreFuture<ReplayLinks>;
 
-    /// Marks dead letters as replayed and adds the tasks that they become to those that go back to the
-    /// broker, by `exchange`. Large ones may leave the last items for another call.
+    /// Marks dead letters as replayed, and adds their tasks to those that are published again through
+    /// `exchange`. If they are large, the last items are left for another call.
     fn replay(
         &self,
         items: Vec<ReplayItem>,
@@ -142,127 +141,127 @@ pub trait Store: Clone + Send + Sync + 'static {
         exchange: String,
     ) -> impl StoreFuture<Vec<Replayed>>;
 
-    /// Deletes dead letters. Final records stay, and parked tasks end by it; those are told.
+    /// Deletes dead letters. Final records stay. Parked tasks end, and are returned.
     fn purge(&self, ids: Vec<TaskId>) -> impl StoreFuture<(Purged, EndedParked)>;
 
-    /// What waits in the outboxes. Also refuses if the store's files are no longer those that are open.
+    /// The entries in the outboxes. Fails if the open files are no longer those at the path of the store.
     fn backlog(&self) -> impl StoreFuture<Backlog>;
 
-    /// What is set aside, and which batches have not changed since then.
-    fn standing(&self, quiet_since: Timestamp) -> impl StoreFuture<Stalled>;
+    /// Parked tasks, and batches that have not changed since `quiet_since`.
+    fn stalled(&self, quiet_since: Timestamp) -> impl StoreFuture<Stalled>;
 
-    /// How much there is.
+    /// Counts of the records.
     fn totals(&self) -> impl StoreFuture<Totals>;
 }
 
-/// What the store says later.
+/// A future result of the store.
 pub trait StoreFuture<T>: Future<Output = Result<T, StoreError>> + Send {}
 impl<T, F: Future<Output = Result<T, StoreError>> + Send> StoreFuture<T> for F {}
 
-/// What became of a wish to cancel tasks.
+/// Result of storing cancel requests for tasks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CancelledTasks {
-    /// One answer for each task, in the order asked.
+    /// One for each task, in the given order.
     pub tasks: Vec<Cancelled>,
-    /// The wishes that are kept, old ones included.
-    pub intents: Vec<CancelRequest>,
+    /// The stored requests, including earlier ones.
+    pub requests: Vec<CancelRequest>,
 }
 
-/// What became of a wish to cancel a batch.
+/// Result of storing a cancel request for a batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CancelledBatch {
-    /// Whether the wish is kept.
+    /// Whether the request is stored.
     pub state: CancelState,
-    /// The batch as it was then, if it is known.
+    /// The batch at that time, if it is known.
     pub summary: Option<BatchSummary>,
-    /// The wish, if it is kept.
-    pub intent: Option<CancelRequest>,
+    /// The request, if it is stored.
+    pub request: Option<CancelRequest>,
 }
 
-/// Parked tasks that ended as cancelled.
+/// Parked tasks that have ended.
 #[derive(Debug, Clone, Default)]
 pub struct EndedParked {
     /// Their letters and final records.
     pub letters: Vec<Letter>,
-    /// Notices that now wait in the outbox.
+    /// Number of notices added to the outbox.
     pub notices: u64,
 }
 
-/// A notice that waits to be published.
+/// A notice to publish.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OutboxEntry {
-    /// Its place in line.
+    /// Its sequence number.
     pub seq: u64,
     /// The notice.
     pub notice: Notice,
 }
 
-/// A task that waits to be published again.
+/// A task to publish again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ResendEntry {
-    /// Its place in line.
+    /// Its sequence number.
     pub seq: u64,
-    /// The task and its way.
+    /// The task and its route.
     pub resend: Resend,
 }
 
-/// Which dead letters are asked for, and how much of them.
+/// A query for dead letters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeadQuery {
-    /// Which.
+    /// Which dead letters.
     pub filter: DeadFilter,
     /// Where the last page ended.
     pub from: Option<DeadCursor>,
-    /// At most so many.
+    /// Maximum number of letters.
     pub limit: usize,
-    /// Whether to count all that match.
+    /// Whether to count all matches.
     pub count: bool,
-    /// Whether to give whole messages.
+    /// Whether to include whole messages.
     pub whole: bool,
 }
 
-/// The two ends of a replay.
+/// The replays of a task.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ReplayLinks {
-    /// The task that this one's dead letter became.
+    /// The task that its dead letter was replayed as.
     pub replayed_as: Option<TaskId>,
-    /// The dead task that this one was made of.
+    /// The task whose dead letter it is a replay of.
     pub replay_of: Option<TaskId>,
 }
 
-/// Which store it is, in the order of age.
+/// Identifies a store; ordered by age.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StoreIdentity {
-    /// When it was made.
+    /// When it was created.
     pub created: Timestamp,
     /// Its UUID.
     pub id: String,
 }
 
-/// What waits to be published.
+/// The entries of the outboxes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Backlog {
     /// Notices.
     pub notices: Option<Waiting>,
-    /// Tasks that go back to the broker.
+    /// Tasks to publish again.
     pub resends: Option<Waiting>,
 }
 
 /// The entries of an outbox that is not empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Waiting {
-    /// The place in line of the oldest one.
+    /// The sequence number of the oldest one.
     pub oldest: u64,
-    /// How many there are at most.
+    /// An upper bound of their number.
     pub count: u64,
 }
 
-/// How much the store holds.
+/// Counts of the records in a store.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Final records.
     pub results: u64,
-    /// Final records that came again.
+    /// Repeated final records.
     pub repeats: u64,
     /// Dead letters, without late ones.
     pub dead: u64,

@@ -1,7 +1,7 @@
-//! Parked tasks at rest: which wait, for which handler, and when they may be tried again.
+//! Parked tasks in SQLite: their queue and task name, and when they may be released.
 //!
-//! The letter itself is a dead letter like any other. What is here outlives its release, so that a
-//! task which comes back, because another worker of its queue does not know it, waits longer each time.
+//! The task itself is a dead letter. Its row here is kept after the release, so that a task which is parked
+//! again waits longer each time.
 
 use std::time::Duration;
 
@@ -13,16 +13,16 @@ use rusqlite::{Connection, OptionalExtension, params};
 use super::ledger::{SqliteLedger, from_count, from_time, parsed, time, to_count};
 use super::{EndedParked, StoreError, open_envelope};
 use crate::APP_ID;
-use crate::aggregate::{Ledger, Resend, Rules, apply};
-use crate::group::{Group, Letter};
+use crate::ingest::group::{Group, Letter};
+use crate::rules::aggregate::{Ledger, Resend, Rules, apply};
 
-/// After its first release a task that comes back waits so long, and twice as long each time.
+/// Pause of a task that is parked again after its first release; it doubles each time.
 const FIRST_PAUSE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_mins(5);
-/// How many kinds of waiting tasks an answer names.
-const NAMED_KINDS: u32 = 20;
+/// Maximum number of kinds of parked tasks in a response.
+const MAX_KINDS: u32 = 20;
 
-/// Notes that a task waits for a handler. `false` if what it waits for cannot be named.
+/// Parks a task until a worker has a handler for it. Does nothing if its queue or name is invalid.
 pub(super) fn park(ledger: &mut SqliteLedger<'_>, letter: &DeadLetter) -> Result<(), StoreError> {
     let name = letter.message.properties.kind.as_deref().map(TaskName::new);
     let (Some(Ok(name)), Ok(queue)) = (name, QueueName::new(&letter.queue)) else {
@@ -45,7 +45,7 @@ pub(super) fn park(ledger: &mut SqliteLedger<'_>, letter: &DeadLetter) -> Result
     let batch = batch.as_ref().map(garenne_common::BatchId::as_str);
     let (due, now) = (from_time(due), from_time(ledger.now));
     save.execute(params![id, queue.as_str(), name.as_str(), batch, due, now])?;
-    ledger.has_wishes = Some(true);
+    ledger.has_cancel_requests = Some(true);
     Ok(())
 }
 
@@ -56,19 +56,19 @@ fn pause(releases: u32) -> Duration {
     }
 }
 
-/// Forgets that a task was parked: it is over.
-pub(super) fn forget(ledger: &SqliteLedger<'_>, id: &str) -> Result<(), StoreError> {
+/// Deletes the row of a task that has ended.
+pub(super) fn delete(ledger: &SqliteLedger<'_>, id: &str) -> Result<(), StoreError> {
     let mut delete = ledger.transaction.prepare_cached("DELETE FROM parked WHERE id = ?1")?;
     delete.execute([id])?;
     Ok(())
 }
 
-/// What tasks wait for, each pair of queue and name once, at most `limit` of them.
+/// The pairs of queue and task name of parked tasks, at most `limit`.
 pub(super) fn kinds(
     connection: &Connection,
     limit: usize,
 ) -> Result<Vec<(QueueName, TaskName)>, StoreError> {
-    // From one pair to the next by the index: there may be a hundred thousand of one kind.
+    // Walks the index from pair to pair: there may be a hundred thousand tasks of one kind.
     let mut next = connection.prepare_cached(
         "SELECT queue, name FROM parked WHERE waiting = 1 AND (queue, name) > (?1, ?2) \
          ORDER BY queue, name LIMIT 1",
@@ -78,7 +78,7 @@ pub(super) fn kinds(
         let row = next.query_row([&place.0, &place.1], |row| Ok((row.get(0)?, row.get(1)?)));
         let Some(found) = row.optional()? else { break };
         place = found;
-        // A letter that a stranger wrote may name anything, and must not hold up the others.
+        // Letters of foreign clients may contain invalid names, and must not block the others.
         if let (Ok(queue), Ok(name)) = (QueueName::new(&place.0), TaskName::new(&place.1)) {
             kinds.push((queue, name));
         }
@@ -86,25 +86,25 @@ pub(super) fn kinds(
     Ok(kinds)
 }
 
-/// What waits and for what, the most first; few pairs of queue and name.
+/// The kinds of parked tasks with their numbers, the most frequent first.
 pub(super) fn waiting(connection: &Connection) -> Result<Vec<ParkedKind>, StoreError> {
     let mut select = connection.prepare_cached(
         "SELECT queue, name, COUNT(*), MIN(stored_at) FROM parked WHERE waiting = 1 \
          GROUP BY queue, name ORDER BY COUNT(*) DESC LIMIT ?1",
     )?;
-    let rows = select.query_map([NAMED_KINDS], |row| {
+    let rows = select.query_map([MAX_KINDS], |row| {
         Ok((row.get(0)?, row.get(1)?, to_count(row.get(2)?), time(row, 3)?))
     })?;
     let kinds: Vec<(String, String, u64, Timestamp)> = rows.collect::<Result<_, _>>()?;
     let named = |(queue, name, tasks, since): (String, String, u64, Timestamp)| {
-        // A letter that a stranger wrote may name anything, and must not hide the others.
+        // Letters of foreign clients may contain invalid names, and must not hide the others.
         let (queue, name) = (QueueName::new(&queue).ok()?, TaskName::new(&name).ok()?);
         Some(ParkedKind { queue, name, tasks, since })
     };
     Ok(kinds.into_iter().filter_map(named).collect())
 }
 
-/// Sends parked tasks of a kind back to their queue that are due, at most `limit`; how many.
+/// Releases due parked tasks of a kind to their queue, at most `limit`. Returns their number.
 pub(super) fn release(
     ledger: &mut SqliteLedger<'_>,
     (queue, name): (&QueueName, &TaskName),
@@ -126,8 +126,8 @@ pub(super) fn release(
     let mut released = 0;
     for id in due {
         let Some(message) = letter_of(ledger, &id)? else {
-            // Replayed or purged by a person meanwhile.
-            forget(ledger, &id)?;
+            // It has been replayed or purged.
+            delete(ledger, &id)?;
             continue;
         };
         let (exchange, routing_key) = (exchange.to_owned(), queue.to_string());
@@ -156,7 +156,7 @@ fn letter_of(ledger: &SqliteLedger<'_>, id: &str) -> Result<Option<Message>, Sto
     Ok(message.optional()?)
 }
 
-/// Parked tasks that somebody wants cancelled, and why; at most `limit`.
+/// Parked tasks with a cancel request, and its reason; at most `limit`.
 pub(super) fn cancelled(
     connection: &Connection,
     limit: usize,
@@ -180,7 +180,7 @@ pub(super) fn cancelled(
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// Ends parked tasks as cancelled: nobody else can, since nobody runs them.
+/// Ends parked tasks as cancelled.
 pub(super) fn end_cancelled(
     ledger: &mut SqliteLedger<'_>,
     tasks: Vec<(TaskId, String)>,
@@ -190,7 +190,7 @@ pub(super) fn end_cancelled(
     let mut letters = vec![];
     for (id, reason) in tasks {
         let Some(message) = letter_of(ledger, id.as_str())? else {
-            forget(ledger, id.as_str())?;
+            delete(ledger, id.as_str())?;
             continue;
         };
         let queue: String = ledger

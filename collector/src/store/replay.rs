@@ -14,8 +14,8 @@ use rusqlite::{Connection, params};
 use super::ledger::{SqliteLedger, from_count, from_time};
 use super::letters::{Stored, stored};
 use super::{EndedParked, StoreError};
-use crate::aggregate::{Ledger, Resend, Rules, apply};
-use crate::group::{Group, Letter};
+use crate::ingest::group::{Group, Letter};
+use crate::rules::aggregate::{Ledger, Resend, Rules, apply};
 
 /// Bodies that one transaction moves; whoever asked asks again for the rest.
 const MOVED_BYTES: usize = 8 * 1024 * 1024;

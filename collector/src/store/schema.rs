@@ -20,7 +20,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Times are milliseconds since 1970. `stored_at` is the collector's clock and what retention goes
 /// by: the other times are their senders' word. Deletion follows rowids, which ascend with
 /// `stored_at`, so no index is paid for at every insert (docs/decisions/0003).
-const STEPS: &[&[&str]] = &[&[FIRST], &[RESENDS, LEASES, LETTERS, CANCELS], &[IDENTITY]];
+const STEPS: &[&[&str]] =
+    &[&[FIRST], &[RESENDS, LEASES, LETTERS, CANCELS], &[IDENTITY], &[FINGERPRINTS]];
 
 const FIRST: &str = "
 CREATE TABLE results (
@@ -199,6 +200,11 @@ INSERT INTO store VALUES (
 );
 ";
 
+/// Fingerprints of tasks whose ids their senders have chosen, as signed 64-bit numbers.
+const FINGERPRINTS: &str = "
+ALTER TABLE results ADD COLUMN fingerprint INTEGER;
+";
+
 /// Opens a file for writing, makes it if it is missing, and brings it to the present version.
 pub(super) fn open(path: &Path) -> Result<Connection, StoreError> {
     let open = || {
@@ -288,7 +294,7 @@ mod tests {
         open(&path).unwrap();
         let again = open(&path).unwrap();
         let version: u32 = again.pragma_query_value(None, "user_version", |r| r.get(0)).unwrap();
-        assert_eq!(version, 3);
+        assert_eq!(version, 4);
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! SQLite behind the [`Store`] trait: one thread that writes, one that reads.
+//! The [`Store`] in SQLite: one thread writes, another one reads.
 //!
-//! rusqlite blocks, so no async task calls it: jobs travel to a thread that owns a connection. Reading
-//! has its own, because in WAL mode a reader does not wait for a commit.
+//! rusqlite blocks, so async tasks do not call it: jobs are sent to a thread that owns a connection. There is
+//! a thread for reading, since in WAL mode a reader does not wait for a commit.
 //!
-//! A SQLite file belongs to one host: its locks and its shared memory do not work over a network file
-//! system. Several collectors on that host may share it.
+//! A SQLite file belongs to one host: its locks and shared memory do not work over network file systems.
+//! Several collectors on one host may share it.
 
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -20,23 +20,23 @@ use garenne_common::{BatchId, QueueName, TaskId, TaskName, TaskResult, Timestamp
 use rusqlite::{Connection, Transaction, TransactionBehavior, params};
 use tokio::sync::{mpsc, oneshot};
 
+use super::files::StoreFiles;
 use super::ledger::{SqliteLedger, batch, from_count, from_time, select_batches};
-use super::place::Place;
 use super::{
     Backlog, CancelledBatch, CancelledTasks, DeadQuery, EndedParked, OutboxEntry, ReplayLinks,
     ResendEntry, Store, StoreError, StoreIdentity, Totals, cancels, leases, letters, pages, parked,
-    questions, replay, schema,
+    queries, replay, schema,
 };
-use crate::aggregate::{Committed, Ledger, Rules, apply};
-use crate::group::Group;
+use crate::ingest::group::Group;
+use crate::rules::aggregate::{Committed, Ledger, Rules, apply};
 
-/// Jobs that may wait for a thread; whoever has more waits.
+/// Maximum number of jobs that wait for a thread.
 const WAITING_JOBS: usize = 16;
-/// Opening competes with another collector that starts on the same file: so often, so far apart.
+/// Attempts to open the file: another collector may be starting with it.
 const OPEN_ATTEMPTS: u32 = 5;
 const OPEN_PAUSE: Duration = Duration::from_millis(200);
 
-/// The embedded store. Clones share its threads; the last one to go joins them.
+/// The embedded store. Clones share its threads, and dropping the last one joins them.
 #[derive(Clone)]
 pub struct SqliteStore(Arc<Inner>);
 
@@ -51,18 +51,20 @@ impl WeakStore {
 }
 
 struct Inner {
-    writer: Lane,
-    reader: Lane,
+    writer: StoreThread,
+    reader: StoreThread,
     rules: Rules,
-    place: Place,
+    files: StoreFiles,
     identity: StoreIdentity,
     last_commit: Option<Timestamp>,
 }
 
 impl SqliteStore {
-    /// Opens a file, makes it if it is missing, and brings it to the present schema.
+    /// Opens a file, creates it if it is missing, and migrates it to the current schema. Blocks.
     ///
-    /// Blocks while it does; refuses a damaged file, a newer one, and one that is not ours.
+    /// # Errors
+    ///
+    /// If the file is damaged, of a newer version, or not a store.
     pub fn open(path: &Path, rules: Rules) -> Result<Self, StoreError> {
         let mut attempt = 1;
         let writer = loop {
@@ -75,14 +77,14 @@ impl SqliteStore {
             }
         };
         let reader = schema::open_to_read(path)?;
-        let place = Place::of(path)?;
-        let identity = questions::identity(&reader)?;
-        let last_commit = questions::last_commit(&reader)?;
+        let files = StoreFiles::of(path)?;
+        let identity = queries::identity(&reader)?;
+        let last_commit = queries::last_commit(&reader)?;
         Ok(Self(Arc::new(Inner {
-            writer: Lane::start("store writer", writer)?,
-            reader: Lane::start("store reader", reader)?,
+            writer: StoreThread::start("store writer", writer)?,
+            reader: StoreThread::start("store reader", reader)?,
             rules,
-            place,
+            files,
             identity,
             last_commit,
         })))
@@ -93,12 +95,12 @@ impl SqliteStore {
         WeakStore(Arc::downgrade(&self.0))
     }
 
-    /// Which store it is.
+    /// The identity of the store.
     pub fn identity(&self) -> StoreIdentity {
         self.0.identity.clone()
     }
 
-    /// When something was stored last before it was opened.
+    /// The last commit before it was opened.
     pub fn last_commit(&self) -> Option<Timestamp> {
         self.0.last_commit
     }
@@ -107,17 +109,17 @@ impl SqliteStore {
         &self,
         job: impl FnOnce(&mut SqliteLedger<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let place = self.0.place.clone();
+        let files = self.0.files.clone();
         let job = move |connection: &mut Connection| {
-            place.check()?;
+            files.check()?;
             let immediate = TransactionBehavior::Immediate;
-            // Immediate: a transaction that reads first and then has to wait for the write lock of
-            // another process would fail instead of waiting.
+            // Immediate: a transaction that reads first and then needs the write lock while another process
+            // holds it would fail instead of waiting.
             let transaction = connection.transaction_with_behavior(immediate)?;
             let done = job(&mut SqliteLedger::new(&transaction, Timestamp::now()))?;
             transaction.commit()?;
-            // Again, and after the commit: what went into a file that is gone must not be acknowledged.
-            place.check()?;
+            // Again after the commit: what was stored in a deleted file must not be acknowledged.
+            files.check()?;
             Ok(done)
         };
         self.0.writer.run(job).await
@@ -144,7 +146,7 @@ impl Store for SqliteStore {
     }
 
     async fn outbox(&self, after: u64, limit: usize) -> Result<Vec<OutboxEntry>, StoreError> {
-        self.read(move |connection| questions::outbox(connection, after, limit)).await
+        self.read(move |connection| queries::outbox(connection, after, limit)).await
     }
 
     async fn published(&self, entries: Vec<u64>) -> Result<(), StoreError> {
@@ -157,7 +159,7 @@ impl Store for SqliteStore {
         limit: usize,
         max_bytes: usize,
     ) -> Result<Vec<ResendEntry>, StoreError> {
-        self.read(move |connection| questions::resends(connection, after, limit, max_bytes)).await
+        self.read(move |connection| queries::resends(connection, after, limit, max_bytes)).await
     }
 
     async fn resent(&self, entries: Vec<u64>) -> Result<(), StoreError> {
@@ -207,7 +209,7 @@ impl Store for SqliteStore {
     }
 
     async fn has_overdue_batches(&self, now: Timestamp) -> Result<bool, StoreError> {
-        self.read(move |connection| questions::has_overdue_batches(connection, now)).await
+        self.read(move |connection| queries::has_overdue_batches(connection, now)).await
     }
 
     async fn abandon_overdue(&self, now: Timestamp, limit: usize) -> Result<usize, StoreError> {
@@ -231,12 +233,12 @@ impl Store for SqliteStore {
         self.write(move |ledger| leases::lapse(ledger, &topology, listening_since, limit)).await
     }
 
-    async fn forget(&self, before: Timestamp, limit: usize) -> Result<usize, StoreError> {
-        self.write(move |ledger| forget(ledger, before, limit)).await
+    async fn delete_old(&self, before: Timestamp, limit: usize) -> Result<usize, StoreError> {
+        self.write(move |ledger| delete_old(ledger, before, limit)).await
     }
 
     async fn task(&self, id: TaskId) -> Result<TaskState, StoreError> {
-        self.read(move |connection| questions::task(connection, &id)).await
+        self.read(move |connection| queries::task(connection, &id)).await
     }
 
     async fn results(
@@ -244,11 +246,11 @@ impl Store for SqliteStore {
         ids: Vec<TaskId>,
         max_bytes: usize,
     ) -> Result<Vec<TaskResult>, StoreError> {
-        self.read(move |connection| questions::results(connection, &ids, max_bytes)).await
+        self.read(move |connection| queries::results(connection, &ids, max_bytes)).await
     }
 
     async fn batch(&self, id: BatchId) -> Result<Option<BatchStatus>, StoreError> {
-        self.read(move |connection| questions::batch_status(connection, &id)).await
+        self.read(move |connection| queries::batch_status(connection, &id)).await
     }
 
     async fn dead_page(&self, query: DeadQuery) -> Result<DeadPage, StoreError> {
@@ -260,7 +262,7 @@ impl Store for SqliteStore {
     }
 
     async fn attempts(&self, id: TaskId) -> Result<Vec<RetryNote>, StoreError> {
-        self.read(move |connection| questions::attempts(connection, &id)).await
+        self.read(move |connection| queries::attempts(connection, &id)).await
     }
 
     async fn dead_body(&self, id: TaskId, from: u64) -> Result<String, StoreError> {
@@ -289,30 +291,30 @@ impl Store for SqliteStore {
     }
 
     async fn backlog(&self) -> Result<Backlog, StoreError> {
-        let place = self.0.place.clone();
+        let files = self.0.files.clone();
         let look = move |connection: &Connection| {
-            place.check()?;
-            questions::backlog(connection)
+            files.check()?;
+            queries::backlog(connection)
         };
         self.read(look).await
     }
 
-    async fn standing(&self, quiet_since: Timestamp) -> Result<Stalled, StoreError> {
+    async fn stalled(&self, quiet_since: Timestamp) -> Result<Stalled, StoreError> {
         self.read(move |connection| {
             Ok(Stalled {
                 parked: parked::waiting(connection)?,
-                batches: questions::quiet_batches(connection, quiet_since)?,
+                batches: queries::quiet_batches(connection, quiet_since)?,
             })
         })
         .await
     }
 
     async fn totals(&self) -> Result<Totals, StoreError> {
-        self.read(questions::totals).await
+        self.read(queries::totals).await
     }
 }
 
-/// Forgets entries of one of the outboxes.
+/// Deletes entries of an outbox.
 fn delete_entries(
     ledger: &mut SqliteLedger<'_>,
     outbox: &str,
@@ -352,15 +354,15 @@ fn abandon_overdue(
 fn abandon_batch(ledger: &mut SqliteLedger<'_>, id: &BatchId) -> Result<bool, StoreError> {
     let now = ledger.now;
     let Some(mut batch) = ledger.load_batch(id)? else { return Ok(false) };
-    let Some(notice) = batch.abandon_as_asked(now) else { return Ok(false) };
+    let Some(notice) = batch.abandon_on_request(now) else { return Ok(false) };
     ledger.save_batch(&batch)?;
     ledger.add_notice(&notice)?;
     Ok(true)
 }
 
-/// Looks only at the oldest `limit` rows of each table, so that a slice costs the same however much
-/// there is. Open and sealed batches stay, and so does the outbox.
-fn forget(
+/// Reads only the oldest `limit` rows of each table, so that its cost does not depend on their size. Open and
+/// sealed batches and the outboxes are not deleted.
+fn delete_old(
     ledger: &mut SqliteLedger<'_>,
     before: Timestamp,
     limit: usize,
@@ -379,7 +381,7 @@ fn forget(
     let transaction = ledger.transaction;
     let results = delete(transaction, &oldest("results"))?;
     let attempts = delete(transaction, &oldest("attempts"))?;
-    // Parked tasks have not ended, so no time is up for them.
+    // Parked tasks have not ended and are kept.
     let letters = delete(
         transaction,
         "DELETE FROM dead_letters WHERE rowid IN (SELECT rowid FROM \
@@ -397,26 +399,26 @@ fn forget(
         "DELETE FROM batches WHERE rowid IN (SELECT rowid FROM batches \
          WHERE state IN ('done', 'abandoned') AND stored_at < ?1 ORDER BY stored_at LIMIT ?2)",
     )?;
-    // Of tasks that never ended, or whose end was told by another path.
+    // Leases of tasks that never ended, or whose end was reported in another way.
     let leases = delete(
         transaction,
         "DELETE FROM leases WHERE id IN (SELECT id FROM leases \
          WHERE state <> 'held' AND stored_at < ?1 ORDER BY stored_at LIMIT ?2)",
     )?;
     ledger.count("results", -i64::try_from(results).unwrap_or(0))?;
-    let wishes = cancels::forget_old(ledger, since, limit)?;
-    Ok(results + attempts + letters + released + batches + leases + wishes)
+    let requests = cancels::delete_old(ledger, since, limit)?;
+    Ok(results + attempts + letters + released + batches + leases + requests)
 }
 
 type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 
-/// A thread that owns a connection and does one job after the other.
-struct Lane {
+/// A thread that owns a connection and runs one job after another.
+struct StoreThread {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Lane {
+impl StoreThread {
     fn start(name: &str, mut connection: Connection) -> Result<Self, StoreError> {
         let (jobs, mut inbox) = mpsc::channel::<Job>(WAITING_JOBS);
         let work = move || {
@@ -433,19 +435,19 @@ impl Lane {
         &self,
         job: impl FnOnce(&mut Connection) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let (answer, answered) = oneshot::channel();
+        let (respond, response) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            if answer.send(job(connection)).is_err() {
-                tracing::trace!("nobody waits for this answer of the store any more");
+            if respond.send(job(connection)).is_err() {
+                tracing::trace!("result of a store job dropped");
             }
         });
         let jobs = self.jobs.as_ref().ok_or(StoreError::Closed)?;
         jobs.send(job).await.map_err(|_| StoreError::Closed)?;
-        answered.await.map_err(|_| StoreError::Closed)?
+        response.await.map_err(|_| StoreError::Closed)?
     }
 }
 
-impl Drop for Lane {
+impl Drop for StoreThread {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take()

@@ -74,7 +74,10 @@ pub fn encode<'a>(
     };
     // For people: the management UI counts messages.
     let count = HeaderValue::Int(i64::try_from(tasks.len()).unwrap_or(i64::MAX));
-    let headers = vec![(headers::TASKS.into(), count)];
+    let mut headers = vec![(headers::TASKS.into(), count)];
+    if tasks.iter().any(|task| task.fingerprint.is_some()) {
+        headers.push((headers::FINGERPRINTS.into(), HeaderValue::Text(fingerprints_of(&tasks))));
+    }
     Ok(Message { properties, headers, body: body.into() })
 }
 
@@ -110,11 +113,32 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, 
     let members = (0..count).map(|_| from.next()).collect::<Result<Vec<MemberV1<'_>>, _>>()?;
     let mut args = message.body.slice_ref(from.rest);
     let tasks = members.into_iter().map(|member| member.read(&heads, queue, &mut args));
-    let tasks = tasks.collect::<Result<Vec<_>, _>>()?;
+    let mut tasks = tasks.collect::<Result<Vec<_>, _>>()?;
     if args.is_empty() {
+        read_fingerprints(message, &mut tasks)?;
         return Ok(tasks);
     }
     Err(Malformed::new(format_args!("a bundle of tasks with {} bytes too many", args.len())))
+}
+
+/// A header, since the format of the body has no room for them.
+fn fingerprints_of(tasks: &[&TaskMessage]) -> String {
+    let text = |task: &&TaskMessage| task.fingerprint.map_or(String::new(), |it| it.to_string());
+    tasks.iter().map(text).collect::<Vec<_>>().join(",")
+}
+
+fn read_fingerprints(message: &Message, tasks: &mut [TaskMessage]) -> Result<(), Malformed> {
+    let Some(text) = headers::text(message, headers::FINGERPRINTS)? else { return Ok(()) };
+    let mut texts = text.split(',');
+    for task in tasks {
+        let text = texts.next().ok_or_else(|| Malformed::new("a task without a fingerprint"))?;
+        let fingerprint = Some(text).filter(|text| !text.is_empty()).map(str::parse);
+        task.fingerprint = fingerprint.transpose().map_err(Malformed::new)?;
+    }
+    match texts.next() {
+        None => Ok(()),
+        Some(_) => Err(Malformed::new("more fingerprints than tasks")),
+    }
 }
 
 /// The tasks of a bundle as messages of their own, under their old ids.
@@ -319,6 +343,7 @@ impl<'a> MemberV1<'a> {
             options: Options { expires_at, ..head.options },
             submitted_at: self.submitted_at.map(Timestamp::from_millis),
             traceparent: head.traceparent.clone(),
+            fingerprint: None,
         })
     }
 }

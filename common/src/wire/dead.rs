@@ -160,6 +160,8 @@ impl DeadLetter {
             worker: self.by.as_str().into(),
             started_at: self.started_at.unwrap_or(self.at),
             finished_at: self.at,
+            // An invalid one counts as none: the letter may exist because of it.
+            fingerprint: super::task::fingerprint(&self.message).unwrap_or_default(),
         })
     }
 

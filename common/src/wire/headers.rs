@@ -19,6 +19,10 @@ pub(super) const SUBMITTED_AT: &str = "x-garenne-submitted-at-ms";
 /// When the first attempt began; on retries only.
 pub(super) const FIRST_ATTEMPT_AT: &str = "x-garenne-first-attempt-at-ms";
 pub(super) const TRACEPARENT: &str = "traceparent";
+/// The fingerprint of a task whose sender has chosen the id.
+pub(super) const FINGERPRINT: &str = "x-garenne-fingerprint";
+/// The fingerprints of the tasks of a bundle, separated by commas, empty for tasks without one.
+pub(super) const FINGERPRINTS: &str = "x-garenne-fingerprints";
 /// How many tasks a bundle has; for people, who see messages only.
 pub(super) const TASKS: &str = "x-garenne-tasks";
 /// A bundle that a worker passed on because it could not run it soon.

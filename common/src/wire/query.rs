@@ -5,6 +5,7 @@
 //! that JSON cannot.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,7 @@ use super::notice::BatchSummary;
 use super::report::RetryNote;
 use super::stalled::Stalled;
 use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, TaskId};
 use crate::outcome::{Status, TaskResult};
 use crate::timestamp::Timestamp;
@@ -35,8 +37,12 @@ pub enum Query {
     },
     /// The final results of these tasks, as far as they have ended; at most 1,000 ids.
     Results {
-        /// Which.
+        /// The tasks.
         ids: Vec<TaskId>,
+        /// Fingerprints of tasks whose ids their sender has chosen. A result with another fingerprint is
+        /// not sent; the response contains a [`Report::Conflict`](super::Report::Conflict) instead.
+        #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+        fingerprints: BTreeMap<TaskId, Fingerprint>,
     },
     /// How a batch stands.
     Batch {

@@ -109,6 +109,7 @@ fn begin_anew(message: &mut Message, old: &TaskId, new: &TaskId) {
         headers::LEASE_QUEUE,
         headers::LEASE_TERM,
         headers::REPLY_FORMAT,
+        headers::FINGERPRINT,
     ];
     message.headers.retain(|(name, _)| !gone.contains(&name.as_ref()));
     let now = Timestamp::now().as_millis();
@@ -131,6 +132,8 @@ fn edit(message: &mut Message, plan: &ReplayPlan) -> Result<(), CannotReplay> {
         Some(Codec::Bincode) => return Err(CannotReplay::NotJson("bincode")),
         None => return Err(CannotReplay::NotJson("of an unknown type")),
     }
+    // It is that of the old arguments.
+    message.headers.retain(|(name, _)| name != headers::FINGERPRINT);
     if let Some(args) = &plan.args {
         message.body = args.clone().into_bytes().into();
     }

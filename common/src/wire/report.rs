@@ -17,6 +17,7 @@ use super::codec::Codec;
 use super::lease::{Fence, LeaseNote};
 use super::message::{Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, TaskId, TaskName};
 use crate::outcome::TaskResult;
 use crate::timestamp::Timestamp;
@@ -55,6 +56,13 @@ pub enum Report {
     },
     /// What a worker says of a lease it holds.
     Lease(LeaseNote),
+    /// Another task with the id has ended: its fingerprint is not the one in the query. Only in responses.
+    Conflict {
+        /// The id.
+        id: TaskId,
+        /// The fingerprint in the query.
+        queried: Fingerprint,
+    },
     /// A task ended that ran under a lease.
     FinishedUnderLease {
         /// Which execution.
@@ -169,7 +177,10 @@ pub fn weight(report: &Report) -> usize {
             300 + output + result.error.as_ref().map_or(0, String::len)
         }
         Report::Retrying(note) => 300 + note.error.len(),
-        Report::BatchOpened { .. } | Report::BatchSealed { .. } | Report::Lease(_) => 200,
+        Report::BatchOpened { .. }
+        | Report::BatchSealed { .. }
+        | Report::Conflict { .. }
+        | Report::Lease(_) => 200,
     }
 }
 
@@ -204,7 +215,23 @@ mod tests {
             worker: "host:7".into(),
             started_at: Timestamp::from_millis(1_000),
             finished_at: Timestamp::from_millis(1_250),
+            fingerprint: None,
         }
+    }
+
+    #[test]
+    fn fingerprints_and_conflicts_travel() {
+        let fingerprint = Some(Fingerprint::from_u64(7));
+        let result = TaskResult { fingerprint, ..result(Status::Succeeded, None, Some(vec![1])) };
+        let fence = Fence { number: 2, execution: "e".to_owned() };
+        let conflict =
+            Report::Conflict { id: TaskId::new("t").unwrap(), queried: Fingerprint::from_u64(9) };
+        let reports = [
+            Report::Finished(result.clone()),
+            Report::FinishedUnderLease { fence, result },
+            conflict,
+        ];
+        assert_eq!(decode(&encode(&reports, "w").unwrap()), Ok(reports.to_vec()));
     }
 
     fn all_kinds() -> Vec<Report> {

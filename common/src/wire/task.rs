@@ -13,6 +13,7 @@ use super::headers::{self, float, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed};
 use crate::failpoints::Protection;
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::printable::is_printable;
 use crate::retry::RetryPolicy;
@@ -71,6 +72,9 @@ fn encode_headers(task: &TaskMessage) -> Vec<(HeaderName, HeaderValue)> {
     if let Some(parent) = &task.traceparent {
         list.push((headers::TRACEPARENT.into(), HeaderValue::Text(parent.to_string())));
     }
+    if let Some(fingerprint) = task.fingerprint {
+        list.push((headers::FINGERPRINT.into(), HeaderValue::Text(fingerprint.to_string())));
+    }
     if task.reply.as_ref().is_some_and(|reply| reply.format == ReplyFormat::Bundle) {
         list.push((headers::REPLY_FORMAT.into(), HeaderValue::Text(BUNDLE.to_owned())));
     }
@@ -97,6 +101,7 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
     };
     let (reply, options) = (decode_reply(message)?, decode_options(message)?);
     let traceparent = text(message, headers::TRACEPARENT)?.map(Arc::from);
+    let fingerprint = fingerprint(message)?;
     check_printable(message)?;
     let Some(id) = properties.message_id.as_deref() else { return Ok(None) };
     let id = TaskId::new(id)?;
@@ -112,7 +117,13 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
         options,
         submitted_at,
         traceparent,
+        fingerprint,
     }))
+}
+
+pub(super) fn fingerprint(message: &Message) -> Result<Option<Fingerprint>, Malformed> {
+    let text = text(message, headers::FINGERPRINT)?;
+    text.map(str::parse).transpose().map_err(Malformed::new)
 }
 
 /// Text that is echoed, logged or used as an address; names, ids and types have rules of their own.
@@ -408,6 +419,7 @@ mod tests {
                         priority,
                     },
                     submitted_at: at.map(|ms| Timestamp::from_millis(ms.into())),
+                    fingerprint: timeout.map(|number| Fingerprint::from_u64(number.into())),
                     traceparent: bundle.then(|| name.into()),
                 }
             },

@@ -23,7 +23,7 @@ pub(super) async fn show(stage: &mut Stage<'_>) -> Result<(), CliError> {
         "1. Five tasks on three nodes"
     })?;
     // One slot and no look-ahead: a node takes the next task when it has ended the last.
-    let mut specs = nodes(1, 0);
+    let mut specs = nodes(1, 1);
     let mut queues = vec![QueueName::default()];
     if broadcast {
         queues = (1..=NODES).map(own_queue).collect::<Result<_, _>>()?;

@@ -169,7 +169,9 @@ impl From<OutputError> for CliError {
         let exit = match error {
             OutputError::NoAnswer { .. } => Exit::NotYet,
             OutputError::Failed { .. } | OutputError::Cancelled { .. } => Exit::Failed,
-            OutputError::Decode { .. } | OutputError::Closed { .. } => Exit::Unusable,
+            OutputError::Decode { .. }
+            | OutputError::Conflict { .. }
+            | OutputError::Closed { .. } => Exit::Unusable,
         };
         let look = match &error {
             OutputError::NoAnswer { id, .. } => {
@@ -178,7 +180,8 @@ impl From<OutputError> for CliError {
             OutputError::Closed { id } => Some(format!("look at it: garenne task show {id}")),
             OutputError::Failed { .. }
             | OutputError::Cancelled { .. }
-            | OutputError::Decode { .. } => None,
+            | OutputError::Decode { .. }
+            | OutputError::Conflict { .. } => None,
         };
         let error = Self::from_sentence(&error.to_string()).exit(exit);
         Self { help: look.or(error.help), ..error }

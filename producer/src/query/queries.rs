@@ -2,6 +2,7 @@
 //!
 //! Each method sends one query and checks that the response has the matching type.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use garenne_common::wire::report::{self, BUNDLE_KIND};
@@ -70,7 +71,7 @@ impl Producer {
         let client = self.query_client(QUERY_TIMEOUT).await?;
         let mut results = vec![];
         for slice in ids.chunks(MAX_IDS) {
-            let query = Query::Results { ids: slice.to_vec() };
+            let query = Query::Results { ids: slice.to_vec(), fingerprints: BTreeMap::new() };
             let message = client.send(&query, QUERY_TIMEOUT).await?;
             results.extend(results_in(&message)?);
         }
@@ -116,6 +117,7 @@ fn results_in(message: &Message) -> Result<Vec<TaskResult>, QueryError> {
         Report::Retrying(_)
         | Report::BatchOpened { .. }
         | Report::BatchSealed { .. }
+        | Report::Conflict { .. }
         | Report::Lease(_)
         | Report::FinishedUnderLease { .. } => None,
     });

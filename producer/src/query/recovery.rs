@@ -33,13 +33,17 @@ pub(crate) async fn run(client: QueryClient, stop: CancellationToken) {
 
 async fn query_due_results(client: &QueryClient) {
     loop {
-        let ids = client.replies().due(MAX_IDS);
-        if ids.is_empty() || !Protection::RecoveryQueries.is_enabled() {
+        let due = client.replies().due(MAX_IDS);
+        if due.is_empty() || !Protection::RecoveryQueries.is_enabled() {
             return;
         }
-        let count = ids.len();
+        let count = due.len();
+        let known = due.iter().filter_map(|(id, of)| Some((id.clone(), (*of)?)));
+        let fingerprints = known.collect();
+        let ids = due.into_iter().map(|(id, _)| id).collect();
+        let query = Query::Results { ids, fingerprints };
         // The reply router gives the results in the response to their handles.
-        if let Err(error) = client.send(&Query::Results { ids }, QUERY_TIMEOUT).await {
+        if let Err(error) = client.send(&query, QUERY_TIMEOUT).await {
             // They are due again later. Without a collector, replies may still arrive.
             tracing::debug!(%error, count, "results query failed");
             return;

@@ -190,8 +190,7 @@ impl Producer {
         }
         let replies = self.0.replies(by).await?;
         let queue = replies.queue(by).await?;
-        let ids = items.iter().map(|item| item.task.id.clone());
-        let waiting = replies.expect_all(ids.collect(), &queue);
+        let waiting = replies.expect_all(items.iter().map(|item| &item.task), &queue);
         let reply = queue.reply_to();
         for (item, waiting) in items.iter_mut().zip(waiting) {
             item.task.reply = Some(reply.clone());

@@ -14,8 +14,8 @@ use garenne_common::wire::bundle::MAX_TEXT_BYTES;
 use garenne_common::wire::codec::CodecError;
 use garenne_common::wire::depth::is_too_deep;
 use garenne_common::{
-    BatchId, Codec, Options, Payload, QueueName, RetryPolicy, Task, TaskId, TaskMessage, TaskName,
-    Timestamp,
+    BatchId, Codec, Fingerprint, Options, Payload, QueueName, RetryPolicy, Task, TaskId,
+    TaskMessage, TaskName, Timestamp,
 };
 use serde::Serialize;
 
@@ -191,9 +191,11 @@ impl<O> Submission<O> {
             return Err(SubmitError::Invalid(problem));
         }
         let expires_at = self.expires_in.map(|span| now.plus(span));
+        let name = self.name?;
+        let fingerprint = self.id.is_some().then(|| Fingerprint::of(&name, &args));
         let task = TaskMessage {
             id: self.id.unwrap_or_else(TaskId::generate),
-            name: self.name?,
+            name,
             queue: self.queue?,
             args,
             attempt: 1,
@@ -202,6 +204,7 @@ impl<O> Submission<O> {
             options: Options { expires_at, ..self.options },
             submitted_at: Some(now),
             traceparent: self.traceparent,
+            fingerprint,
         };
         Ok(Prepared { task, delay: self.delay })
     }

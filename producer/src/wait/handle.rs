@@ -11,6 +11,7 @@ use std::time::Duration;
 use garenne_common::{Codec, Payload, Status, TaskId, TaskResult};
 use serde::de::DeserializeOwned;
 
+use super::outstanding::Ended;
 use super::replies::Waiting;
 use crate::OutputError;
 use crate::session::Session;
@@ -24,7 +25,7 @@ use crate::session::Session;
 pub struct Handle<O> {
     id: TaskId,
     waiting: Option<Waiting>,
-    ended: Option<TaskResult>,
+    ended: Option<Ended>,
     /// Keeps the connections open while a reply is waited for.
     _session: Arc<Session>,
     output: PhantomData<fn() -> O>,
@@ -44,7 +45,11 @@ impl<O> Handle<O> {
     /// producer is closed first.
     pub async fn result(mut self) -> Result<TaskResult, OutputError> {
         self.receive().await?;
-        self.ended.take().ok_or_else(|| self.closed())
+        match self.ended.take() {
+            Some(Ended::Result(result)) => Ok(result),
+            Some(Ended::Conflict) => Err(OutputError::Conflict { id: self.id }),
+            None => Err(self.closed()),
+        }
     }
 
     /// Waits for the final record and keeps the handle.
@@ -52,7 +57,7 @@ impl<O> Handle<O> {
     /// Cancel-safe: it can be used in `select!` or with a timeout, and called again.
     pub async fn ended(&mut self) -> Result<&TaskResult, OutputError> {
         self.receive().await?;
-        self.ended.as_ref().ok_or_else(|| OutputError::Closed { id: self.id.clone() })
+        self.record()
     }
 
     /// [`ended`](Self::ended) with a time limit, after which it fails with
@@ -62,7 +67,15 @@ impl<O> Handle<O> {
             Ok(received) => received?,
             Err(_) => return Err(OutputError::NoAnswer { id: self.id.clone(), waited: limit }),
         }
-        self.ended.as_ref().ok_or_else(|| OutputError::Closed { id: self.id.clone() })
+        self.record()
+    }
+
+    fn record(&self) -> Result<&TaskResult, OutputError> {
+        match &self.ended {
+            Some(Ended::Result(result)) => Ok(result),
+            Some(Ended::Conflict) => Err(OutputError::Conflict { id: self.id.clone() }),
+            None => Err(self.closed()),
+        }
     }
 
     async fn receive(&mut self) -> Result<(), OutputError> {
@@ -136,6 +149,7 @@ mod tests {
             worker: "host:1".into(),
             started_at: Timestamp::from_millis(0),
             finished_at: Timestamp::from_millis(0),
+            fingerprint: None,
         }
     }
 

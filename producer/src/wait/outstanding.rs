@@ -10,7 +10,7 @@ use std::collections::hash_map::Entry as MapEntry;
 use std::time::{Duration, Instant};
 
 use foldhash::fast::RandomState;
-use garenne_common::{TaskId, TaskResult};
+use garenne_common::{Fingerprint, TaskId, TaskResult};
 use tokio::sync::oneshot;
 
 /// Intervals of queries for a task whose reply can no longer come.
@@ -59,7 +59,18 @@ struct Entry {
 
 struct Waiter {
     ticket: u64,
-    result: oneshot::Sender<TaskResult>,
+    /// Fingerprint of the task that it waits for, if the caller has chosen its id.
+    fingerprint: Option<Fingerprint>,
+    result: oneshot::Sender<Ended>,
+}
+
+/// How waiting for a task ends.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Ended {
+    /// With its final record.
+    Result(TaskResult),
+    /// Another task with the same id has ended.
+    Conflict,
 }
 
 impl Outstanding {
@@ -69,14 +80,15 @@ impl Outstanding {
     pub(crate) fn expect(
         &mut self,
         id: TaskId,
+        fingerprint: Option<Fingerprint>,
         epoch: u64,
         now: Instant,
-    ) -> (u64, oneshot::Receiver<TaskResult>) {
+    ) -> (u64, oneshot::Receiver<Ended>) {
         self.tickets += 1;
         let (waiter, result) = oneshot::channel();
         // Nothing arrives after closing: the sender is dropped, which fails the receiver.
         if !self.closed {
-            let waiter = Waiter { ticket: self.tickets, result: waiter };
+            let waiter = Waiter { ticket: self.tickets, fingerprint, result: waiter };
             match self.entries.entry(id) {
                 MapEntry::Vacant(place) => {
                     place.insert(Entry::new(waiter, epoch < self.epoch, now));
@@ -96,6 +108,25 @@ impl Outstanding {
             give(other, result.clone());
         }
         give(entry.waiter, result);
+    }
+
+    /// The collector has the result of another task with this id: fails the waiters for the task with
+    /// this fingerprint.
+    pub(crate) fn conflict(&mut self, id: &TaskId, queried: Fingerprint) {
+        let Some(entry) = self.entries.remove(id) else { return };
+        let waiters = self.others.remove(id).unwrap_or_default().into_iter();
+        for waiter in waiters.chain([entry.waiter]) {
+            if waiter.fingerprint == Some(queried) {
+                tell(waiter, Ended::Conflict);
+                continue;
+            }
+            if self.entries.contains_key(id) {
+                self.others.entry(id.clone()).or_default().push(waiter);
+            } else {
+                let (ask_at, lost, asked) = (entry.ask_at, entry.lost, entry.asked);
+                self.entries.insert(id.clone(), Entry { ask_at, lost, asked, waiter });
+            }
+        }
     }
 
     /// Removes a waiter.
@@ -131,11 +162,11 @@ impl Outstanding {
     }
 
     /// Up to `limit` ids that the collector should be asked for now; schedules their next query.
-    pub(crate) fn due(&mut self, limit: usize, now: Instant) -> Vec<TaskId> {
+    pub(crate) fn due(&mut self, limit: usize, now: Instant) -> Vec<(TaskId, Option<Fingerprint>)> {
         let due = self.entries.iter_mut().filter(|(_, entry)| entry.ask_at <= now).take(limit);
         due.map(|(id, entry)| {
             entry.ask_again(now);
-            id.clone()
+            (id.clone(), entry.waiter.fingerprint)
         })
         .collect()
     }
@@ -168,7 +199,13 @@ impl Entry {
 }
 
 fn give(waiter: Waiter, result: TaskResult) {
-    if waiter.result.send(result).is_err() {
+    let fingerprints = waiter.fingerprint.zip(result.fingerprint);
+    let same = fingerprints.is_none_or(|(expected, found)| expected == found);
+    tell(waiter, if same { Ended::Result(result) } else { Ended::Conflict });
+}
+
+fn tell(waiter: Waiter, ended: Ended) {
+    if waiter.result.send(ended).is_err() {
         tracing::trace!("result dropped: its handle is gone");
     }
 }
@@ -197,6 +234,7 @@ mod tests {
             worker: "w".into(),
             started_at: Timestamp::from_millis(0),
             finished_at: Timestamp::from_millis(0),
+            fingerprint: None,
         }
     }
 
@@ -204,21 +242,21 @@ mod tests {
     fn every_waiter_for_an_id_gets_its_result_once() {
         let mut outstanding = Outstanding::default();
         let now = Instant::now();
-        let (_, mut first) = outstanding.expect(id("a"), 0, now);
-        let (_, mut second) = outstanding.expect(id("a"), 0, now);
+        let (_, mut first) = outstanding.expect(id("a"), None, 0, now);
+        let (_, mut second) = outstanding.expect(id("a"), None, 0, now);
         outstanding.resolve(result("unknown"));
         outstanding.resolve(result("a"));
         outstanding.resolve(result("a"));
-        assert_eq!(first.try_recv(), Ok(result("a")));
-        assert_eq!(second.try_recv(), Ok(result("a")));
+        assert_eq!(first.try_recv(), Ok(Ended::Result(result("a"))));
+        assert_eq!(second.try_recv(), Ok(Ended::Result(result("a"))));
         assert!(outstanding.entries.is_empty());
     }
 
     #[test]
     fn forgetting_all_waiters_of_an_id_removes_its_entry() {
         let mut outstanding = Outstanding::default();
-        let (ticket, _one) = outstanding.expect(id("a"), 0, Instant::now());
-        let (other, mut two) = outstanding.expect(id("a"), 0, Instant::now());
+        let (ticket, _one) = outstanding.expect(id("a"), None, 0, Instant::now());
+        let (other, mut two) = outstanding.expect(id("a"), None, 0, Instant::now());
         outstanding.forget(&id("a"), ticket);
         outstanding.resolve(result("a"));
         assert!(two.try_recv().is_ok());
@@ -228,14 +266,14 @@ mod tests {
 
     #[test]
     fn an_entry_and_its_id_fit_a_cache_line() {
-        assert_eq!(size_of::<(TaskId, Entry)>(), 56);
+        assert_eq!(size_of::<(TaskId, Entry)>(), 64);
     }
 
     #[test]
     fn any_of_three_waiters_for_an_id_can_be_forgotten() {
         for gone in 0..3 {
             let mut outstanding = Outstanding::default();
-            let expect = |_| outstanding.expect(id("a"), 0, Instant::now());
+            let expect = |_| outstanding.expect(id("a"), None, 0, Instant::now());
             let mut waiting: Vec<_> = (0..3).map(expect).collect();
             let (ticket, _) = waiting.remove(gone);
             outstanding.forget(&id("a"), ticket);
@@ -249,7 +287,7 @@ mod tests {
     fn the_collector_is_asked_rarely_while_replies_can_come() {
         let mut outstanding = Outstanding::default();
         let start = Instant::now();
-        let _waiter = outstanding.expect(id("a"), 0, start);
+        let _waiter = outstanding.expect(id("a"), None, 0, start);
         let asked: Vec<u64> = (0..1000)
             .filter(|s| !outstanding.due(9, start + Duration::from_secs(*s)).is_empty())
             .collect();
@@ -261,7 +299,7 @@ mod tests {
         let mut outstanding = Outstanding::default();
         let start = Instant::now();
         let waiters: Vec<_> =
-            (0..5).map(|n| outstanding.expect(id(&n.to_string()), 0, start)).collect();
+            (0..5).map(|n| outstanding.expect(id(&n.to_string()), None, 0, start)).collect();
         assert!(outstanding.due(9, start).is_empty());
         assert_eq!(outstanding.next_epoch(start), 1);
         assert_eq!(outstanding.due(3, start).len(), 3);
@@ -276,18 +314,38 @@ mod tests {
         let mut outstanding = Outstanding::default();
         let now = Instant::now();
         let (old, new) = (outstanding.next_epoch(now), outstanding.next_epoch(now));
-        let _late = outstanding.expect(id("late"), old, now);
-        let _fresh = outstanding.expect(id("fresh"), new, now);
-        assert_eq!(outstanding.due(9, now), [id("late")]);
+        let _late = outstanding.expect(id("late"), None, old, now);
+        let _fresh = outstanding.expect(id("fresh"), None, new, now);
+        assert_eq!(outstanding.due(9, now), [(id("late"), None)]);
     }
 
     #[test]
     fn closing_fails_present_and_future_waiters() {
         let mut outstanding = Outstanding::default();
-        let (_, mut before) = outstanding.expect(id("a"), 0, Instant::now());
+        let (_, mut before) = outstanding.expect(id("a"), None, 0, Instant::now());
         outstanding.close();
-        let (_, mut after) = outstanding.expect(id("b"), 0, Instant::now());
+        let (_, mut after) = outstanding.expect(id("b"), None, 0, Instant::now());
         assert_eq!(before.try_recv(), Err(oneshot::error::TryRecvError::Closed));
         assert_eq!(after.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    }
+
+    #[test]
+    fn a_task_with_a_taken_id_conflicts_and_others_wait_on() {
+        let mut outstanding = Outstanding::default();
+        let (first, second) = (Fingerprint::from_u64(1), Fingerprint::from_u64(2));
+        let expect = |of: &mut Outstanding, fingerprint| {
+            of.expect(id("a"), fingerprint, 0, Instant::now()).1
+        };
+        let (mut one, mut two) =
+            (expect(&mut outstanding, Some(first)), expect(&mut outstanding, Some(second)));
+        outstanding.conflict(&id("a"), second);
+        assert_eq!(two.try_recv(), Ok(Ended::Conflict));
+        assert!(one.try_recv().is_err());
+        let mut two = expect(&mut outstanding, Some(second));
+        let result = TaskResult { fingerprint: Some(first), ..result("a") };
+        outstanding.resolve(result.clone());
+        assert_eq!(one.try_recv(), Ok(Ended::Result(result)));
+        assert_eq!(two.try_recv(), Ok(Ended::Conflict));
+        assert!(outstanding.entries.is_empty() && outstanding.others.is_empty());
     }
 }

@@ -17,14 +17,14 @@ use garenne_common::bundling::DurationEstimates;
 use garenne_common::topology::Topology;
 use garenne_common::wire::report::{self, BUNDLE_KIND};
 use garenne_common::wire::{Message, Report, RetryNote};
-use garenne_common::{BatchId, ReplyFormat, ReplyTo, TaskId, TaskResult};
+use garenne_common::{BatchId, Fingerprint, ReplyFormat, ReplyTo, TaskId, TaskMessage};
 use parking_lot::Mutex;
 use tokio::sync::{broadcast, oneshot, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::outstanding::Outstanding;
+use super::outstanding::{Ended, Outstanding};
 
 /// Capacity of the buffer of deliveries between the connection and the router, which never blocks.
 const BUFFER: u16 = 512;
@@ -76,7 +76,7 @@ pub(crate) struct Waiting {
     replies: Arc<Replies>,
     id: TaskId,
     ticket: u64,
-    result: oneshot::Receiver<TaskResult>,
+    result: oneshot::Receiver<Ended>,
     answered: bool,
 }
 
@@ -157,27 +157,31 @@ impl Replies {
         self.queue.subscribe()
     }
 
-    /// Registers a wait for the result of `id`. Must happen before the task is sent, or its reply
+    /// Registers a wait for the result of a task. Must happen before the task is sent, or its reply
     /// could be missed.
-    pub(crate) fn expect(self: &Arc<Self>, id: TaskId, queue: &ReplyQueue) -> Waiting {
-        let now = Instant::now().into_std();
-        let (ticket, result) = self.outstanding.lock().expect(id.clone(), queue.epoch, now);
+    pub(crate) fn expect(self: &Arc<Self>, task: &TaskMessage, queue: &ReplyQueue) -> Waiting {
+        let (now, id) = (Instant::now().into_std(), task.id.clone());
+        let mut outstanding = self.outstanding.lock();
+        let (ticket, result) = outstanding.expect(id.clone(), task.fingerprint, queue.epoch, now);
+        drop(outstanding);
         Waiting { replies: Arc::clone(self), id, ticket, result, answered: false }
     }
 
     /// [`expect`](Self::expect) for many at once.
-    pub(crate) fn expect_all(
+    pub(crate) fn expect_all<'t>(
         self: &Arc<Self>,
-        ids: Vec<TaskId>,
+        tasks: impl Iterator<Item = &'t TaskMessage>,
         queue: &ReplyQueue,
     ) -> Vec<Waiting> {
         let now = Instant::now().into_std();
         let mut outstanding = self.outstanding.lock();
-        let place = |id: TaskId| {
-            let (ticket, result) = outstanding.expect(id.clone(), queue.epoch, now);
+        let place = |task: &TaskMessage| {
+            let id = task.id.clone();
+            let (ticket, result) =
+                outstanding.expect(id.clone(), task.fingerprint, queue.epoch, now);
             Waiting { replies: Arc::clone(self), id, ticket, result, answered: false }
         };
-        ids.into_iter().map(place).collect()
+        tasks.map(place).collect()
     }
 
     /// Registers a wait for the response to the query with this correlation id.
@@ -188,7 +192,7 @@ impl Replies {
     }
 
     /// Up to `limit` ids that the collector should be asked for now.
-    pub(crate) fn due(&self, limit: usize) -> Vec<TaskId> {
+    pub(crate) fn due(&self, limit: usize) -> Vec<(TaskId, Option<Fingerprint>)> {
         self.outstanding.lock().due(limit, Instant::now().into_std())
     }
 
@@ -239,6 +243,7 @@ impl Replies {
                     note.batch = note.batch.take().map(&mut public);
                     drop(self.retries.send(note));
                 }
+                Report::Conflict { id, queried } => outstanding.conflict(&id, queried),
                 // For collectors; nothing here waits for them.
                 Report::BatchOpened { .. }
                 | Report::BatchSealed { .. }
@@ -285,7 +290,7 @@ impl Drop for Router {
 impl Waiting {
     /// Waits for the result; `None` when the router has ended. Cancel-safe; must not be called
     /// again after it has returned.
-    pub(crate) async fn result(&mut self) -> Option<TaskResult> {
+    pub(crate) async fn result(&mut self) -> Option<Ended> {
         let result = (&mut self.result).await.ok();
         self.answered = true;
         result

@@ -178,6 +178,7 @@ impl Tap {
                 Report::Retrying(_)
                 | Report::BatchOpened { .. }
                 | Report::BatchSealed { .. }
+                | Report::Conflict { .. }
                 | Report::Lease(_) => None,
             }));
         }

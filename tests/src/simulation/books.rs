@@ -9,7 +9,7 @@ use garenne_common::outcome::{DeadReason, Status};
 use garenne_common::wire::lease::execution_of;
 use garenne_common::wire::{self, BatchState, DeadLetter, HeaderValue, Lease, Message, Report};
 use garenne_common::{BatchId, TaskId};
-use garenne_worker::protocol::Key as Attempt;
+use garenne_worker::protocol::AttemptKey;
 
 use super::ledger::Store;
 use super::script::{Behaviour, Script, Work, id_of};
@@ -68,7 +68,7 @@ impl Books {
     }
 
     /// What to call an attempt.
-    pub(super) fn label(&self, key: &Attempt) -> String {
+    pub(super) fn label(&self, key: &AttemptKey) -> String {
         let number = self.work(&key.id).map_or(0, |work| work.number);
         format!("task {number} attempt {} fence {}", key.attempt, key.fence)
     }
@@ -298,8 +298,8 @@ fn is_kept(report: &Report, store: &Store) -> bool {
         Report::FinishedUnderLease { result, .. } => {
             store.results.contains_key(&result.id) || store.leases.contains_key(&result.id)
         }
-        // It says something of a lease, and does not carry it.
-        Report::Lease(_) => true,
+        // The first is about a lease and does not carry it, the second is sent by collectors only.
+        Report::Lease(_) | Report::Conflict { .. } => true,
         Report::Retrying(note) => store.attempts.contains(&(note.id.clone(), note.attempt)),
         Report::BatchOpened { batch, .. } => store.batches.contains_key(batch),
         Report::BatchSealed { batch, .. } => {

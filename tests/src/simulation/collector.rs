@@ -1,12 +1,12 @@
 //! A collector process: the real `Group` and `aggregate::apply` over a store of maps, the order of its
-//! steps as in `collector/src/pipeline.rs`, `collector/src/relay.rs` and `collector/src/deadlines.rs`.
+//! steps as in `collector/src/ingest/mod.rs`, `collector/src/outbox/mod.rs` and `collector/src/control/deadlines.rs`.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use garenne_collector::aggregate::{Rules, apply};
-use garenne_collector::group::{Group, Source};
+use garenne_collector::ingest::group::{Group, Source};
+use garenne_collector::rules::aggregate::{Rules, apply};
 use garenne_common::Timestamp;
 use garenne_common::broker::{DeliveryTag, Outgoing};
 use garenne_common::wire::Notice;

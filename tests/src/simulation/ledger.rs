@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 
-use garenne_collector::aggregate::{Inserted, Ledger, Resend};
-use garenne_collector::batch::Batch;
-use garenne_collector::lease::{LeaseStanding, LeaseState};
+use garenne_collector::rules::aggregate::{Inserted, Ledger, Resend};
+use garenne_collector::rules::batch::Batch;
+use garenne_collector::rules::lease::{LeaseRecord, LeaseState};
 use garenne_common::topology::Topology;
 use garenne_common::wire::{DeadLetter, Lease, Message, Notice, RetryNote, lease};
 use garenne_common::{BatchId, DeadReason, Status, TaskId, TaskResult, Timestamp};
@@ -65,11 +65,11 @@ impl Ledger for Transaction {
         Ok(())
     }
 
-    fn task_over(&mut self, _: &TaskId) -> Result<(), Infallible> {
+    fn task_ended(&mut self, _: &TaskId) -> Result<(), Infallible> {
         Ok(())
     }
 
-    fn batch_over(&mut self, _: &BatchId) -> Result<(), Infallible> {
+    fn batch_ended(&mut self, _: &BatchId) -> Result<(), Infallible> {
         Ok(())
     }
 
@@ -115,10 +115,10 @@ impl Ledger for Transaction {
         Ok(())
     }
 
-    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseStanding>, Infallible> {
+    fn lease(&mut self, id: &TaskId) -> Result<Option<LeaseRecord>, Infallible> {
         let standing = |held: &HeldLease| {
             let (fence, state) = (held.lease.fence.clone(), held.state);
-            LeaseStanding { fence, state }
+            LeaseRecord { fence, state }
         };
         Ok(self.store.leases.get(id).map(standing))
     }

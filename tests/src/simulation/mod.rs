@@ -3,7 +3,7 @@
 //! A schedule is what one seed decides: producers, tasks and how they behave, processes, the order of
 //! every small step, and what breaks between any two of them. [`world`] runs it, [`books`] holds the
 //! promises against it. The real code is `garenne_worker::protocol` and `decide`,
-//! `garenne_collector::aggregate`, `batch` and `group`, the wire formats and the topology; [`broker`],
+//! `garenne_collector::rules::aggregate`, `batch` and `group`, the wire formats and the topology; [`broker`],
 //! [`worker`], [`collector`] and [`producer`] model what lies between. docs/decisions/0012 says why.
 //!
 //! A failure prints its seed and the last steps. `GARENNE_SIM_SEED=7` runs that one schedule and prints

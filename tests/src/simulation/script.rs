@@ -189,6 +189,7 @@ impl Work {
             options: Options { retry, expires_at, ..Options::default() },
             submitted_at: Some(Timestamp::from_millis(BEGIN)),
             traceparent: None,
+            fingerprint: None,
         };
         let mut message = wire::task::encode(&task, "producer");
         match self.behaviour {

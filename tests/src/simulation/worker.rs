@@ -4,13 +4,14 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use garenne_common::broker::Outgoing;
+use garenne_common::broker::{BrokerError, Outgoing};
 use garenne_common::wire::lease::next_fence;
 use garenne_common::wire::{Fence, HeaderValue, Message};
-use garenne_common::{QueueName, ReplyGate, ReplyRule, TaskId, TaskMessage, TaskName, Timestamp};
+use garenne_common::{QueueName, ReplyGate, ReplyRule, TaskId, TaskName};
 use garenne_worker::protocol::{
-    Action, Admission, Answer, Arrival, Carrier, DeliveryRef, Ended, Inflight, Key, Lane, Outbound,
-    SettleCore, Settlement, Signature, Subject, Successor, Ticket, admit,
+    Action, Arrival, Attempt, AttemptKey, DeliveryRef, KnownAttempts, Outbound, QueueIndex,
+    SettleCore, Settlement, SettlementBuilder, Subject, Successor, TaskSource, Ticket,
+    UnackedDeliveries, validate,
 };
 use garenne_worker::{Disposition, Outcome, decide};
 
@@ -31,21 +32,21 @@ pub(super) struct Worker {
     /// One for each queue.
     pub(super) consumers: Vec<usize>,
     pub(super) publisher: usize,
-    lanes: Arc<Vec<Lane>>,
-    inflight: Arc<Inflight>,
-    signature: Signature,
+    queues: [Queue; 2],
+    known: Arc<KnownAttempts>,
+    settlements: SettlementBuilder,
     core: SettleCore,
     concurrency: usize,
-    running: Vec<Running>,
+    running: Vec<Attempt>,
     inbox: VecDeque<Settlement>,
-    answers: VecDeque<(Ticket, Answer)>,
+    confirms: VecDeque<(Ticket, Result<(), BrokerError>)>,
     todo: VecDeque<Action>,
     window: usize,
     /// For [`Mutation::WaitsForRoomInLine`].
     in_line: InLine,
     tickets: HashMap<u64, Ticket>,
     /// What this process has run, which it must not run again.
-    seen: HashSet<Key>,
+    seen: HashSet<AttemptKey>,
     /// What the broker wrote on messages, for [`Mutation::KeepDeathMarks`].
     deaths: HashMap<String, HeaderValue>,
 }
@@ -59,45 +60,45 @@ struct InLine {
     begun: VecDeque<(Ticket, Outgoing, bool)>,
 }
 
-struct Running {
-    task: Arc<TaskMessage>,
-    message: Message,
-    redelivered: bool,
-    started_at: Timestamp,
-    lease: Option<Fence>,
+/// A queue that the worker serves.
+struct Queue {
+    name: QueueName,
+    unacked: Arc<UnackedDeliveries>,
 }
 
 impl Worker {
     pub(super) fn start(env: &mut Env, name: String, script: &Script) -> Self {
         let names = QUEUES.map(|name| QueueName::new(name).unwrap());
         let share = script.prefetch;
-        let queues = names.iter().map(|name| env.topology.task_queue(name)).collect::<Vec<_>>();
-        let consumers = queues.iter().map(|queue| env.consume(queue, share)).collect();
-        let lanes = Arc::new(names.into_iter().map(Lane::new).collect::<Vec<_>>());
-        let inflight = Arc::<Inflight>::default();
+        let full_names = names.iter().map(|name| env.topology.task_queue(name));
+        let full_names = full_names.collect::<Vec<_>>();
+        let consumers = full_names.iter().map(|queue| env.consume(queue, share)).collect();
+        let queues = names.map(|name| Queue { name, unacked: Arc::default() });
+        let known = Arc::<KnownAttempts>::default();
         let topology = (*env.topology).clone();
         let replies = ReplyGate::new(ReplyRule::new(topology.namespace(), &[]));
-        let signature = Signature {
+        let settlements = SettlementBuilder {
             topology,
             max_body: 1024 * 1024,
             replies,
             worker: Arc::from(name.as_str()),
         };
-        let core = SettleCore::new(Arc::clone(&lanes), Arc::clone(&inflight), &signature);
+        let unacked = queues.iter().map(|queue| Arc::clone(&queue.unacked)).collect();
+        let core = SettleCore::new(unacked, Arc::clone(&known), &settlements);
         Self {
             name,
             up: true,
             stopping: false,
             consumers,
             publisher: env.publisher(),
-            lanes,
-            inflight,
-            signature,
+            queues,
+            known,
+            settlements,
             core,
             concurrency: script.concurrency,
             running: vec![],
             inbox: VecDeque::new(),
-            answers: VecDeque::new(),
+            confirms: VecDeque::new(),
             todo: VecDeque::new(),
             window: script.window,
             in_line: InLine::default(),
@@ -133,54 +134,61 @@ impl Worker {
         let Some(delivery) = env.broker.consumers[self.consumers[queue]].inbound.pop_front() else {
             return Ok(false);
         };
-        let at = DeliveryRef { queue, tag: delivery.tag };
-        self.lanes[queue].delivered(at.tag);
+        let at = DeliveryRef { queue: QueueIndex(queue), tag: delivery.tag };
+        self.queues[queue].unacked.delivered(at.tag);
         if self.stopping {
             let acks = env.is(Mutation::DrainAcks);
-            let successor = if acks { Successor::Confirmed } else { Successor::HandBack };
-            self.inbox.push_back(Settlement::bare(Subject::Delivery(at), successor));
+            let successor = if acks { Successor::Confirmed } else { Successor::Requeue };
+            self.inbox.push_back(Settlement::new(Subject::task(at), successor));
             return Ok(true);
         }
-        self.admit(at, delivery, env)?;
+        self.begin(at, delivery, env)?;
         Ok(true)
     }
 
-    fn admit(&mut self, at: DeliveryRef, delivery: Delivery, env: &mut Env) -> Result<(), String> {
+    fn begin(&mut self, at: DeliveryRef, delivery: Delivery, env: &mut Env) -> Result<(), String> {
         let Delivery { message, redelivered, .. } = delivery;
         let message = Arc::unwrap_or_clone(message);
-        let queue = &self.lanes[at.queue].queue;
-        let arrival = Arrival { delivery: at, message: &message, queue, at: env.at() };
-        let find = |name: &TaskName| (name.as_str() == "sim.work").then_some(());
+        let queue = &self.queues[at.queue.0].name;
         if env.is(Mutation::NoAdoption) {
             self.forget(&message);
         }
-        match admit(arrival, find, &self.inflight, &self.signature) {
-            Admission::Run(task, ()) => {
-                let key = Key::of(&task, &message);
-                env.note(|env| format!("{} runs {}", self.name, env.books.label(&key)));
-                env.books.runs(&task.id, task.attempt, env.now)?;
-                verify(self.seen.insert(key.clone()), || format!("P8: {key:?} runs again here"))?;
-                if let Some(marks) = message.header("x-death") {
-                    self.deaths.insert(task.id.to_string(), marks.clone());
-                }
-                let leased = env.books.work(&task.id).is_some_and(|work| work.leased);
-                let lease = leased.then(|| Fence::begin(next_fence(&message).unwrap_or(1)));
-                if let Some(fence) = &lease {
-                    self.inbox.push_back(self.signature.lease(&task, &message, fence, LEASE_TERM));
-                }
-                let started_at = env.at();
-                self.running.push(Running { task, message, redelivered, started_at, lease });
+        let source = TaskSource::Message(Box::new(message));
+        let arrival = Arrival { delivery: at, redelivered, source };
+        let find = |name: &TaskName| (name.as_str() == "sim.work").then_some(());
+        match validate(&arrival, queue, env.at(), find, &self.known, &self.settlements) {
+            Ok((task, ())) => self.run(Attempt::new(task, arrival, env.at()), env),
+            Err(settlement) => {
+                self.inbox.extend(settlement.map(|settlement| *settlement));
+                Ok(())
             }
-            Admission::Adopted => {}
-            Admission::Settle(settlement) => self.inbox.push_back(*settlement),
         }
+    }
+
+    fn run(&mut self, mut attempt: Attempt, env: &mut Env) -> Result<(), String> {
+        let task = Arc::clone(&attempt.task);
+        let key = AttemptKey::of(&task, &attempt.source);
+        env.note(|env| format!("{} runs {}", self.name, env.books.label(&key)));
+        env.books.runs(&task.id, task.attempt, env.now)?;
+        verify(self.seen.insert(key.clone()), || format!("P8: {key:?} runs again here"))?;
+        let message = attempt.source.message().into_owned();
+        if let Some(marks) = message.header("x-death") {
+            self.deaths.insert(task.id.to_string(), marks.clone());
+        }
+        let leased = env.books.work(&task.id).is_some_and(|work| work.leased);
+        attempt.lease = leased.then(|| Fence::begin(next_fence(&message).unwrap_or(1)));
+        if let Some(fence) = &attempt.lease {
+            let lease = self.settlements.lease(&task, &attempt.source, fence, LEASE_TERM);
+            self.inbox.push_back(lease);
+        }
+        self.running.push(attempt);
         Ok(())
     }
 
     fn forget(&self, message: &Message) {
         let Some(id) = id_of(message).and_then(|id| TaskId::new(id).ok()) else { return };
         for attempt in 1..=MAX_ATTEMPTS {
-            self.inflight.forgotten(&Key { id: id.clone(), attempt, fence: 0 });
+            self.known.forget(&AttemptKey { id: id.clone(), attempt, fence: 0 });
         }
     }
 
@@ -189,18 +197,18 @@ impl Worker {
             return false;
         }
         let place = env.random.usize(..self.running.len());
-        if let Running { task, lease: Some(fence), .. } = &self.running[place]
+        if let Attempt { task, lease: Some(fence), .. } = &self.running[place]
             && env.random.u8(..4) == 0
         {
-            self.inbox.push_back(Signature::renewal(task, fence, env.at()));
+            self.inbox.push_back(SettlementBuilder::renewal(task, fence, env.at()));
             return true;
         }
-        let Running { task, message, redelivered, started_at, lease } =
-            self.running.swap_remove(place);
+        let mut attempt = self.running.swap_remove(place);
+        let task = Arc::clone(&attempt.task);
         // The grace period of a stopping worker may be over.
         let interrupted = self.stopping && env.random.bool();
-        if interrupted && lease.is_some() {
-            env.books.may_double(&message);
+        if interrupted && attempt.lease.is_some() {
+            env.books.may_double(&attempt.source.message());
         }
         let work = env.books.work(&task.id);
         let outcome = match work.filter(|_| !interrupted) {
@@ -213,12 +221,10 @@ impl Worker {
             let until = env.at().plus(*after).as_millis();
             env.books.waits(&task.id, task.attempt + 1, until);
         }
-        let key = Key::of(&task, &message);
+        let key = AttemptKey::of(&task, &attempt.source);
         env.note(|env| format!("{} ended {}", self.name, env.books.label(&key)));
-        let finished_at = env.at();
-        let carrier = Carrier::Alone(Box::new(message));
-        let ended = Ended { task, carrier, redelivered, started_at, finished_at, lease };
-        self.inbox.push_back(self.signature.settlement(&ended, disposition));
+        attempt.finished_at = env.at();
+        self.inbox.push_back(self.settlements.build(&attempt, disposition));
         true
     }
 
@@ -234,16 +240,16 @@ impl Worker {
             return done;
         }
         let room = self.core.wants_room() && self.has_room(env);
-        let others = !self.answers.is_empty() || !self.inbox.is_empty();
+        let others = !self.confirms.is_empty() || !self.inbox.is_empty();
         if room && (!others || env.random.bool()) {
-            if let Some(outbound) = self.core.room() {
+            if let Some(outbound) = self.core.next_message() {
                 self.publish(outbound, env);
             }
             return true;
         }
         let mut actions = vec![];
-        if let Some((ticket, answer)) = self.answers.pop_front() {
-            self.core.answered(ticket, answer, &mut actions);
+        if let Some((ticket, result)) = self.confirms.pop_front() {
+            self.core.confirm(ticket, &result, &mut actions);
         } else if self.inbox.is_empty() {
             return false;
         } else {
@@ -259,13 +265,13 @@ impl Worker {
 
     fn carry_out(&mut self, action: Action, env: &mut Env) {
         match action {
-            Action::Acknowledge { lane, ack } => {
+            Action::Acknowledge { queue, ack } => {
                 let multiple = ack.multiple || env.is(Mutation::AckTooMuch);
                 let check = !env.is(Mutation::NoEpochCheck);
-                env.broker.consumers[self.consumers[lane]].ack(ack.tag, multiple, check);
+                env.broker.consumers[self.consumers[queue.0]].ack(ack.tag, multiple, check);
             }
-            Action::HandBack(at) => {
-                env.broker.consumers[self.consumers[at.queue]].requeue(at.tag);
+            Action::Requeue(at) => {
+                env.broker.consumers[self.consumers[at.queue.0]].requeue(at.tag);
             }
         }
     }
@@ -275,25 +281,22 @@ impl Worker {
     }
 
     fn publish(&mut self, outbound: Outbound, env: &mut Env) {
-        match outbound {
-            Outbound::Successor { ticket, outgoing } => {
-                let outgoing = self.spoil(outgoing, env);
-                let number = env.send(self.publisher, outgoing);
-                if env.is(Mutation::AckBeforeConfirm) {
-                    self.answers.push_back((ticket, Answer::Confirmed));
-                } else {
-                    self.tickets.insert(number, ticket);
-                }
-            }
-            Outbound::Reply(outgoing) => env.send_and_forget(self.publisher, outgoing),
+        let Outbound { ticket, outgoing } = outbound;
+        let Some(ticket) = ticket else { return env.send_and_forget(self.publisher, outgoing) };
+        let outgoing = self.spoil(outgoing, env);
+        let number = env.send(self.publisher, outgoing);
+        if env.is(Mutation::AckBeforeConfirm) {
+            self.confirms.push_back((ticket, Ok(())));
+        } else {
+            self.tickets.insert(number, ticket);
         }
     }
 
     /// The turn of a driver that waits for room in line; `None` if it may hear of something else.
     fn drive_in_line(&mut self, env: &mut Env) -> Option<bool> {
-        self.in_line.rest.extend(std::iter::from_fn(|| self.core.room()));
+        self.in_line.rest.extend(std::iter::from_fn(|| self.core.next_message()));
         match self.in_line.rest.pop_front() {
-            Some(Outbound::Successor { ticket, outgoing }) => {
+            Some(Outbound { ticket: Some(ticket), outgoing }) => {
                 self.in_line.begun.push_back((ticket, outgoing, false));
             }
             Some(reply) if self.has_room(env) && !self.in_line.begun.iter().any(|b| b.2) => {
@@ -309,7 +312,7 @@ impl Worker {
                     return None;
                 }
                 let (ticket, outgoing, _) = self.in_line.begun.pop_front()?;
-                self.publish(Outbound::Successor { ticket, outgoing }, env);
+                self.publish(Outbound { ticket: Some(ticket), outgoing }, env);
             }
         }
         Some(true)
@@ -333,7 +336,7 @@ impl Worker {
     fn hear(&mut self, env: &mut Env) -> bool {
         let Some((number, _)) = env.confirm(self.publisher) else { return false };
         if let Some(ticket) = self.tickets.remove(&number) {
-            self.answers.push_back((ticket, Answer::Confirmed));
+            self.confirms.push_back((ticket, Ok(())));
         }
         true
     }
@@ -355,8 +358,8 @@ impl Worker {
     pub(super) fn lose_publisher(&mut self, env: &mut Env) -> Result<(), String> {
         env.lose_publisher(self.publisher)?;
         if env.is(Mutation::LostConfirmCounts) {
-            let tickets = self.tickets.drain().map(|(_, ticket)| (ticket, Answer::Confirmed));
-            self.answers.extend(tickets);
+            let tickets = self.tickets.drain().map(|(_, ticket)| (ticket, Ok(())));
+            self.confirms.extend(tickets);
         }
         Ok(())
     }

@@ -95,6 +95,7 @@ async fn fill(amqp: &Amqp, results: usize) {
         worker: "host:4711".into(),
         started_at: Timestamp::now(),
         finished_at: Timestamp::now(),
+        fingerprint: None,
     };
     for first in (0..results).step_by(BUNDLE) {
         let bundle = first..results.min(first + BUNDLE);

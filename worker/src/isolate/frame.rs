@@ -1,7 +1,7 @@
-//! What a worker and its child processes say to each other: length, length, JSON, bytes.
+//! The protocol between a worker and its child processes: two lengths, JSON, bytes.
 //!
-//! Both ends are the same build of the same program, so this format has no versions. Lengths are
-//! bounded all the same: a child runs a suspect, and what it writes may be anything.
+//! Both ends are the same build of the same program, so the format has no version. Lengths are bounded
+//! nevertheless, since a child runs suspects and may write anything.
 
 use std::io::{self, Read, Write};
 
@@ -11,75 +11,68 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Headers of a task and error texts are far below.
+use crate::run::outcome::Retryable;
+
+/// Headers of a task and error texts are much smaller.
 const MAX_HEAD_BYTES: usize = 1024 * 1024;
-/// An error text is cut to this many characters.
+/// Error texts are truncated to this number of characters.
 const MAX_TEXT_CHARS: usize = 16_000;
 
-/// From the worker to a child.
+/// A command of the worker to a child.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Order {
+pub(super) enum ChildCommand {
     /// Run this task; the body is its arguments.
-    Run(Box<Job>),
+    Run(Box<ChildTask>),
     /// The attempt should end.
     Cancel,
     /// The attempt is over.
     Stop,
-    /// A command is about to run, as one that has this in its environment.
+    /// A command is about to start with this value in its environment.
     Watch(RunId),
-    /// The process group of a command that runs.
+    /// The process group of a running command.
     Group(RunId, i32),
-    /// A command has ended, and its process group with it.
+    /// A command and its process group have ended.
     Unwatch(RunId),
 }
 
-/// One run of a command.
+/// Identifies one run of a command.
 pub(super) type RunId = String;
 
-/// One attempt.
+/// A task to run.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Job {
+pub(super) struct ChildTask {
     pub(super) queue: QueueName,
     pub(super) properties: Properties,
     pub(super) headers: Vec<(String, HeaderValue)>,
-    /// How the worker signs.
+    /// Name of the worker.
     pub(super) worker: String,
     pub(super) redelivered: bool,
     pub(super) crashes: u32,
-    /// The number of a leased execution.
+    /// The fence of an execution under a lease.
     pub(super) fence: Option<u64>,
 }
 
-/// From a child to its worker.
+/// A message of a child to its worker.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-pub(super) enum Answer {
-    /// It can take its first order.
+pub(super) enum ChildMessage {
+    /// It accepts commands.
     Ready,
-    /// From here on a death is charged to the task.
+    /// It runs the task: from now on its death counts as a crash of the task.
     Started,
     /// The handler returned; the body is its output.
     Output(Codec),
-    /// The arguments are not what the handler takes.
+    /// The arguments do not fit the handler.
     BadArguments(String),
     /// The handler failed.
-    Failed { message: String, retryable: Retry },
+    Failed { message: String, retryable: Retryable },
     /// The handler panicked.
     Panicked(String),
-    /// It was stopped; what it did counts for nothing.
+    /// It was stopped; there is no outcome.
     Stopped,
 }
 
-/// `Retryable`, as it travels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Retry {
-    ByPolicy,
-    AfterMillis(u64),
-    Never,
-    OutOfResources,
-}
-
-impl Job {
-    /// The message that the child decodes again.
+impl ChildTask {
+    /// The message of the task, which the child decodes again.
     pub(super) fn message(&self, body: Vec<u8>) -> Message {
         let headers = self.headers.iter();
         let headers = headers.map(|(name, value)| (name.clone().into(), value.clone())).collect();
@@ -87,18 +80,18 @@ impl Job {
     }
 }
 
-/// Cuts a text that may be of any length.
-pub(super) fn cut(text: &str) -> String {
+/// Truncates an error text.
+pub(super) fn truncate(text: &str) -> String {
     text.chars().take(MAX_TEXT_CHARS).collect()
 }
 
-/// One message with its lengths, ready to be written.
+/// Encodes one message with its lengths.
 pub(super) fn encode(head: &impl Serialize, body: &[u8]) -> io::Result<Vec<u8>> {
     let head = serde_json::to_vec(head)?;
     check(head.len(), body.len())?;
     let mut bytes = Vec::with_capacity(8 + head.len() + body.len());
     for length in [head.len(), body.len()] {
-        // Checked: both are far below.
+        // Checked above: both are much smaller.
         bytes.extend(u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
     }
     bytes.extend(head);
@@ -120,7 +113,7 @@ pub(super) fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<(T, 
     Ok((serde_json::from_slice(&head)?, body))
 }
 
-/// [`read`], without blocking. What was read is lost when it is dropped half-way.
+/// [`read`] without blocking. Not cancel-safe: dropping the future loses what it has read.
 pub(super) async fn read_async<T: DeserializeOwned>(
     from: &mut (impl AsyncRead + Unpin),
 ) -> io::Result<(T, Vec<u8>)> {
@@ -134,7 +127,7 @@ pub(super) async fn read_async<T: DeserializeOwned>(
 }
 
 fn split(lengths: [u8; 8]) -> io::Result<(usize, usize)> {
-    // Both at once: the first length is the lower half of a little-endian number.
+    // The first length is the lower half of the little-endian number.
     let both = u64::from_le_bytes(lengths);
     let length = |bits: u64| usize::try_from(bits & u64::from(u32::MAX)).unwrap_or(usize::MAX);
     let (head, body) = (length(both), length(both >> 32));
@@ -152,28 +145,32 @@ fn check(head: usize, body: usize) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     #[tokio::test]
-    async fn what_was_written_is_read() {
-        let answer = Answer::Failed { message: "no".to_owned(), retryable: Retry::AfterMillis(7) };
-        let bytes = encode(&answer, b"body").unwrap();
-        assert_eq!(read::<Answer>(&mut &*bytes).unwrap().0, answer);
-        let (read, body) = read_async::<Answer>(&mut &*bytes).await.unwrap();
-        assert_eq!((read, &*body), (answer, &b"body"[..]));
+    async fn messages_are_read_as_written() {
+        let message = ChildMessage::Failed {
+            message: "no".to_owned(),
+            retryable: Retryable::After(Duration::from_millis(7)),
+        };
+        let bytes = encode(&message, b"body").unwrap();
+        assert_eq!(read::<ChildMessage>(&mut &*bytes).unwrap().0, message);
+        let (read, body) = read_async::<ChildMessage>(&mut &*bytes).await.unwrap();
+        assert_eq!((read, &*body), (message, &b"body"[..]));
     }
 
     #[test]
-    fn absurd_lengths_are_refused_before_anything_is_allocated() {
+    fn excessive_lengths_are_refused_before_allocation() {
         let bytes = [0xff; 64];
-        assert!(read::<Answer>(&mut &bytes[..]).is_err());
-        assert!(encode(&Answer::Ready, &vec![0; MAX_BODY_BYTES + 1]).is_err());
+        assert!(read::<ChildMessage>(&mut &bytes[..]).is_err());
+        assert!(encode(&ChildMessage::Ready, &vec![0; MAX_BODY_BYTES + 1]).is_err());
     }
 
     #[test]
-    fn an_end_half_way_is_an_error() {
-        let bytes = encode(&Answer::Started, b"body").unwrap();
+    fn a_truncated_message_is_an_error() {
+        let bytes = encode(&ChildMessage::Started, b"body").unwrap();
         for end in 0..bytes.len() {
-            assert!(read::<Answer>(&mut &bytes[..end]).is_err());
+            assert!(read::<ChildMessage>(&mut &bytes[..end]).is_err());
         }
     }
 }

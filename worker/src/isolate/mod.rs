@@ -1,137 +1,142 @@
-//! Isolation: suspects run in child processes, so that one that kills its process kills nothing else.
+//! Isolation: suspects run in child processes, so that a task that crashes its process harms nothing else.
 //!
-//! A child is this very program, started again (docs/decisions/0008). It runs one task at a time, so
-//! its death is that task's doing and nobody else's. Children are started on demand, used again for
-//! further suspects, and ended when there have been none for a while.
+//! A child is this program, started again (docs/decisions/0008). It runs one task at a time, so that its
+//! death has only one possible cause. Children are started on demand, reused for further suspects, and
+//! ended when they have been idle for a while.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::Payload;
 use garenne_common::Timestamp;
 use garenne_common::wire::{self, CrashRecord};
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::context::Context;
-use crate::handler::{Fault, Handler, Registry, Running, Slot};
-use crate::outcome::{Crash, TaskError, Trouble, TroubleKind};
+use crate::handlers::{Context, Handler, Registry, RunningHandler};
+use crate::run::concurrency::Permit;
+use crate::run::outcome::{Crash, Outcome, StartFailure, StartFailureKind, TaskError};
 
 mod child;
 mod frame;
 mod process;
 mod warden;
 
-use frame::{Answer, Job, Order, Retry};
-use process::Process;
-pub(crate) use warden::{RUN, Warden, Watch};
+use frame::{ChildCommand, ChildMessage, ChildTask};
+use process::ChildProcess;
+pub(crate) use warden::{RUN_VARIABLE, Warden, WatchedRun};
 
-/// After so long without a suspect a child is ended.
-const IDLE: Duration = Duration::from_secs(10);
-const SWEEP: Duration = Duration::from_secs(1);
-/// How many children are tried that die before they have begun with a task.
-const STARTS: u32 = 3;
+/// Idle time after which a child is ended.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Number of children that are tried if they die before they start with the task.
+const MAX_STARTS: u32 = 3;
 
-/// Serves the worker that started this process, until that is gone.
+/// Runs tasks for the worker that started this process, until that is gone.
 pub(crate) async fn serve(registry: Registry) {
     if let Err(error) = child::serve(registry).await {
-        tracing::error!(%error, "the isolated process lost its worker");
+        tracing::error!(%error, "a child process has lost its worker");
     }
 }
 
 /// The child processes of a worker.
 #[derive(Debug)]
 pub(crate) struct Isolation {
-    /// How many suspects run at once.
-    places: Arc<Semaphore>,
-    idle: Mutex<Vec<Process>>,
+    /// Limits the number of children.
+    permits: Arc<Semaphore>,
+    idle: Mutex<Vec<ChildProcess>>,
 }
 
 /// The right to use one child process, and the process, unless it could not be started.
-pub(crate) struct Place {
-    turn: OwnedSemaphorePermit,
-    process: std::io::Result<Process>,
+pub(crate) struct ReservedChild {
+    permit: OwnedSemaphorePermit,
+    process: std::io::Result<ChildProcess>,
 }
 
 impl Isolation {
-    /// For a worker with so many slots: two children per core at most, since each is a whole process.
-    pub(crate) fn new(slots: usize) -> Arc<Self> {
+    /// For a worker with this concurrency. At most two children per core, since each is a whole process.
+    pub(crate) fn new(concurrency: usize) -> Arc<Self> {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        let places = slots.min(2 * cores.max(2));
-        Arc::new(Self { places: Arc::new(Semaphore::new(places)), idle: Mutex::default() })
+        let children = concurrency.min(2 * cores.max(2));
+        Arc::new(Self { permits: Arc::new(Semaphore::new(children)), idle: Mutex::default() })
     }
 
-    /// Waits for its turn and for a child that is ready: starting one must not use up an attempt's
-    /// time. `None` never happens while this lives.
-    pub(crate) async fn place(&self) -> Option<Place> {
-        let turn = Arc::clone(&self.places).acquire_owned().await.ok()?;
-        Some(Place { turn, process: self.process().await })
+    /// Waits for a child that is ready: starting it must not use up the time of an attempt. The semaphore
+    /// is never closed, so the result is never `None` while `self` exists.
+    pub(crate) async fn reserve(&self) -> Option<ReservedChild> {
+        let permit = Arc::clone(&self.permits).acquire_owned().await.ok()?;
+        Some(ReservedChild { permit, process: self.process().await })
     }
 
-    /// Ends children that have nothing to do, until `stop`, and then all of them.
+    /// Ends idle children, and all of them when `stop` fires.
     pub(crate) async fn sweep(self: Arc<Self>, stop: CancellationToken) {
-        let mut clock = tokio::time::interval(SWEEP);
+        let mut interval = tokio::time::interval(SWEEP_INTERVAL);
         loop {
             tokio::select! {
-                _ = clock.tick() => {
+                _ = interval.tick() => {
                     let now = Instant::now();
-                    self.idle().retain(|process| now - process.idle_since < IDLE);
+                    self.idle.lock().retain(|process| now - process.idle_since < IDLE_TIMEOUT);
                 }
-                () = stop.cancelled() => return self.idle().clear(),
+                () = stop.cancelled() => return self.idle.lock().clear(),
             }
         }
     }
 
-    /// A child that waits for orders: an idle one, or a new one.
-    async fn process(&self) -> std::io::Result<Process> {
+    /// A child that waits for commands: an idle one or a new one.
+    async fn process(&self) -> std::io::Result<ChildProcess> {
         loop {
-            let idle = self.idle().pop();
-            let Some(mut process) = idle else { return Process::start().await };
-            if process.lives() {
+            let idle = self.idle.lock().pop();
+            let Some(mut process) = idle else { return ChildProcess::start().await };
+            if process.is_alive() {
                 return Ok(process);
             }
         }
     }
 
-    fn give_back(&self, mut process: Process) {
+    fn give_back(&self, mut process: ChildProcess) {
         process.idle_since = Instant::now();
-        self.idle().push(process);
-    }
-
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Process>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        self.idle.lock().push(process);
     }
 }
 
-/// A suspect about to run in a child process; stands in for its handler.
+/// Runs one suspect in a child process, in place of its handler.
 pub(crate) struct Isolated {
-    pub(crate) isolation: Arc<Isolation>,
-    /// The crashes charged so far.
-    pub(crate) record: CrashRecord,
-    pub(crate) budget: u32,
-    /// Taken by the one attempt.
-    pub(crate) place: Mutex<Option<Place>>,
+    isolation: Arc<Isolation>,
+    /// Taken by the only attempt.
+    child: Mutex<Option<ReservedChild>>,
+    /// Earlier crashes of the task.
+    crashes: CrashRecord,
+    budget: u32,
+}
+
+impl Isolated {
+    pub(crate) fn new(
+        isolation: Arc<Isolation>,
+        child: ReservedChild,
+        crashes: CrashRecord,
+        budget: u32,
+    ) -> Self {
+        Self { isolation, child: Mutex::new(Some(child)), crashes, budget }
+    }
 }
 
 impl Handler for Isolated {
-    fn run(&self, context: Context, slot: Slot) -> Running {
-        let (isolation, record) = (Arc::clone(&self.isolation), self.record.clone());
-        let budget = self.budget;
-        let place = self.place.lock().unwrap_or_else(PoisonError::into_inner).take();
+    fn run(&self, context: Context, permit: Permit) -> RunningHandler {
+        let (isolation, crashes) = (Arc::clone(&self.isolation), self.crashes.clone());
+        let (child, budget) = (self.child.lock().take(), self.budget);
         Box::pin(async move {
-            let _slot = slot;
-            // Taken once; there is no second attempt by this handler.
-            let Some(Place { process, turn: _turn }) = place else {
-                return Err(Fault::Interrupted);
+            let _permit = permit;
+            // There is only one attempt with this handler.
+            let Some(ReservedChild { process, permit: _child }) = child else {
+                return Outcome::Interrupted;
             };
-            attempt(&isolation, process, &context).await.map_err(|end| match end {
-                End::Fault(fault) => fault,
-                End::Died(how) => {
-                    let record = record.charged(Timestamp::now(), context.worker(), &how);
-                    Fault::Crashed(Crash { record, budget, how })
-                }
-            })
+            let died = |how: String| {
+                let record = crashes.charged(Timestamp::now(), context.worker(), &how);
+                Outcome::Crashed(Crash { record, budget, how })
+            };
+            attempt(&isolation, process, &context).await.unwrap_or_else(|Died(how)| died(how))
         })
     }
 
@@ -140,55 +145,75 @@ impl Handler for Isolated {
     }
 }
 
-/// How an isolated attempt ended without an output.
-enum End {
-    Fault(Fault),
-    /// Its process died.
-    Died(String),
-}
+/// The child died while it ran the task; describes how.
+struct Died(String);
 
-/// A child that does not begin is not the task's doing.
 async fn attempt(
     isolation: &Isolation,
-    mut process: std::io::Result<Process>,
+    process: std::io::Result<ChildProcess>,
     context: &Context,
-) -> Result<Payload, End> {
-    let order = Order::Run(Box::new(job(context)));
+) -> Result<Outcome, Died> {
+    let mut process = match start(isolation, process, context).await {
+        Ok(process) => process,
+        Err(error) => return Ok(not_started(&error)),
+    };
+    match receive_outcome(&mut process, context).await {
+        Ok((message, body)) => {
+            isolation.give_back(process);
+            Ok(decode_outcome(message, body))
+        }
+        Err(_) => Err(Died(process.wait_for_exit().await)),
+    }
+}
+
+/// Starts the attempt in a child. A child that dies before it has started with the task, for instance
+/// while it was idle, is replaced by another one: the task is not at fault.
+async fn start(
+    isolation: &Isolation,
+    mut process: std::io::Result<ChildProcess>,
+    context: &Context,
+) -> std::io::Result<ChildProcess> {
+    let command = ChildCommand::Run(Box::new(child_task(context)));
     let mut starts = 1;
-    let mut process = loop {
-        match begin(process, &order, &context.task().args.bytes).await {
-            Ok(process) => break process,
-            Err(Begin::NoProcess(error)) => return Err(End::Fault(unable(&error))),
-            // One that waited for orders can have been killed meanwhile.
-            Err(Begin::Died(error)) if starts == STARTS => return Err(End::Fault(unable(&error))),
-            Err(Begin::Died(error)) => {
-                tracing::warn!(%error, "a child process ended before it began with its task");
+    loop {
+        let mut child = process?;
+        match assign(&mut child, &command, &context.task().args.bytes).await {
+            Ok(()) => return Ok(child),
+            Err(error) if starts == MAX_STARTS => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "a child process ended before it started with its task");
             }
         }
         starts += 1;
         process = isolation.process().await;
-    };
-    match hear_out(&mut process, context).await {
-        Ok((answer, body)) => {
-            isolation.give_back(process);
-            result(answer, body).map_err(End::Fault)
-        }
-        Err(_) => Err(End::Died(process.death().await)),
     }
 }
 
-fn unable(error: &std::io::Error) -> Fault {
-    let what = "cannot start a child process for an isolated attempt";
-    let shortage = Trouble::of_shortage(error, what);
-    let other = || Trouble::new(TroubleKind::Isolation, format!("{what}: {error}"));
-    Fault::Unable(shortage.unwrap_or_else(other))
+/// Sends the task to a child and waits until the child has started with it.
+async fn assign(
+    child: &mut ChildProcess,
+    command: &ChildCommand,
+    args: &[u8],
+) -> std::io::Result<()> {
+    child.send(command, args).await?;
+    match child.receive().await? {
+        (ChildMessage::Started, _) => Ok(()),
+        (other, _) => Err(std::io::Error::other(format!("{other:?} instead of a start"))),
+    }
 }
 
-fn job(context: &Context) -> Job {
+fn not_started(error: &std::io::Error) -> Outcome {
+    let what = "cannot start a child process for an isolated attempt";
+    let shortage = StartFailure::of_shortage(error, what);
+    let other = || StartFailure::new(StartFailureKind::Isolation, format!("{what}: {error}"));
+    Outcome::NotStarted(shortage.unwrap_or_else(other))
+}
+
+fn child_task(context: &Context) -> ChildTask {
     let task = context.task();
     let message = wire::task::encode(task, context.worker());
     let headers = message.headers.into_iter().map(|(name, value)| (name.into_owned(), value));
-    Job {
+    ChildTask {
         queue: task.queue.clone(),
         properties: message.properties,
         headers: headers.collect(),
@@ -199,59 +224,33 @@ fn job(context: &Context) -> Job {
     }
 }
 
-/// Why a child did not begin with a task.
-enum Begin {
-    /// It could not be started.
-    NoProcess(std::io::Error),
-    /// It was there and is not any more.
-    Died(std::io::Error),
+/// Waits for the outcome, and passes signals for the attempt on to the child meanwhile.
+async fn receive_outcome(
+    process: &mut ChildProcess,
+    context: &Context,
+) -> std::io::Result<(ChildMessage, Vec<u8>)> {
+    let (mut messages, mut commands) = process.split();
+    let mut outcome = std::pin::pin!(frame::read_async(&mut messages));
+    tokio::select! {
+        outcome = &mut outcome => return outcome,
+        () = context.cancelled() => commands.send(&ChildCommand::Cancel).await,
+    }
+    tokio::select! {
+        outcome = &mut outcome => return outcome,
+        () = context.over() => commands.send(&ChildCommand::Stop).await,
+    }
+    outcome.await
 }
 
-/// Hands the task to a child and waits until that has begun with it.
-async fn begin(
-    process: std::io::Result<Process>,
-    order: &Order,
-    args: &[u8],
-) -> Result<Process, Begin> {
-    let mut process = process.map_err(Begin::NoProcess)?;
-    process.tell(order, args).await.map_err(Begin::Died)?;
-    match process.next().await.map_err(Begin::Died)? {
-        (Answer::Started, _) => Ok(process),
-        (other, _) => {
-            Err(Begin::Died(std::io::Error::other(format!("{other:?} instead of a start"))))
+fn decode_outcome(message: ChildMessage, body: Vec<u8>) -> Outcome {
+    match message {
+        ChildMessage::Output(codec) => Outcome::Succeeded(Payload { codec, bytes: body.into() }),
+        ChildMessage::BadArguments(error) => Outcome::BadArguments(error),
+        ChildMessage::Panicked(message) => Outcome::Panicked(message),
+        ChildMessage::Failed { message, retryable } => {
+            Outcome::of_error(TaskError::with(message, retryable))
         }
-    }
-}
-
-/// Waits for the answer, and passes on what the attempt is told meanwhile.
-async fn hear_out(process: &mut Process, context: &Context) -> std::io::Result<(Answer, Vec<u8>)> {
-    let (mut answers, mut orders) = process.halves();
-    let mut answer = std::pin::pin!(frame::read_async(&mut answers));
-    tokio::select! {
-        answer = &mut answer => return answer,
-        () = context.cancelled() => orders.tell(&Order::Cancel).await,
-    }
-    tokio::select! {
-        answer = &mut answer => return answer,
-        () = context.over() => orders.tell(&Order::Stop).await,
-    }
-    answer.await
-}
-
-fn result(answer: Answer, body: Vec<u8>) -> Result<Payload, Fault> {
-    match answer {
-        Answer::Output(codec) => Ok(Payload { codec, bytes: body.into() }),
-        Answer::BadArguments(error) => Err(Fault::BadArguments(error)),
-        Answer::Panicked(message) => Err(Fault::Panicked(message)),
-        Answer::Failed { message, retryable } => Err(Fault::Failed(match retryable {
-            Retry::ByPolicy => TaskError::retry(message),
-            Retry::AfterMillis(wait) => {
-                TaskError::retry_after(Duration::from_millis(wait), message)
-            }
-            Retry::Never => TaskError::fatal(message),
-            Retry::OutOfResources => TaskError::out_of_resources(message),
-        })),
-        // Nobody hears it: the attempt was over before.
-        Answer::Stopped | Answer::Ready | Answer::Started => Err(Fault::Interrupted),
+        // The attempt was over before, and its outcome is ignored.
+        ChildMessage::Stopped | ChildMessage::Ready | ChildMessage::Started => Outcome::Interrupted,
     }
 }

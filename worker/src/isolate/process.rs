@@ -1,4 +1,4 @@
-//! One child process, as its worker sees it: started, given orders, listened to, killed.
+//! One child process from the worker's side: starts it, sends commands, receives messages, kills it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -17,33 +17,38 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, timeout};
 
-use super::frame::{self, Answer, Order};
+use super::frame::{self, ChildCommand, ChildMessage};
 
-/// How long a child may take until it serves; it does again whatever the program does first.
-const START: Duration = Duration::from_secs(30);
-/// How long a process may take to be dead whose line is.
-const LAST_BREATH: Duration = Duration::from_secs(2);
+/// How long a child may take to become ready: it runs all that the program does before
+/// `Worker::isolate`.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a process may take to end after its socket is closed.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// A child process. Dropped, it is killed with its process group.
+/// A child process. It is killed with its process group when this is dropped.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(super) struct ChildProcess {
     child: Child,
-    /// The process group that the child leads; none once it is known to be gone.
+    /// The process group that the child leads; `None` after it has been killed.
     group: Option<Pid>,
-    line: UnixStream,
-    /// Since when it has nothing to do.
+    socket: UnixStream,
+    /// When it last ran a task.
     pub(super) idle_since: Instant,
 }
 
-impl Process {
-    /// Starts this very program again and waits until it serves.
+impl ChildProcess {
+    /// Starts this program again and waits until it is ready.
     pub(super) async fn start() -> io::Result<Self> {
         let mut process = Self::spawn()?;
-        match timeout(START, frame::read_async(&mut process.line)).await {
-            Ok(Ok((Answer::Ready, _))) => Ok(process),
-            Ok(Ok((other, _))) => Err(io::Error::other(format!("it began with {other:?}"))),
-            Ok(Err(_)) => Err(io::Error::other(format!("it ended: {}", process.death().await))),
-            Err(_) => Err(io::Error::other(format!("it did not serve within {START:?}"))),
+        match timeout(START_TIMEOUT, frame::read_async(&mut process.socket)).await {
+            Ok(Ok((ChildMessage::Ready, _))) => Ok(process),
+            Ok(Ok((other, _))) => {
+                Err(io::Error::other(format!("unexpected first message {other:?}")))
+            }
+            Ok(Err(_)) => {
+                Err(io::Error::other(format!("it ended: {}", process.wait_for_exit().await)))
+            }
+            Err(_) => Err(io::Error::other(format!("it was not ready within {START_TIMEOUT:?}"))),
         }
     }
 
@@ -55,7 +60,7 @@ impl Process {
         if let Some(name) = arguments.next() {
             command.arg0(name);
         }
-        // Standard output and error are shared, so what handlers print and log goes the usual way.
+        // Standard output and error are inherited, so handlers print and log as usual.
         command
             .args(arguments)
             .env(ISOLATED_ON, inode(&theirs)?.to_string())
@@ -63,46 +68,46 @@ impl Process {
             .process_group(0)
             .kill_on_drop(true);
         let child = command.spawn()?;
-        // The command holds the other end of the line, and the child's death must end it.
+        // The command holds the other end of the socket, which must close when the child dies.
         drop(command);
         let group = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw);
-        let line = UnixStream::from_std(ours)?;
-        Ok(Self { child, group, line, idle_since: Instant::now() })
+        let socket = UnixStream::from_std(ours)?;
+        Ok(Self { child, group, socket, idle_since: Instant::now() })
     }
 
-    /// Gives an order.
-    pub(super) async fn tell(&mut self, order: &impl Serialize, body: &[u8]) -> io::Result<()> {
-        self.line.write_all(&frame::encode(order, body)?).await
+    /// Sends a command.
+    pub(super) async fn send(&mut self, command: &impl Serialize, body: &[u8]) -> io::Result<()> {
+        self.socket.write_all(&frame::encode(command, body)?).await
     }
 
-    /// Gives an order without waiting; `false` if it does not take it. Such a child is of no more use.
-    pub(super) fn tell_at_once(&self, order: &Order) -> bool {
-        let Ok(bytes) = frame::encode(order, &[]) else { return false };
-        self.line.try_write(&bytes).is_ok_and(|written| written == bytes.len())
+    /// Sends a command without waiting. Returns `false` if that fails; the child is unusable then.
+    pub(super) fn try_send(&self, command: &ChildCommand) -> bool {
+        let Ok(bytes) = frame::encode(command, &[]) else { return false };
+        self.socket.try_write(&bytes).is_ok_and(|written| written == bytes.len())
     }
 
-    /// Listens for the next answer.
-    pub(super) async fn next(&mut self) -> io::Result<(Answer, Vec<u8>)> {
-        frame::read_async(&mut self.line).await
+    /// Receives the next message.
+    pub(super) async fn receive(&mut self) -> io::Result<(ChildMessage, Vec<u8>)> {
+        frame::read_async(&mut self.socket).await
     }
 
-    /// The two ends of the line, to listen and give orders at once.
-    pub(super) fn halves(&mut self) -> (tokio::net::unix::ReadHalf<'_>, Orders<'_>) {
-        let (answers, orders) = self.line.split();
-        (answers, Orders(orders))
+    /// Splits the socket, to receive and send at the same time.
+    pub(super) fn split(&mut self) -> (tokio::net::unix::ReadHalf<'_>, CommandSender<'_>) {
+        let (messages, commands) = self.socket.split();
+        (messages, CommandSender(commands))
     }
 
-    /// Whether it is still there; one that waits can be killed too.
-    pub(super) fn lives(&mut self) -> bool {
+    /// Whether the process is still running.
+    pub(super) fn is_alive(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
 
-    /// How it ended, in words; makes sure that it has.
-    pub(super) async fn death(&mut self) -> String {
-        let Ok(status) = timeout(LAST_BREATH, self.child.wait()).await else {
+    /// Waits for the end of the process, or kills it, and describes how it ended.
+    pub(super) async fn wait_for_exit(&mut self) -> String {
+        let Ok(status) = timeout(EXIT_TIMEOUT, self.child.wait()).await else {
             self.kill();
             drop(self.child.wait().await);
-            return "it closed its line to the worker and was killed".to_owned();
+            return "it closed its socket to the worker and was killed".to_owned();
         };
         status.map_or_else(|error| format!("unknown ({error})"), describe)
     }
@@ -111,32 +116,32 @@ impl Process {
         if let Some(group) = self.group.take()
             && let Err(error) = killpg(group, Signal::SIGKILL)
         {
-            tracing::trace!(%error, "no isolated process to kill");
+            tracing::trace!(%error, "no child process to kill");
         }
     }
 }
 
-impl Drop for Process {
+impl Drop for ChildProcess {
     fn drop(&mut self) {
         self.kill();
     }
 }
 
-/// The end of the line that gives orders.
-pub(super) struct Orders<'a>(tokio::net::unix::WriteHalf<'a>);
+/// The sending half of the socket.
+pub(super) struct CommandSender<'a>(tokio::net::unix::WriteHalf<'a>);
 
-impl Orders<'_> {
-    /// Gives an order; a child that is gone is noticed by its silence.
-    pub(super) async fn tell(&mut self, order: &impl Serialize) {
-        if let Ok(bytes) = frame::encode(order, &[])
+impl CommandSender<'_> {
+    /// Sends a command. Errors are ignored: the receiving half reports a dead child.
+    pub(super) async fn send(&mut self, command: &impl Serialize) {
+        if let Ok(bytes) = frame::encode(command, &[])
             && let Err(error) = self.0.write_all(&bytes).await
         {
-            tracing::debug!(%error, "an isolated process takes no orders any more");
+            tracing::debug!(%error, "cannot send a command to a child process");
         }
     }
 }
 
-/// This very program, even if its file was replaced since.
+/// This program, even if its file has been replaced.
 fn program() -> io::Result<PathBuf> {
     let running = PathBuf::from("/proc/self/exe");
     if running.exists() { Ok(running) } else { std::env::current_exe() }
@@ -159,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_end_has_a_name() {
+    fn exit_statuses_are_described() {
         assert_eq!(describe(ExitStatus::from_raw(6)), "signal SIGABRT (6)");
         assert_eq!(describe(ExitStatus::from_raw(9)), "signal SIGKILL (9)");
         assert_eq!(describe(ExitStatus::from_raw(3 << 8)), "exit code 3");

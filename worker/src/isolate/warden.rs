@@ -1,151 +1,149 @@
 //! The warden: a child process that ends the commands of a worker that was killed.
 //!
-//! A command does not notice that its worker is gone, and would go on beside its second run. A worker
-//! that is killed cannot end it. So a worker with commands tells a child which of them run, and the
-//! child ends those when its line to the worker closes. It finds a command by its process group, and by
-//! a variable in the environment, which is inherited and was announced before the command started. Not
-//! covered: descendants that have left the group and changed their environment, and a worker without
-//! isolation, which starts no child of itself.
+//! A command does not notice the death of its worker and would continue beside its second run. So a
+//! worker with commands tells a child process which of them are running, and the child ends them when
+//! its socket to the worker closes. It finds a command by its process group and by an environment
+//! variable, which is inherited and announced before the command starts. Not covered: descendants that
+//! have left the group and changed their environment, and workers without isolation, which start no
+//! child processes.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use garenne_common::TaskId;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, getpid};
+use parking_lot::Mutex;
 
-use super::frame::{Order, RunId};
-use super::process::Process;
-use crate::outcome::is_shortage;
+use super::frame::{ChildCommand, RunId};
+use super::process::ChildProcess;
+use crate::run::outcome::is_shortage;
 
-/// The variable that marks what belongs to a command.
-pub(crate) const RUN: &str = "GARENNE_RUN";
-/// How long a warden that could not be started is done without.
-const RETRY: Duration = Duration::from_mins(1);
-/// How often the warden looks for processes to end: one may just be starting another.
-const ROUNDS: u32 = 20;
-const ROUND_INTERVAL: Duration = Duration::from_millis(50);
+/// The environment variable that marks the processes of a command.
+pub(crate) const RUN_VARIABLE: &str = "GARENNE_RUN";
+/// How long after a failed start the warden is not started again.
+const RETRY_INTERVAL: Duration = Duration::from_mins(1);
+/// How often the warden searches for processes to end: each may be starting another one.
+const SCANS: u32 = 20;
+const SCAN_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The worker's side.
 #[derive(Default)]
 pub(crate) struct Warden {
     enabled: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<WardenState>,
     starting: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
-struct State {
-    process: Option<Process>,
-    /// Commands that run, with their process groups.
+struct WardenState {
+    process: Option<ChildProcess>,
+    /// Running commands with their process groups.
     runs: HashMap<RunId, Option<i32>>,
     retry_at: Option<Instant>,
 }
 
-/// A command under the warden's eyes, until this is dropped.
-pub(crate) struct Watch {
+/// A command that the warden watches until this is dropped.
+pub(crate) struct WatchedRun {
     warden: Arc<Warden>,
-    /// The value of [`RUN`] in its environment.
+    /// The value of [`RUN_VARIABLE`] in its environment.
     pub(crate) id: RunId,
 }
 
 impl Warden {
-    /// From now on commands are watched.
+    /// Commands are watched from now on.
     pub(crate) fn enable(&self) {
         self.enabled.store(true, Ordering::Relaxed);
     }
 
-    /// Starts the child, so that the first command need not wait for it. Without success that one tries
-    /// again.
-    pub(crate) async fn begin(&self) {
+    /// Starts the child process, so that the first command does not wait for it. If that fails, the first
+    /// command tries again.
+    pub(crate) async fn prepare(&self) {
         if let Err(error) = self.start().await {
-            tracing::warn!(%error, "no child process to end the commands yet");
+            tracing::warn!(%error, "cannot start the child process that ends commands; trying again later");
         }
     }
 
-    /// To be called before a command starts. Fails only for lack of resources.
-    pub(crate) async fn watch(self: &Arc<Self>) -> std::io::Result<Watch> {
+    /// Must be called before a command starts. Fails only for lack of resources.
+    pub(crate) async fn watch(self: &Arc<Self>) -> std::io::Result<WatchedRun> {
         let id = TaskId::generate().to_string();
-        self.lock().runs.insert(id.clone(), None);
-        let watch = Watch { warden: Arc::clone(self), id };
-        if !self.tell(&Order::Watch(watch.id.clone())) {
+        self.state.lock().runs.insert(id.clone(), None);
+        let watch = WatchedRun { warden: Arc::clone(self), id };
+        if !self.send(&ChildCommand::Watch(watch.id.clone())) {
             self.start().await?;
         }
         Ok(watch)
     }
 
-    /// Starts the child, unless there is one.
+    /// Starts the child process unless it is running.
     async fn start(&self) -> std::io::Result<()> {
         let _turn = self.starting.lock().await;
         if !self.is_missing() {
             return Ok(());
         }
-        match Process::start().await {
-            Ok(process) => self.appoint(process),
+        match ChildProcess::start().await {
+            Ok(process) => self.hand_over(process),
             Err(error) if is_shortage(&error) => return Err(error),
             Err(error) => {
-                tracing::warn!(%error, "no child process can end the commands should this worker be killed");
-                self.lock().retry_at = Some(Instant::now() + RETRY);
+                tracing::warn!(%error, "cannot start the child process that ends commands if this worker is killed");
+                self.state.lock().retry_at = Some(Instant::now() + RETRY_INTERVAL);
             }
         }
         Ok(())
     }
 
     fn is_missing(&self) -> bool {
-        let state = self.lock();
+        let state = self.state.lock();
         let wait = state.retry_at.is_some_and(|at| Instant::now() < at);
         self.enabled.load(Ordering::Relaxed) && state.process.is_none() && !wait
     }
 
-    /// Tells a new child of everything that runs.
-    fn appoint(&self, process: Process) {
-        let mut state = self.lock();
-        let watches = state.runs.keys().map(|id| Order::Watch(id.clone()));
+    /// Tells a new child process about all running commands.
+    fn hand_over(&self, process: ChildProcess) {
+        let mut state = self.state.lock();
+        let watches = state.runs.keys().map(|id| ChildCommand::Watch(id.clone()));
         let groups = state.runs.iter();
-        let groups = groups.filter_map(|(id, group)| Some(Order::Group(id.clone(), (*group)?)));
-        let orders: Vec<_> = watches.chain(groups).collect();
-        if orders.iter().all(|order| process.tell_at_once(order)) {
+        let groups =
+            groups.filter_map(|(id, group)| Some(ChildCommand::Group(id.clone(), (*group)?)));
+        let commands: Vec<_> = watches.chain(groups).collect();
+        if commands.iter().all(|command| process.try_send(command)) {
             state.process = Some(process);
         }
     }
 
-    /// Whether the child heard it.
-    fn tell(&self, order: &Order) -> bool {
-        let mut state = self.lock();
-        let heard = state.process.as_ref().is_some_and(|process| process.tell_at_once(order));
-        if !heard {
+    /// Sends a command to the child process. Returns `false` if there is none.
+    fn send(&self, command: &ChildCommand) -> bool {
+        let mut state = self.state.lock();
+        let sent = state.process.as_ref().is_some_and(|process| process.try_send(command));
+        if !sent {
             state.process = None;
         }
-        heard
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        sent
     }
 }
 
-impl Watch {
-    /// The command runs, in this process group.
+impl WatchedRun {
+    /// The command has started in this process group.
     pub(crate) fn group(&self, group: i32) {
-        self.warden.lock().runs.insert(self.id.clone(), Some(group));
-        self.warden.tell(&Order::Group(self.id.clone(), group));
+        self.warden.state.lock().runs.insert(self.id.clone(), Some(group));
+        self.warden.send(&ChildCommand::Group(self.id.clone(), group));
     }
 }
 
-impl Drop for Watch {
+impl Drop for WatchedRun {
     fn drop(&mut self) {
-        self.warden.lock().runs.remove(&self.id);
-        self.warden.tell(&Order::Unwatch(std::mem::take(&mut self.id)));
+        self.warden.state.lock().runs.remove(&self.id);
+        self.warden.send(&ChildCommand::Unwatch(std::mem::take(&mut self.id)));
     }
 }
 
-/// The child's side: what runs.
+/// The child's side: the running commands.
 #[derive(Default)]
-pub(super) struct Runs(HashMap<RunId, Option<i32>>);
+pub(super) struct WatchedRuns(HashMap<RunId, Option<i32>>);
 
-impl Runs {
+impl WatchedRuns {
     pub(super) fn watch(&mut self, id: RunId) {
         self.0.insert(id, None);
     }
@@ -158,7 +156,7 @@ impl Runs {
         self.0.remove(id);
     }
 
-    /// Ends everything that runs.
+    /// Ends all running commands.
     pub(super) fn end(&self) {
         if self.0.is_empty() {
             return;
@@ -166,9 +164,9 @@ impl Runs {
         for group in self.0.values().flatten() {
             end(killpg(Pid::from_raw(*group), Signal::SIGKILL));
         }
-        for round in 0..ROUNDS {
-            if round > 0 {
-                std::thread::sleep(ROUND_INTERVAL);
+        for scan in 0..SCANS {
+            if scan > 0 {
+                std::thread::sleep(SCAN_INTERVAL);
             }
             for pid in self.marked() {
                 end(kill(pid, Signal::SIGKILL));
@@ -176,7 +174,7 @@ impl Runs {
         }
     }
 
-    /// Processes that have one of these runs in their environment.
+    /// Processes with one of these runs in their environment.
     fn marked(&self) -> Vec<Pid> {
         let Ok(processes) = std::fs::read_dir("/proc") else { return vec![] };
         let names = processes.flatten().filter_map(|entry| entry.file_name().into_string().ok());
@@ -185,10 +183,11 @@ impl Runs {
     }
 
     fn is_marked(&self, pid: Pid) -> bool {
-        // Not readable: another user's, or gone.
+        // Not readable if it belongs to another user or has ended.
         let Ok(environment) = std::fs::read(format!("/proc/{pid}/environ")) else { return false };
         environment.split(|byte| *byte == 0).any(|variable| {
-            let value = variable.strip_prefix(RUN.as_bytes()).and_then(|it| it.strip_prefix(b"="));
+            let value =
+                variable.strip_prefix(RUN_VARIABLE.as_bytes()).and_then(|it| it.strip_prefix(b"="));
             let id = value.and_then(|value| std::str::from_utf8(value).ok());
             id.is_some_and(|id| self.0.contains_key(id))
         })
@@ -197,6 +196,6 @@ impl Runs {
 
 fn end(sent: nix::Result<()>) {
     if let Err(error) = sent {
-        tracing::trace!(%error, "it is gone already");
+        tracing::trace!(%error, "the process has ended already");
     }
 }

@@ -1,252 +1,237 @@
-//! What may happen when, without doing it: settlements and the broker's answers in, actions out.
+//! The state machine of settling. Settlements and confirms go in; messages to publish, acknowledgements
+//! and requeues come out. No IO.
 //!
-//! Results travel in bundles: while one bundle waits for its confirm the next one fills, so an idle
-//! worker sends at once and a busy one sends many results per message without any timer.
+//! Results are published in bundles. While one bundle waits for its confirm, the next one is filled. So an
+//! idle worker publishes at once, and a busy one publishes many results per message, without a timer.
 //!
-//! Room at the publisher is an input like any other ([`SettleCore::room`]): what is to be published
-//! waits here, in order, until there is some. The driver therefore never waits for room while it
-//! leaves confirms and acknowledgements unattended, which is what would have to happen first.
+//! Room at the publisher is an input ([`SettleCore::next_message`]): messages wait here, in order, until
+//! there is room. The driver must not wait for room itself, since the confirms that make room would not be
+//! processed meanwhile.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use garenne_common::broker::Outgoing;
+use garenne_common::broker::{BrokerError, Outgoing};
 use garenne_common::topology::Topology;
 use garenne_common::wire::{self, Message, Report};
 use garenne_common::{ReplyFormat, ReplyTo};
 
-use super::bundle::{Bundle, are_the_same, parts, spelt_out};
-use super::lane::Lane;
-use super::order::{Claim, Reply, Settlement, Subject, Successor, Then};
-use super::signature::Signature;
-use crate::acks::Ack;
-use crate::inflight::{Deliveries, DeliveryRef, Inflight};
+use super::builder::SettlementBuilder;
+use super::reports::{ReportBundle, equal_the_bundle, reports_of, split_by_size};
+use super::settlement::{Reply, Settlement, Subject, Successor};
+use crate::intake::queue::{DeliveryRef, QueueIndex};
+use crate::intake::unacked::{Ack, UnackedDeliveries};
+use crate::run::known_attempts::{Deliveries, KnownAttempts};
 
-/// Bundles of results that wait for their confirm at once. Two keep the broker busy while one fills.
-const BUNDLES_UNDER_WAY: usize = 2;
-/// The same for full bundles, which gain nothing by waiting: a confirm takes the time of a disk sync,
-/// in which a worker may finish more tasks than two bundles hold.
-const FULL_UNDER_WAY: usize = 8;
-/// Settlements taken in and not yet acknowledged. Beyond it finished attempts keep their slots, so a
+/// Maximum number of unconfirmed bundles of results. Two keep the broker busy while a third is filled.
+const MAX_UNCONFIRMED_BUNDLES: usize = 2;
+/// The same for full bundles, which gain nothing by waiting: a confirm takes as long as a disk sync, and a
+/// worker may finish more tasks in that time than two bundles hold.
+const MAX_UNCONFIRMED_FULL_BUNDLES: usize = 8;
+/// Maximum number of incomplete settlements. Beyond it finished attempts keep their permits, so that a
 /// broker that takes no results stops the worker instead of filling its memory.
-const MAX_UNDER_WAY: usize = 8_192;
-/// Messages that wait for room at the publisher. Beyond it no more settlements are taken in, for the
-/// same reason: replies are not counted among the settlements under way.
+const MAX_INCOMPLETE: usize = 8_192;
+/// Maximum number of messages that wait for room at the publisher. Beyond it no more settlements are
+/// accepted, for the same reason: replies are not counted as settlements.
 const MAX_OUTBOUND: usize = 256;
 
-/// One thing to do at once, without waiting. The order of actions is part of what they mean.
+/// Something for the driver to do at once, in the given order.
 #[derive(Debug, Clone, Copy)]
 pub enum Action {
-    /// Acknowledge.
+    /// Send an acknowledgement.
     Acknowledge {
-        /// Deliveries of which queue, by position.
-        lane: usize,
-        /// Which.
+        /// The queue of the deliveries.
+        queue: QueueIndex,
+        /// The deliveries.
         ack: Ack,
     },
-    /// Give a delivery back to its queue.
-    HandBack(DeliveryRef),
+    /// Requeue a delivery.
+    Requeue(DeliveryRef),
 }
 
-/// One message to publish, which needs room at the publisher.
+/// A message to publish, which needs room at the publisher.
 #[derive(Debug)]
-pub enum Outbound {
-    /// A successor; the broker's answer goes to [`SettleCore::answered`].
-    Successor {
-        /// What the answer is about.
-        ticket: Ticket,
-        /// The message.
-        outgoing: Outgoing,
-    },
-    /// A reply; nothing waits for its confirm.
-    Reply(Outgoing),
+pub struct Outbound {
+    /// Identifies a successor in [`SettleCore::confirm`]; `None` for a reply, whose confirm is ignored.
+    pub ticket: Option<Ticket>,
+    /// The message.
+    pub outgoing: Outgoing,
 }
 
-/// Names a published successor.
+/// Identifies a published successor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
 
-/// What became of a published successor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Answer {
-    /// The broker has it.
-    Confirmed,
-    /// The broker will never take it.
-    Impossible,
-    /// Nobody will ever know: the publisher has stopped.
-    Unknown,
-}
-
+/// A successor that waits for its confirm.
 #[derive(Debug)]
-struct Published {
-    claims: Vec<Claim>,
-    /// Said when it is confirmed: a note that a task has gone on must not outlive the message.
+struct Unconfirmed {
+    subjects: Vec<Subject>,
+    /// Published after the confirm: a note that a task continues must not get ahead of its message.
     notes: Vec<Report>,
     is_bundle: bool,
 }
 
-/// Settling, as a state machine.
+/// The state machine of settling.
 #[derive(Debug)]
 pub struct SettleCore {
-    lanes: Arc<Vec<Lane>>,
-    inflight: Arc<Inflight>,
+    /// By [`QueueIndex`].
+    unacked: Vec<Arc<UnackedDeliveries>>,
+    known: Arc<KnownAttempts>,
     worker: Arc<str>,
     /// Exchange and routing key of bundles.
     results: String,
-    bundle: Bundle,
-    /// Full ones that wait to be sent, the oldest first.
-    full: VecDeque<Bundle>,
-    /// Successors without an answer.
-    published: HashMap<Ticket, Published>,
+    /// The bundle that is being filled.
+    filling: ReportBundle,
+    /// Full bundles that wait to be published, the oldest first.
+    full: VecDeque<ReportBundle>,
+    unconfirmed: HashMap<Ticket, Unconfirmed>,
     last_ticket: u64,
-    bundles_under_way: usize,
-    claims_under_way: usize,
-    /// What waits for room at the publisher, the oldest first.
+    unconfirmed_bundles: usize,
+    unconfirmed_subjects: usize,
+    /// Messages that wait for room at the publisher, the oldest first.
     outbound: VecDeque<Outbound>,
-    /// Settlements that have ended: acknowledged, handed back, or left to the broker.
+    /// Number of complete settlements: acknowledged, requeued, or left to the broker.
     concluded: u64,
 }
 
 impl SettleCore {
-    /// Nothing to settle yet.
-    pub fn new(lanes: Arc<Vec<Lane>>, inflight: Arc<Inflight>, signature: &Signature) -> Self {
+    /// Nothing to settle yet. `unacked` contains the queues in the order of their indices.
+    pub fn new(
+        unacked: Vec<Arc<UnackedDeliveries>>,
+        known: Arc<KnownAttempts>,
+        settlements: &SettlementBuilder,
+    ) -> Self {
         Self {
-            lanes,
-            inflight,
-            worker: Arc::clone(&signature.worker),
-            results: Topology::results(&signature.topology),
-            bundle: Bundle::default(),
+            unacked,
+            known,
+            worker: Arc::clone(&settlements.worker),
+            results: Topology::results(&settlements.topology),
+            filling: ReportBundle::default(),
             full: VecDeque::new(),
-            published: HashMap::new(),
+            unconfirmed: HashMap::new(),
             last_ticket: 0,
-            bundles_under_way: 0,
-            claims_under_way: 0,
+            unconfirmed_bundles: 0,
+            unconfirmed_subjects: 0,
             outbound: VecDeque::new(),
             concluded: 0,
         }
     }
 
-    /// Whether more settlements may be taken in.
+    /// Whether more settlements may be submitted.
     pub fn has_room(&self) -> bool {
-        self.claims_under_way + self.bundle.claims.len() < MAX_UNDER_WAY
+        self.unconfirmed_subjects + self.filling.subjects.len() < MAX_INCOMPLETE
             && self.full.is_empty()
-            && !self.bundle.is_full()
+            && !self.filling.is_full()
             && self.outbound.len() < MAX_OUTBOUND
     }
 
-    /// Whether something waits for room at the publisher.
+    /// Whether messages wait for room at the publisher.
     pub fn wants_room(&self) -> bool {
         !self.outbound.is_empty()
     }
 
-    /// The publisher has room for one message: what is to be published there, if anything.
-    pub fn room(&mut self) -> Option<Outbound> {
+    /// Takes the next message, for which the publisher has room.
+    pub fn next_message(&mut self) -> Option<Outbound> {
         self.outbound.pop_front()
     }
 
-    /// The publisher has stopped: what waits for room will never be published.
-    /// [`flush`](Self::flush) must follow.
-    pub fn no_more_room(&mut self, actions: &mut Vec<Action>) {
-        while let Some(waiting) = self.outbound.pop_front() {
-            match waiting {
-                Outbound::Successor { ticket, .. } => {
-                    self.answered(ticket, Answer::Unknown, actions);
-                }
-                // Best effort, like every reply.
-                Outbound::Reply(_) => {}
+    /// Discards the waiting messages: the publisher has stopped. [`flush`](Self::flush) must follow.
+    pub fn publisher_stopped(&mut self, actions: &mut Vec<Action>) {
+        while let Some(Outbound { ticket, .. }) = self.outbound.pop_front() {
+            if let Some(ticket) = ticket {
+                self.confirm(ticket, &Err(BrokerError::Closed), actions);
             }
         }
     }
 
-    /// How many settlements have ended, since the start.
+    /// Number of complete settlements since the start.
     pub fn concluded(&self) -> u64 {
         self.concluded
     }
 
-    /// Whether everything taken in is answered.
+    /// Whether all settlements are complete and all messages published.
     pub fn is_idle(&self) -> bool {
-        self.published.is_empty()
+        self.unconfirmed.is_empty()
             && self.full.is_empty()
-            && self.bundle.is_empty()
+            && self.filling.is_empty()
             && self.outbound.is_empty()
     }
 
-    /// Takes a settlement in. [`flush`](Self::flush) must follow, after this one or after several.
+    /// Submits a settlement. [`flush`](Self::flush) must follow, after this one or after several.
     pub fn settle(&mut self, settlement: Settlement, actions: &mut Vec<Action>) {
         self.close_full();
-        let Settlement { subject, successor, then, notes, reply } = settlement;
-        let claim = Claim { subject, then };
+        let Settlement { subject, successor, notes, reply } = settlement;
         match successor {
             Successor::Result(report) => {
                 self.add(notes);
                 self.result(report, reply);
-                self.bundle.claims.push(claim);
+                self.filling.subjects.push(subject);
                 return;
             }
             Successor::Message(outgoing) => {
-                let claims = vec![claim];
-                self.publish(*outgoing, Published { claims, notes, is_bundle: false });
+                let subjects = vec![subject];
+                self.publish(*outgoing, Unconfirmed { subjects, notes, is_bundle: false });
             }
             Successor::Confirmed => {
                 self.add(notes);
                 self.concluded += 1;
-                self.acknowledge([claim], actions);
+                self.acknowledge([subject], actions);
             }
-            Successor::HandBack => {
+            Successor::Requeue => {
                 self.concluded += 1;
-                self.hand_back(&claim.subject, actions);
+                self.requeue(&subject, actions);
             }
         }
-        match reply {
-            Some(Reply::Other(to, report)) => self.reply(to, *report),
-            // There is no result that it could be the same as.
-            Some(Reply::Result(_)) | None => {}
+        if let Some(Reply { to, report: Some(report) }) = reply {
+            self.reply(to, *report);
         }
     }
 
-    fn result(&mut self, report: Report, reply: Option<Reply>) {
+    /// Adds the result of a task, and its reply: our own producers read the bundle itself.
+    fn result(&mut self, result: Report, reply: Option<Reply>) {
         match reply {
-            Some(Reply::Result(to)) if to.format == ReplyFormat::Bundle => {
-                self.bundle.add_with_reply(to.queue, report);
+            Some(Reply { to, report: None }) if to.format == ReplyFormat::Bundle => {
+                self.filling.add_with_reply(to.queue, result);
             }
-            Some(Reply::Result(to)) => {
-                self.reply(to, report.clone());
-                self.bundle.add(report);
+            Some(Reply { to, report }) => {
+                let report = report.map_or_else(|| result.clone(), |report| *report);
+                self.reply(to, report);
+                self.filling.add(result);
             }
-            Some(Reply::Other(to, other)) => {
-                self.reply(to, *other);
-                self.bundle.add(report);
-            }
-            None => self.bundle.add(report),
+            None => self.filling.add(result),
         }
     }
 
-    /// Sends bundles on their way, and the replies that belong to them, unless enough are under way.
+    /// Publishes bundles with their replies, as far as the limits of unconfirmed bundles allow.
     pub fn flush(&mut self, actions: &mut Vec<Action>) {
         self.close_full();
         loop {
-            let most = if self.full.is_empty() { BUNDLES_UNDER_WAY } else { FULL_UNDER_WAY };
-            if self.bundles_under_way >= most {
+            let limit = if self.full.is_empty() {
+                MAX_UNCONFIRMED_BUNDLES
+            } else {
+                MAX_UNCONFIRMED_FULL_BUNDLES
+            };
+            if self.unconfirmed_bundles >= limit {
                 return;
             }
             let full = self.full.pop_front();
-            let bundle = full.unwrap_or_else(|| std::mem::take(&mut self.bundle));
+            let bundle = full.unwrap_or_else(|| std::mem::take(&mut self.filling));
             if bundle.is_empty() {
                 return;
             }
-            self.send(bundle, actions);
+            self.publish_bundle(bundle, actions);
         }
     }
 
-    fn send(&mut self, bundle: Bundle, actions: &mut Vec<Action>) {
-        let Bundle { claims, reports, replies, .. } = bundle;
+    fn publish_bundle(&mut self, bundle: ReportBundle, actions: &mut Vec<Action>) {
+        let ReportBundle { subjects, reports, replies, .. } = bundle;
         let message = wire::report::encode(&reports, &self.worker);
         for (queue, replies) in replies {
             match &message {
-                Ok(message) if are_the_same(&replies, &reports) => {
-                    self.outbound.push_back(reply_to(&queue, message.clone()));
+                Ok(message) if equal_the_bundle(&replies, &reports) => {
+                    self.outbound.push_back(reply_message(&queue, message.clone()));
                 }
-                Ok(_) | Err(_) => self.send_replies(&queue, &spelt_out(replies, &reports)),
+                Ok(_) | Err(_) => self.publish_replies(&queue, &reports_of(replies, &reports)),
             }
         }
         if reports.is_empty() {
@@ -256,67 +241,74 @@ impl SettleCore {
             Ok(message) => {
                 let (exchange, routing_key) = (self.results.clone(), self.results.clone());
                 let outgoing = Outgoing { exchange, routing_key, message };
-                let published = Published { claims, notes: vec![], is_bundle: true };
-                self.publish(outgoing, published);
+                self.publish(outgoing, Unconfirmed { subjects, notes: vec![], is_bundle: true });
             }
-            // Plain data always encodes; if it ever does not, the tasks come again elsewhere.
+            // Reports can always be encoded. If not, the tasks are delivered again.
             Err(error) => {
                 tracing::error!(%error, "results could not be encoded");
-                self.concluded += claims.len() as u64;
-                for claim in &claims {
-                    self.hand_back(&claim.subject, actions);
+                self.concluded += subjects.len() as u64;
+                for subject in &subjects {
+                    self.requeue(subject, actions);
                 }
             }
         }
     }
 
-    fn send_replies(&mut self, queue: &str, replies: &[Report]) {
-        for part in parts(replies) {
+    fn publish_replies(&mut self, queue: &str, replies: &[Report]) {
+        for part in split_by_size(replies) {
             match wire::report::encode(part, &self.worker) {
-                Ok(message) => self.outbound.push_back(reply_to(queue, message)),
+                Ok(message) => self.outbound.push_back(reply_message(queue, message)),
                 Err(error) => tracing::error!(%error, "replies could not be encoded"),
             }
         }
     }
 
-    /// The broker's word on a successor. [`flush`](Self::flush) must follow.
-    pub fn answered(&mut self, ticket: Ticket, answer: Answer, actions: &mut Vec<Action>) {
-        let Some(published) = self.published.remove(&ticket) else { return };
-        let Published { claims, notes, is_bundle } = published;
-        self.claims_under_way -= claims.len();
-        self.concluded += claims.len() as u64;
-        self.bundles_under_way -= usize::from(is_bundle);
-        match answer {
-            Answer::Confirmed => {
+    /// Processes what became of a published successor. [`flush`](Self::flush) must follow.
+    ///
+    /// `Ok` is the broker's confirm. With [`BrokerError::Closed`] nobody knows; the broker delivers the
+    /// tasks again. Any other error means that the broker will never take the successor.
+    pub fn confirm(
+        &mut self,
+        ticket: Ticket,
+        result: &Result<(), BrokerError>,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(unconfirmed) = self.unconfirmed.remove(&ticket) else { return };
+        let Unconfirmed { subjects, notes, is_bundle } = unconfirmed;
+        self.unconfirmed_subjects -= subjects.len();
+        self.concluded += subjects.len() as u64;
+        self.unconfirmed_bundles -= usize::from(is_bundle);
+        match result {
+            Ok(()) => {
                 self.add(notes);
-                self.acknowledge(claims, actions);
+                self.acknowledge(subjects, actions);
             }
-            // No successor, no acknowledgement: the broker delivers the tasks again.
-            Answer::Unknown => {}
-            Answer::Impossible => {
-                for claim in &claims {
-                    self.hand_back(&claim.subject, actions);
+            Err(BrokerError::Closed) => {}
+            Err(_) => {
+                for subject in &subjects {
+                    self.requeue(subject, actions);
                 }
             }
         }
     }
 
-    /// A plain reply goes out alone; replies for our own producers travel with the bundle.
+    /// Plain replies are messages of their own; replies to our own producers are published with the bundle.
     fn reply(&mut self, to: ReplyTo, report: Report) {
         match (to.format, report) {
             (ReplyFormat::Bundle, report) => {
-                self.bundle.add_reply(to.queue, report);
+                self.filling.add_reply(to.queue, report);
             }
             (ReplyFormat::Plain, Report::Finished(result)) => {
                 let correlation_id = to.correlation_id.as_deref();
                 let message = wire::report::encode_reply(&result, correlation_id, &self.worker);
-                self.outbound.push_back(reply_to(&to.queue, message));
+                self.outbound.push_back(reply_message(&to.queue, message));
             }
             (
                 ReplyFormat::Plain,
                 Report::Retrying(_)
                 | Report::BatchOpened { .. }
                 | Report::BatchSealed { .. }
+                | Report::Conflict { .. }
                 | Report::Lease(_)
                 | Report::FinishedUnderLease { .. },
             ) => {}
@@ -326,69 +318,69 @@ impl SettleCore {
     fn add(&mut self, notes: Vec<Report>) {
         for note in notes {
             self.close_full();
-            self.bundle.add(note);
+            self.filling.add(note);
         }
     }
 
-    /// Several settlements or notes come at once, and a bundle must fit into a message.
+    /// A bundle must fit into a message, and several settlements may be submitted before a flush.
     fn close_full(&mut self) {
-        if self.bundle.is_full() {
-            self.full.push_back(std::mem::take(&mut self.bundle));
+        if self.filling.is_full() {
+            self.full.push_back(std::mem::take(&mut self.filling));
         }
     }
 
-    /// Publishes a successor; its confirm settles the claims.
-    fn publish(&mut self, outgoing: Outgoing, published: Published) {
+    /// Publishes a successor; its confirm settles the subjects.
+    fn publish(&mut self, outgoing: Outgoing, unconfirmed: Unconfirmed) {
         self.last_ticket += 1;
         let ticket = Ticket(self.last_ticket);
-        self.claims_under_way += published.claims.len();
-        self.bundles_under_way += usize::from(published.is_bundle);
-        self.published.insert(ticket, published);
-        self.outbound.push_back(Outbound::Successor { ticket, outgoing });
+        self.unconfirmed_subjects += unconfirmed.subjects.len();
+        self.unconfirmed_bundles += usize::from(unconfirmed.is_bundle);
+        self.unconfirmed.insert(ticket, unconfirmed);
+        self.outbound.push_back(Outbound { ticket: Some(ticket), outgoing });
     }
 
-    fn acknowledge(&self, claims: impl IntoIterator<Item = Claim>, actions: &mut Vec<Action>) {
-        for Claim { subject, then } in claims {
-            let deliveries = match (&subject, then) {
-                (Subject::Members(bundle, tasks), _) => {
-                    self.lanes[bundle.queue].done(bundle.tag, *tasks);
+    fn acknowledge(&self, subjects: impl IntoIterator<Item = Subject>, actions: &mut Vec<Action>) {
+        for subject in subjects {
+            let deliveries = match subject {
+                Subject::Ended(key) => self.known.settle(&key),
+                Subject::MayReturn(key) => self.known.forget(&key),
+                Subject::Leased(key) => self.known.lease(&key),
+                Subject::Tasks { delivery, count } => {
+                    self.unacked[delivery.queue.0].settled(delivery.tag, count);
                     continue;
                 }
-                (Subject::Attempt(key), Then::Over) => self.inflight.settled(key),
-                (Subject::Attempt(key), Then::MayReturn) => self.inflight.forgotten(key),
-                (Subject::Attempt(key), Then::RunsOn) => self.inflight.handed_over(key),
-                (Subject::Delivery(delivery), _) => Deliveries::one(*delivery),
-                (Subject::Nothing, _) => continue,
+                Subject::None => continue,
             };
             for delivery in deliveries {
-                self.lanes[delivery.queue].done(delivery.tag, 1);
+                self.unacked[delivery.queue.0].settled(delivery.tag, 1);
             }
         }
-        for (lane, open) in self.lanes.iter().enumerate() {
-            let acks = open.take().into_iter();
-            actions.extend(acks.map(|ack| Action::Acknowledge { lane, ack }));
+        for (index, unacked) in self.unacked.iter().enumerate() {
+            let (queue, acks) = (QueueIndex(index), unacked.take_acks().into_iter());
+            actions.extend(acks.map(|ack| Action::Acknowledge { queue, ack }));
         }
     }
 
-    fn hand_back(&self, subject: &Subject, actions: &mut Vec<Action>) {
+    fn requeue(&self, subject: &Subject, actions: &mut Vec<Action>) {
         let deliveries = match subject {
-            Subject::Attempt(key) => self.inflight.forgotten(key),
-            Subject::Delivery(delivery) | Subject::Members(delivery, _) => {
-                Deliveries::one(*delivery)
+            Subject::Ended(key) | Subject::MayReturn(key) | Subject::Leased(key) => {
+                self.known.forget(key)
             }
-            Subject::Nothing => Deliveries::default(),
+            Subject::Tasks { delivery, .. } => Deliveries::from(*delivery),
+            Subject::None => Deliveries::default(),
         };
         for delivery in deliveries {
-            if self.lanes[delivery.queue].handed_back(delivery.tag) {
-                actions.push(Action::HandBack(delivery));
+            if self.unacked[delivery.queue.0].requeued(delivery.tag) {
+                actions.push(Action::Requeue(delivery));
             }
         }
     }
 }
 
-/// Through the default exchange, which routes by the queue's name.
-fn reply_to(queue: &str, message: Message) -> Outbound {
-    Outbound::Reply(Outgoing { exchange: String::new(), routing_key: queue.to_owned(), message })
+/// A reply goes through the default exchange, which routes by the name of the queue.
+fn reply_message(queue: &str, message: Message) -> Outbound {
+    let (exchange, routing_key) = (String::new(), queue.to_owned());
+    Outbound { ticket: None, outgoing: Outgoing { exchange, routing_key, message } }
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
-//! The task that settles: carries out what [`SettleCore`] says, and tells it what the broker answers.
+//! The settlement task: does what [`SettleCore`] decides, and tells it what the broker confirms.
 //!
-//! It waits for all its inputs at once (settlements, confirms, room at the publisher) and for nothing
-//! in line: the publishes that it has begun are polled by nobody else, so while it waited for room in
-//! line, the one that stands first in the queue for room could not take it, and the worker would stop
-//! for ever.
+//! It waits for all of its inputs (settlements, confirms, room at the publisher) at the same time and for
+//! none of them alone. The publishes that it has begun are polled here only: while it waited for room alone,
+//! the one that is first in the queue for room could not take it, and the worker would stop for ever.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -11,161 +10,146 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt, Room, Settler};
+use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt, Room};
 use garenne_common::failpoints::Protection;
 use tokio::sync::mpsc;
 
-use super::bundle::MAX_REPORTS;
-use super::core::{Action, Answer, Outbound, SettleCore, Ticket};
-use super::gauge::SettleGauge;
-use super::order::Settlement;
+use super::core::{Action, Outbound, SettleCore, Ticket};
+use super::progress::SettleProgress;
+use super::reports::MAX_REPORTS;
+use super::settlement::Settlement;
+use crate::intake::queue::ServedQueue;
 
-type Answered = Pin<Box<dyn Future<Output = (Ticket, Answer)> + Send>>;
+/// How long tasks wait whose successor cannot be published, before they are requeued: they may come back
+/// at once.
+const REQUEUE_DELAY: Duration = Duration::from_secs(1);
 
-/// The task that settles.
+type PendingConfirm = Pin<Box<dyn Future<Output = (Ticket, Result<(), BrokerError>)> + Send>>;
+
+/// The settlement task.
 pub(crate) struct SettleTask {
     pub(crate) inbox: mpsc::Receiver<Settlement>,
     pub(crate) core: SettleCore,
     pub(crate) publisher: Publisher,
-    /// One for each queue of the worker, in the order of the core's lanes.
-    pub(crate) settlers: Vec<Settler>,
-    pub(crate) gauge: Arc<SettleGauge>,
+    pub(crate) queues: Arc<[ServedQueue]>,
+    pub(crate) progress: Arc<SettleProgress>,
 }
 
 impl SettleTask {
-    /// Settles until every sender is gone and everything taken in is answered.
+    /// Settles until all senders are dropped and all settlements are complete.
     pub(crate) async fn run(self) {
-        let Self { mut inbox, mut core, publisher, settlers, gauge } = self;
-        let mut unconfirmed = Unconfirmed::default();
-        let (mut arrived, mut actions) = (Vec::with_capacity(MAX_REPORTS), Vec::new());
+        let Self { mut inbox, mut core, publisher, queues, progress } = self;
+        let mut pending = PendingConfirms::default();
+        let (mut received, mut actions) = (Vec::with_capacity(MAX_REPORTS), Vec::new());
         let mut open = true;
         while open || !core.is_idle() {
             tokio::select! {
-                Some((ticket, answer)) = unconfirmed.answers.next() => {
-                    unconfirmed.since.remove(&ticket);
-                    core.answered(ticket, answer, &mut actions);
+                Some((ticket, result)) = pending.confirms.next() => {
+                    pending.since.remove(&ticket);
+                    core.confirm(ticket, &result, &mut actions);
                 }
                 room = publisher.room(), if core.wants_room() => match room {
-                    Ok(room) => unconfirmed.publish(&publisher, room, core.room()),
-                    Err(_) => core.no_more_room(&mut actions),
+                    Ok(room) => pending.publish(&publisher, room, core.next_message()),
+                    Err(_) => core.publisher_stopped(&mut actions),
                 },
-                count = inbox.recv_many(&mut arrived, MAX_REPORTS), if open && core.has_room() => {
+                count = inbox.recv_many(&mut received, MAX_REPORTS), if open && core.has_room() => {
                     open = count > 0;
-                    for settlement in arrived.drain(..) {
+                    for settlement in received.drain(..) {
                         core.settle(settlement, &mut actions);
                     }
                 }
             }
             core.flush(&mut actions);
             for action in actions.drain(..) {
-                carry_out(action, &settlers);
+                carry_out(action, &queues);
             }
+            #[cfg(feature = "failpoints")]
             if !Protection::RoomAsInput.is_enabled() {
-                unconfirmed.publish_in_line(&publisher, &mut core).await;
+                sabotage::wait_for_room(&mut pending, &publisher, &mut core).await;
             }
             while core.wants_room()
                 && let Some(room) = publisher.try_room()
             {
-                unconfirmed.publish(&publisher, room, core.room());
+                pending.publish(&publisher, room, core.next_message());
             }
-            gauge.update(core.concluded(), unconfirmed.oldest());
+            progress.update(core.concluded(), pending.oldest());
         }
     }
 }
 
-fn carry_out(action: Action, settlers: &[Settler]) {
+fn carry_out(action: Action, queues: &[ServedQueue]) {
     match action {
-        Action::Acknowledge { lane, ack } => {
-            if !settlers[lane].ack(ack.tag, ack.multiple) {
-                // Its channel is gone: it comes again, and `Inflight` knows it as settled.
-                tracing::debug!(?ack, "the acknowledgement came too late");
+        Action::Acknowledge { queue, ack } => {
+            if !queues[queue.0].settler.ack(ack.tag, ack.multiple) {
+                // The channel is closed. The delivery comes again and is known as settled.
+                tracing::debug!(?ack, "acknowledgement of a closed channel dropped");
             }
         }
-        Action::HandBack(delivery) => {
-            settlers[delivery.queue].requeue(delivery.tag);
+        Action::Requeue(delivery) => {
+            queues[delivery.queue.0].settler.requeue(delivery.tag);
         }
     }
 }
 
-/// Successors that are handed to the publisher and not answered yet.
+/// Successors that have been given to the publisher and are not confirmed yet.
 #[derive(Default)]
-struct Unconfirmed {
-    answers: FuturesUnordered<Answered>,
+struct PendingConfirms {
+    confirms: FuturesUnordered<PendingConfirm>,
     since: BTreeMap<Ticket, Instant>,
 }
 
-impl Unconfirmed {
+impl PendingConfirms {
     fn publish(&mut self, publisher: &Publisher, room: Room<'_>, outbound: Option<Outbound>) {
         match outbound {
-            Some(Outbound::Successor { ticket, outgoing }) => {
+            Some(Outbound { ticket: Some(ticket), outgoing }) => {
                 let receipt = room.send(outgoing.clone());
-                self.await_answer(publisher, ticket, outgoing, receipt);
+                self.add(ticket, confirmed(publisher.clone(), outgoing, receipt));
             }
-            Some(Outbound::Reply(outgoing)) => room.send_and_forget(outgoing),
+            Some(Outbound { ticket: None, outgoing }) => room.send_and_forget(outgoing),
             None => {}
         }
     }
 
-    fn await_answer(
+    fn add(
         &mut self,
-        publisher: &Publisher,
         ticket: Ticket,
-        outgoing: Outgoing,
-        receipt: Receipt,
+        confirmed: impl Future<Output = Result<(), BrokerError>> + Send + 'static,
     ) {
-        let publisher = publisher.clone();
         self.since.insert(ticket, Instant::now());
-        self.answers.push(Box::pin(async move {
+        self.confirms.push(Box::pin(async move {
             if !Protection::SuccessorBeforeAck.is_enabled() {
-                return (ticket, Answer::Confirmed);
+                return (ticket, Ok(()));
             }
-            (ticket, answer(&publisher, outgoing, receipt).await)
+            (ticket, confirmed.await)
         }));
     }
 
-    /// When the oldest one was handed over.
+    /// When the oldest unconfirmed successor was published.
     fn oldest(&self) -> Option<Instant> {
-        // Tickets ascend, and so do the times.
+        // Tickets and times ascend together.
         self.since.first_key_value().map(|(_, since)| *since)
     }
-
-    /// The mistake that [`Protection::RoomAsInput`] protects from.
-    async fn publish_in_line(&mut self, publisher: &Publisher, core: &mut SettleCore) {
-        while let Some(outbound) = core.room() {
-            match outbound {
-                Outbound::Successor { ticket, outgoing } => {
-                    let publisher = publisher.clone();
-                    self.since.insert(ticket, Instant::now());
-                    self.answers.push(Box::pin(async move {
-                        match publisher.send(outgoing.clone()).await {
-                            Ok(receipt) => (ticket, answer(&publisher, outgoing, receipt).await),
-                            Err(_) => (ticket, Answer::Unknown),
-                        }
-                    }));
-                }
-                Outbound::Reply(outgoing) => drop(publisher.send_and_forget(outgoing).await),
-            }
-        }
-    }
 }
 
-/// The broker's answer, however long it takes.
-async fn answer(publisher: &Publisher, outgoing: Outgoing, receipt: Receipt) -> Answer {
-    match until_taken(publisher, outgoing, receipt).await {
-        Ok(()) => Answer::Confirmed,
-        Err(BrokerError::Closed) => Answer::Unknown,
-        Err(error) => {
-            tracing::error!(%error, "a successor cannot be published; handing the tasks back");
-            // They may come straight back here.
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            Answer::Impossible
-        }
+/// Waits for the confirm, without a time limit.
+async fn confirmed(
+    publisher: Publisher,
+    outgoing: Outgoing,
+    receipt: Receipt,
+) -> Result<(), BrokerError> {
+    let result = publish_until_accepted(&publisher, outgoing, receipt).await;
+    if let Err(error) = &result
+        && !matches!(error, BrokerError::Closed)
+    {
+        tracing::error!(%error, "a successor cannot be published; requeueing its tasks");
+        tokio::time::sleep(REQUEUE_DELAY).await;
     }
+    result
 }
 
-/// Publishes until the broker has it. A refusal (a full queue, a permission that was revoked, an
-/// exchange that is gone) may pass, and to hand the task back would only make it run again.
-async fn until_taken(
+/// Publishes until the broker accepts the message. The reason of a refusal (a full queue, a revoked
+/// permission, a deleted exchange) may pass, and requeueing the task would only make it run again.
+async fn publish_until_accepted(
     publisher: &Publisher,
     outgoing: Outgoing,
     first: Receipt,
@@ -185,5 +169,29 @@ async fn until_taken(
             other => return other,
         }
         receipt = publisher.send(outgoing.clone()).await?;
+    }
+}
+
+#[cfg(feature = "failpoints")]
+mod sabotage {
+    use super::*;
+
+    /// Waits for room alone, the mistake that [`Protection::RoomAsInput`] prevents.
+    pub(super) async fn wait_for_room(
+        pending: &mut PendingConfirms,
+        publisher: &Publisher,
+        core: &mut SettleCore,
+    ) {
+        while let Some(Outbound { ticket, outgoing }) = core.next_message() {
+            let Some(ticket) = ticket else {
+                drop(publisher.send_and_forget(outgoing).await);
+                continue;
+            };
+            let publisher = publisher.clone();
+            pending.add(ticket, async move {
+                let receipt = publisher.send(outgoing.clone()).await?;
+                confirmed(publisher, outgoing, receipt).await
+            });
+        }
     }
 }

@@ -1,25 +1,21 @@
-//! Settling: the one place that tells the broker what became of a delivery.
+//! Settling: the only place that tells the broker what became of a delivery.
 //!
-//! Every message gets its successor first (a result, its next attempt, a dead letter, itself under an
-//! id), the broker confirms the successor, and only then the message is acknowledged.
+//! Settlements come in. Each message gets a successor first: a result, its next attempt, a dead letter, or
+//! itself under an id. The broker confirms the successor, and only then the message is acknowledged.
 //!
-//! [`Signature`] makes the orders, [`SettleCore`] knows what may happen when, and [`SettleTask`] does
-//! it. The first two do no IO and read no clock, so that a simulation can run
-//! them against a broker of its own making.
+//! [`SettlementBuilder`] builds the settlements, [`SettleCore`] decides what may happen when, and
+//! [`SettleTask`] does it. The first two do no IO and read no clock, so that a simulation can run them
+//! against a model of the broker.
 
-mod bundle;
-mod carrier;
+mod builder;
 mod core;
 mod driver;
-mod gauge;
-mod lane;
-mod order;
-mod signature;
+mod progress;
+mod reports;
+mod settlement;
 
-pub use self::core::{Action, Answer, Outbound, SettleCore, Ticket};
-pub use carrier::Carrier;
+pub use self::core::{Action, Outbound, SettleCore, Ticket};
+pub use builder::{Attempt, SettlementBuilder};
 pub(crate) use driver::SettleTask;
-pub(crate) use gauge::SettleGauge;
-pub use lane::Lane;
-pub use order::{Reply, Settlement, Subject, Successor, Then};
-pub use signature::{Arrival, Ended, Signature};
+pub(crate) use progress::SettleProgress;
+pub use settlement::{Reply, Settlement, Subject, Successor};

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::aggregate::Resend;
-use crate::group::Letter;
+use crate::ingest::group::Letter;
+use crate::rules::aggregate::Resend;
 use crate::store::open_envelope;
 
 mod letters;
@@ -90,6 +90,7 @@ fn result(task: &str, batch: Option<BatchId>, status: Status) -> TaskResult {
         worker: "host:1".into(),
         started_at: at(1),
         finished_at: at(u64::MAX / 4),
+        fingerprint: None,
     }
 }
 
@@ -266,11 +267,11 @@ async fn retention_deletes_what_is_over_in_slices_and_never_a_notice() {
     let waiting = BatchId::new("waiting").unwrap();
     let sealed = Report::BatchSealed { batch: waiting, count: 1, at: at(1) };
     fixture.commit(&[over, sealed, Report::Retrying(retry("r", 1))], &[]).await;
-    assert_eq!(fixture.store.forget(at(1), 2).await.unwrap(), 0);
+    assert_eq!(fixture.store.delete_old(at(1), 2).await.unwrap(), 0);
 
     let later = Timestamp::now().plus(Duration::from_secs(1));
     let mut slices = vec![];
-    while let Some(deleted) = Some(fixture.store.forget(later, 2).await.unwrap()) {
+    while let Some(deleted) = Some(fixture.store.delete_old(later, 2).await.unwrap()) {
         if deleted == 0 {
             break;
         }
@@ -295,13 +296,13 @@ async fn a_wish_is_kept_once_until_its_task_or_batch_is_over() {
     let states: Vec<_> = done.tasks.iter().map(|task| task.state).collect();
     let requested = CancelState::Requested;
     assert_eq!(states, [CancelState::TooLate, requested, requested]);
-    assert_eq!(cancel(&["t-1"]).await.intents, done.intents[..1], "the same wish");
+    assert_eq!(cancel(&["t-1"]).await.requests, done.requests[..1], "the same wish");
     let batch = fixture.store.cancel_batch(batch_id(), "all".to_owned()).await.unwrap();
     assert_eq!((batch.state, batch.summary), (requested, None));
 
     let fixture = fixture.reopen();
     let (first, newest) = fixture.store.cancels(0, 2).await.unwrap();
-    assert_eq!(first, done.intents);
+    assert_eq!(first, done.requests);
     let (rest, _) = fixture.store.cancels(first[1].seq, 2).await.unwrap();
     assert_eq!((rest.len(), rest[0].seq), (1, newest));
 
@@ -310,15 +311,15 @@ async fn a_wish_is_kept_once_until_its_task_or_batch_is_over() {
     assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0.len(), 2, "one wish took effect");
     fixture.commit(&[sealed], &[]).await;
     let (left, still) = fixture.store.cancels(0, 9).await.unwrap();
-    assert_eq!((left, still >= newest), (done.intents[1..].to_vec(), true));
+    assert_eq!((left, still >= newest), (done.requests[1..].to_vec(), true));
     let over = fixture.store.cancel_batch(batch_id(), "all".to_owned()).await.unwrap();
-    assert_eq!((over.state, over.intent), (CancelState::TooLate, None));
+    assert_eq!((over.state, over.request), (CancelState::TooLate, None));
 
     // A delayed task may come after `retention`, but not after that and the longest delay.
     let soon = Timestamp::now().plus(Duration::from_secs(1));
-    fixture.store.forget(soon, 10).await.unwrap();
+    fixture.store.delete_old(soon, 10).await.unwrap();
     assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0.len(), 1);
-    fixture.store.forget(soon.plus(garenne_common::topology::MAX_DELAY), 10).await.unwrap();
+    fixture.store.delete_old(soon.plus(garenne_common::topology::MAX_DELAY), 10).await.unwrap();
     assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0, []);
 }
 
@@ -331,7 +332,7 @@ async fn a_parked_task_goes_back_whole_and_waits_longer_when_it_returns() {
     let release =
         async || fixture.store.release(kinds[0].clone(), "g.tasks".to_owned(), 9).await.unwrap();
     let much_later = Timestamp::now().plus(Duration::from_hours(1));
-    fixture.store.forget(much_later, 9).await.unwrap();
+    fixture.store.delete_old(much_later, 9).await.unwrap();
     assert_eq!(fixture.store.totals().await.unwrap().dead, 1, "no age ends what has not ended");
     assert_eq!((release().await, release().await), (1, 0));
     let resends = fixture.store.resends(0, 9, usize::MAX).await.unwrap();

@@ -23,6 +23,7 @@ fn task(id: &str, name: &str) -> TaskMessage {
         options: Options::default(),
         submitted_at: Some(Timestamp::from_millis(1_700_000_000_123)),
         traceparent: None,
+        fingerprint: None,
     }
 }
 
@@ -53,6 +54,7 @@ fn tasks_come_out_as_they_went_in() {
     for task in &mut tasks {
         task.options.priority = Some(3);
     }
+    tasks[1].fingerprint = Some(crate::Fingerprint::from_u64(7));
     let bundle = encode(&tasks, "test").unwrap();
     assert!(is_one(&bundle));
     assert_eq!(bundle.properties.priority, Some(3));
@@ -150,5 +152,14 @@ proptest! {
             ..task(&id, &name)
         }).collect();
         prop_assert_eq!(decode(&encode(&tasks, "test").unwrap(), &queue()), Ok(tasks));
+    }
+}
+
+#[test]
+fn fingerprints_must_be_as_many_as_tasks() {
+    for (texts, sound) in [(",,", true), (",", false), (",,,", false), ("x,,", false)] {
+        let mut message = encode(&some(), "test").unwrap();
+        message.set_header(headers::FINGERPRINTS, HeaderValue::Text(texts.to_owned()));
+        assert_eq!(decode(&message, &queue()).is_ok(), sound, "{texts}");
     }
 }

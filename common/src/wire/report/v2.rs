@@ -15,6 +15,7 @@ use super::super::codec::{Codec, CodecError, Payload, append_bincode, from_binco
 use super::super::lease::{Fence, LeaseChange, LeaseNote};
 use super::few::Few;
 use super::{Report, RetryNote};
+use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
 use crate::timestamp::Timestamp;
@@ -80,6 +81,17 @@ enum ReportV2<'a> {
     #[serde(borrow)]
     Lease(LeaseV2<'a>),
     FinishedUnderLease(#[serde(borrow)] FenceV2<'a>, #[serde(borrow)] ResultV2<'a>),
+    /// A result with the fingerprint of its task.
+    FingerprintedFinished(u64, #[serde(borrow)] ResultV2<'a>),
+    FingerprintedFinishedUnderLease(
+        u64,
+        #[serde(borrow)] FenceV2<'a>,
+        #[serde(borrow)] ResultV2<'a>,
+    ),
+    Conflict {
+        id: &'a str,
+        queried: u64,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -186,7 +198,10 @@ impl<'a> Heads<'a> {
 
     fn report(&mut self, report: &'a Report) -> ReportV2<'a> {
         match report {
-            Report::Finished(result) => ReportV2::Finished(self.result(result)),
+            Report::Finished(result) => match result.fingerprint {
+                None => ReportV2::Finished(self.result(result)),
+                Some(it) => ReportV2::FingerprintedFinished(it.as_u64(), self.result(result)),
+            },
             Report::Retrying(note) => ReportV2::Retrying(note.into()),
             Report::BatchOpened { batch, at, deadline } => ReportV2::BatchOpened {
                 batch: batch.as_str(),
@@ -202,8 +217,16 @@ impl<'a> Heads<'a> {
                 change: note.change,
                 at: note.at.as_millis(),
             }),
-            Report::FinishedUnderLease { fence, result } => {
-                ReportV2::FinishedUnderLease(fence.into(), self.result(result))
+            Report::FinishedUnderLease { fence, result } => match result.fingerprint {
+                None => ReportV2::FinishedUnderLease(fence.into(), self.result(result)),
+                Some(it) => ReportV2::FingerprintedFinishedUnderLease(
+                    it.as_u64(),
+                    fence.into(),
+                    self.result(result),
+                ),
+            },
+            Report::Conflict { id, queried } => {
+                ReportV2::Conflict { id: id.as_str(), queried: queried.as_u64() }
             }
         }
     }
@@ -268,7 +291,22 @@ impl Reading<'_> {
             ReportV2::FinishedUnderLease(fence, result) => {
                 Report::FinishedUnderLease { fence: fence.into(), result: self.result(&result)? }
             }
+            ReportV2::FingerprintedFinished(number, result) => {
+                Report::Finished(self.fingerprinted(number, &result)?)
+            }
+            ReportV2::FingerprintedFinishedUnderLease(number, fence, result) => {
+                let result = self.fingerprinted(number, &result)?;
+                Report::FinishedUnderLease { fence: fence.into(), result }
+            }
+            ReportV2::Conflict { id, queried } => {
+                Report::Conflict { id: TaskId::new(id)?, queried: Fingerprint::from_u64(queried) }
+            }
         })
+    }
+
+    fn fingerprinted(&self, number: u64, result: &ResultV2<'_>) -> Result<TaskResult, Malformed> {
+        let result = self.result(result)?;
+        Ok(TaskResult { fingerprint: Some(Fingerprint::from_u64(number)), ..result })
     }
 
     fn result(&self, result: &ResultV2<'_>) -> Result<TaskResult, Malformed> {
@@ -292,6 +330,7 @@ impl Reading<'_> {
             finished_at: Timestamp::from_millis(
                 result.started_at.wrapping_add(result.took.cast_unsigned()),
             ),
+            fingerprint: None,
         })
     }
 

@@ -140,6 +140,7 @@ fn record(mix: Mix, n: u64, batch: Option<&str>) -> TaskResult {
         worker: "w".into(),
         started_at: Timestamp::from_millis(1),
         finished_at: Timestamp::from_millis(2),
+        fingerprint: None,
     }
 }
 

@@ -186,6 +186,7 @@ mod tests {
             worker: "host:7".into(),
             started_at: Timestamp::from_millis(1_000),
             finished_at: Timestamp::from_millis(2_500),
+            fingerprint: None,
         }
     }
 

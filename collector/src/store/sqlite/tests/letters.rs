@@ -326,7 +326,7 @@ async fn a_million_letters_are_listed_as_fast_as_a_hundred() {
         }
         let took = started.elapsed();
         eprintln!(
-            "{what:20} {found:3} letters of {total:?} in {took:?}, {pages} questions, slowest {slowest:?}"
+            "{what:20} {found:3} letters of {total:?} in {took:?}, {pages} queries, slowest {slowest:?}"
         );
         assert!(slowest < Duration::from_secs(2), "one question keeps all others waiting");
     }
