@@ -1,6 +1,6 @@
 //! What writing and reading of messages costs: one task, bundles of tasks, bundles of reports.
 //!
-//! Without a broker: how many of them travel per second is `garenne bench`'s question.
+//! Without a broker: how many of them travel per second is the question of `garenne bench`.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark fails as a test does")]
 

@@ -9,7 +9,7 @@
 #[cfg(all(feature = "failpoints", not(debug_assertions)))]
 compile_error!("the feature `failpoints` can switch protections off; it is for test builds alone");
 
-/// Whether this build can switch guards off at all.
+/// Whether this build can switch protections off at all.
 pub const fn can_be_disabled() -> bool {
     cfg!(feature = "failpoints")
 }

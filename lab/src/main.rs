@@ -36,14 +36,14 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show Garenne at work: nodes, a real job with nodes dying under it, the management UI
-    Demo(demo::Arguments),
+    Demo(demo::DemoArgs),
     /// Measure throughput, latency and memory here and now, beside a bare client
-    Bench(bench::Arguments),
+    Bench(bench::BenchArgs),
     /// Run tasks while killing workers, broker and all, and certify that nothing is lost
-    Verify(verify::Arguments),
+    Verify(verify::VerifyArgs),
     /// Submit for `garenne verify`, which kills this process
     #[command(hide = true)]
-    VerifyProducer(verify::submitter::Arguments),
+    VerifyProducer(verify::submitter::SubmitterArgs),
 }
 
 fn main() -> ExitCode {

@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 /// The handlers, both with one ledger.
 fn with_tasks(worker: Builder) -> Builder {
     let address = std::env::var(LEDGER).unwrap_or_default();
-    let ledger = Arc::new(Ledger { address, idle: Mutex::default() });
+    let ledger = Arc::new(LedgerClient { address, idle: Mutex::default() });
     let patient = Arc::clone(&ledger);
     let run = move |context: Context, task: Verify| {
         let ledger = Arc::clone(&patient);
@@ -55,7 +55,7 @@ struct Verify {
     /// So many first attempts fail.
     failures: u32,
     /// How the others end.
-    end: End,
+    end: WorkEnd,
     /// Whether its effect goes under the idempotency key.
     keyed: bool,
 }
@@ -63,7 +63,7 @@ struct Verify {
 /// How an attempt ends.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum End {
+enum WorkEnd {
     Succeed,
     Fail,
     Fatal,
@@ -87,7 +87,7 @@ impl Task for VerifyBlocking {
     type Output = u64;
 }
 
-async fn perform(ledger: &Ledger, context: &Context, task: Verify) -> Result<u64, TaskError> {
+async fn perform(ledger: &LedgerClient, context: &Context, task: Verify) -> Result<u64, TaskError> {
     let (index, attempt) = (task.index, context.attempt());
     let entry = format!("{index} {attempt} {} {}", context.id(), context.worker());
     ledger.write(&format!("run {entry}")).await?;
@@ -96,26 +96,26 @@ async fn perform(ledger: &Ledger, context: &Context, task: Verify) -> Result<u64
         return Err(TaskError::retry("asked to fail at first"));
     }
     match task.end {
-        End::Succeed => {
+        WorkEnd::Succeed => {
             let key = if task.keyed { context.idempotency_key() } else { "-" };
             ledger.write(&format!("effect {entry} {key}")).await?;
             Ok(index)
         }
-        End::Fail => Err(TaskError::retry("asked to fail")),
-        End::Fatal => Err(TaskError::fatal("asked to fail for good")),
-        End::Panic => panic!("asked to panic"),
-        End::Overrun => std::future::pending().await,
-        End::Crash => std::process::abort(),
+        WorkEnd::Fail => Err(TaskError::retry("asked to fail")),
+        WorkEnd::Fatal => Err(TaskError::fatal("asked to fail for good")),
+        WorkEnd::Panic => panic!("asked to panic"),
+        WorkEnd::Overrun => std::future::pending().await,
+        WorkEnd::Crash => std::process::abort(),
     }
 }
 
 /// The way to the ledger: connections that are used again, one at a time.
-struct Ledger {
+struct LedgerClient {
     address: String,
     idle: Mutex<Vec<BufReader<TcpStream>>>,
 }
 
-impl Ledger {
+impl LedgerClient {
     /// Writes a line and waits until the ledger has it. A repeated effect is no error: it is what the
     /// idempotency key is for.
     async fn write(&self, line: &str) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! Cancelling (P22): a wish is kept until it took effect, wherever its task is; a success that was
+//! Cancelling (P22): a cancel request is kept until it took effect, wherever its task is; a success that was
 //! faster stands, and every cancelled task ends once, as cancelled.
 
 use std::sync::Arc;
@@ -105,7 +105,7 @@ async fn a_queued_task_never_runs_even_if_its_worker_starts_later() {
     });
     assert_eq!(state.await, CancelState::Cancelled);
     let left = warren.rows::<i64>("SELECT COUNT(*) FROM cancels");
-    assert_eq!(left, [0], "a wish that took effect is forgotten");
+    assert_eq!(left, [0], "a cancel request that took effect is forgotten");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,7 +116,7 @@ async fn a_wish_survives_the_collector_and_the_worker() {
     let handle = submit(&producer, sleep(600_000)).await;
     let worker = warren.worker().start().await;
     waiting(&warren, 0).await;
-    // Killed, so that the task comes back; the wish is made while no worker is there.
+    // Killed, so that the task comes back; the cancel request is made while no worker is there.
     worker.kill().await;
     waiting(&warren, 1).await;
     assert_eq!(cancel(&producer, handle.id()).await, CancelState::Requested);

@@ -372,7 +372,7 @@ async fn a_purge_keeps_final_records_and_ends_parked_tasks() {
     let purged =
         warren.garenne(&["dead", "purge", "--reason", "fatal,unknown_task", "--yes"]).await;
     assert!(purged.stderr.contains("deleted 2 dead letters"), "{purged:#?}");
-    assert!(purged.stderr.contains("1 of them ended as failed"), "{purged:#?}");
+    assert!(purged.stderr.contains("1 of their tasks ended as failed"), "{purged:#?}");
     assert_eq!(list(&warren, &[]).await, "other");
     for task in ["dead", "parked"] {
         assert_eq!(finished(&producer, &id(task)).await.status, Status::Failed, "{task}");

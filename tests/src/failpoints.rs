@@ -1,7 +1,7 @@
-//! The tests are tested: with a guard switched off, a test must fail, or it is worth nothing.
+//! The tests are tested: with a protection switched off, a test must fail, or it is worth nothing.
 //!
 //! `make test-failpoints` builds everything with the feature `failpoints` and runs the one ignored test in
-//! here. For each guard it runs the tests that must notice, first with all guards on and then without
+//! here. For each protection it runs the tests that must notice, first with all protections on and then without
 //! that one, each time in a process of their own, and prints the table of docs/testing.md.
 
 use std::collections::{BTreeSet, HashMap};
@@ -20,12 +20,12 @@ use crate::harness::{FAILPOINTS, root};
 const LIMIT: Duration = Duration::from_mins(5);
 /// Tests mostly wait, and each has its own processes.
 const AT_ONCE: usize = 3;
-/// Names of guards, separated by commas, to run these alone.
+/// Names of protections, separated by commas, to run these alone.
 const ONLY: &str = "GARENNE_TESTS_FAILPOINTS";
 
 /// The test that notices.
-fn noticed_by(guard: Protection) -> &'static str {
-    match guard {
+fn noticed_by(protection: Protection) -> &'static str {
+    match protection {
         Protection::PublishDeadline | Protection::ConfirmWait => {
             "broker_outage::a_frozen_broker_is_an_error_in_time_and_then_a_memory"
         }
@@ -105,7 +105,7 @@ fn noticed_by(guard: Protection) -> &'static str {
 #[test]
 fn the_table_names_every_guard_and_its_test() {
     let table = fs::read_to_string(root().join("docs/testing.md")).unwrap();
-    let rows = Protection::ALL.iter().map(|guard| row(*guard));
+    let rows = Protection::ALL.iter().map(|protection| row(*protection));
     let missing: Vec<String> = rows.filter(|row| !table.contains(row)).collect();
     assert!(missing.is_empty(), "docs/testing.md lacks:\n{}", missing.join("\n"));
 }
@@ -117,20 +117,23 @@ async fn every_protection_is_missed_by_a_test() {
     assert!(can_be_disabled(), "this build has no failpoints; run `make test-failpoints`");
     let only = std::env::var(ONLY).unwrap_or_default();
     let chosen = |name: &str| only.is_empty() || only.split(',').any(|one| one == name);
-    let guards = Protection::ALL.iter().copied().filter(|guard| chosen(guard.name()));
-    let guards: Vec<Protection> = guards.collect();
-    let tests: BTreeSet<&str> = guards.iter().map(|guard| noticed_by(*guard)).collect();
+    let protections =
+        Protection::ALL.iter().copied().filter(|protection| chosen(protection.name()));
+    let protections: Vec<Protection> = protections.collect();
+    let tests: BTreeSet<&str> =
+        protections.iter().map(|protection| noticed_by(*protection)).collect();
 
     let controls = stream::iter(tests).map(|test| async move { (test, Run::of(test, None).await) });
     let controls: HashMap<&str, Run> = controls.buffer_unordered(AT_ONCE).collect().await;
-    println!("\n| guard | without it | the test that notices | seconds | and says |");
+    println!("\n| protection | without it | the test that notices | seconds | and says |");
     println!("|---|---|---|---|---|");
-    let runs = stream::iter(guards)
-        .map(|guard| async move { (guard, Run::of(noticed_by(guard), Some(guard)).await) });
+    let runs = stream::iter(protections).map(|protection| async move {
+        (protection, Run::of(noticed_by(protection), Some(protection)).await)
+    });
     let mut runs = runs.buffered(AT_ONCE);
     let mut unnoticed = vec![];
-    while let Some((guard, run)) = runs.next().await {
-        let test = noticed_by(guard);
+    while let Some((protection, run)) = runs.next().await {
+        let test = noticed_by(protection);
         let said = match (&controls[test].verdict, &run.verdict) {
             (Verdict::Passed, Verdict::Failed(why)) => Ok(why.clone()),
             (Verdict::Passed, Verdict::Passed) => Err("NOTHING, it passes".to_owned()),
@@ -138,16 +141,16 @@ async fn every_protection_is_missed_by_a_test() {
             (Verdict::Failed(why), _) => Err(format!("THE SAME WITH ALL PROTECTIONS ON: {why}")),
             (Verdict::Hung, _) => Err("NOTHING, it never ends".to_owned()),
         };
-        unnoticed.extend(said.is_err().then_some(guard.name()));
+        unnoticed.extend(said.is_err().then_some(protection.name()));
         let (Ok(said) | Err(said)) = said;
-        println!("{} {} | {said} |", row(guard), run.took.as_secs());
+        println!("{} {} | {said} |", row(protection), run.took.as_secs());
     }
     assert!(unnoticed.is_empty(), "no test notices: {}", unnoticed.join(", "));
 }
 
 /// A row of the table, up to what differs from run to run.
-fn row(guard: Protection) -> String {
-    format!("| `{}` | {} | `{}` |", guard.name(), guard.without(), noticed_by(guard))
+fn row(protection: Protection) -> String {
+    format!("| `{}` | {} | `{}` |", protection.name(), protection.without(), noticed_by(protection))
 }
 
 /// One test in a process of its own.

@@ -45,7 +45,7 @@ async fn a_queue_that_does_not_exist_is_an_error_and_no_lost_task() {
     let error = producer.submit(submission).await.unwrap_err();
     let queue = QueueName::new("nowhere").unwrap();
     assert_eq!(error, SubmitError::UnknownQueue { queue });
-    assert!(error.to_string().contains("garenne-worker --queues nowhere"), "{error}");
+    assert!(error.to_string().contains("start a worker that serves it"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,5 +1,6 @@
 //! The rules of the repository that no compiler knows. A failure says which rule and why it is one.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -255,6 +256,147 @@ fn sound(document: &str, most_lines: usize) {
         .into_iter()
         .filter(|path| !root().join(path).exists() && !directory.join(path).exists());
     none(&missing.collect::<Vec<_>>(), &format!("{document} names what does not exist:"));
+}
+
+/// The declared type of a line at module level, of any visibility.
+fn declared_type(line: &str) -> Option<&str> {
+    let line = match line.strip_prefix("pub") {
+        Some(rest) if rest.starts_with('(') => rest.split_once(") ")?.1,
+        Some(rest) => rest.trim_start(),
+        None => line,
+    };
+    let line = line.strip_prefix("unsafe ").unwrap_or(line);
+    let kinds = ["struct ", "enum ", "trait ", "union ", "type "];
+    let rest = kinds.iter().find_map(|kind| line.strip_prefix(kind))?;
+    rest.split(|c: char| !c.is_alphanumeric() && c != '_').next()
+}
+
+/// Whoever reads a name in a crate must not have to ask which of two is meant.
+#[test]
+fn a_type_name_stands_once_in_a_crate() {
+    let mut seen: BTreeMap<(PathBuf, String), Vec<String>> = BTreeMap::new();
+    for path in sources() {
+        let home = path.ancestors().find(|folder| root().join(folder).join("Cargo.toml").exists());
+        let home = home.expect("every source belongs to a crate").to_owned();
+        for name in code(&path).lines().filter_map(declared_type) {
+            let place = seen.entry((home.clone(), name.to_owned())).or_default();
+            place.push(path.display().to_string());
+        }
+    }
+    assert!(seen.len() > 300, "the declarations were found: {}", seen.len());
+    // Every program of the examples is a crate of its own.
+    let twice = seen.iter().filter(|((home, _), at)| at.len() > 1 && !home.ends_with("examples"));
+    let twice: Vec<_> = twice.map(|((_, name), at)| format!("{name}: {}", at.join(", "))).collect();
+    none(&twice, "A type name stands once in a crate, whatever its visibility. But:");
+}
+
+/// Identifiers, keys and phrases that were given up for the terms of the glossary in ARCHITECTURE.md. They
+/// are sought as whole words. The changelog and the decisions may tell of them.
+const OLD_WORDS: [&str; 24] = [
+    "adopted",
+    "aides",
+    "cancelintent",
+    "doors",
+    "handed on",
+    "heed",
+    "intents",
+    "lanes",
+    "look-ahead",
+    "lookahead",
+    "parcel",
+    "say_again",
+    "set aside",
+    "single out",
+    "slots_lost",
+    "stand in line",
+    "surplus",
+    "took back",
+    "wish",
+    "wishes",
+    "without a word of",
+    "worker.slots",
+    "worker.lookahead",
+    "lost_slots",
+];
+
+#[test]
+fn old_words_do_not_come_back() {
+    let documents =
+        files("docs", ".md").into_iter().filter(|path| !path.starts_with("docs/decisions"));
+    let pages = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(PathBuf::from);
+    let settings = [files("deploy", ""), files("examples", ".toml")].concat();
+    let this = Path::new("tests/src/tidy.rs");
+    let all = sources().into_iter().filter(|path| path != this);
+    let mut found = vec![];
+    for path in all.chain(documents).chain(pages).chain(settings) {
+        // Decisions keep the names of their files.
+        let text = read(&path).to_lowercase().replace("kept-wish", "");
+        for word in OLD_WORDS {
+            let inside = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
+            let stands = text.match_indices(word).any(|(at, _)| {
+                let (before, after) = (&text[..at], &text[at + word.len()..]);
+                !inside(before.chars().next_back()) && !inside(after.chars().next())
+            });
+            if stands {
+                found.push(format!("{}: {word}", path.display()));
+            }
+        }
+    }
+    none(&found, "The glossary has another word for it. Found again:");
+}
+
+/// ARCHITECTURE.md tells a task's life as functions and where they stand, and it is worth reading only while
+/// that is true and short.
+#[test]
+fn the_life_of_a_task_is_short_and_true() {
+    let text = read("ARCHITECTURE.md");
+    let (_, life) = text.split_once("## A task's life").expect("it has the section");
+    let (life, _) = life.split_once("\n## ").expect("another section follows");
+    let mut wrong = vec![];
+    let mut places = BTreeSet::new();
+    let mut functions = BTreeMap::new();
+    let mut rest = life;
+    while let Some((before, after)) = rest.split_once("` (`") {
+        let (path, after) = after.split_once('`').expect("the path ends");
+        let name = before.rsplit(['`', ':']).next().unwrap_or_default();
+        places.insert(path.to_owned());
+        if name.starts_with(char::is_lowercase) && !name.contains(' ') {
+            functions.insert((path.to_owned(), name.to_owned()), length_of(path, name));
+        }
+        rest = after;
+    }
+    assert!(functions.len() > 12, "the functions were found: {functions:?}");
+    for ((path, name), length) in &functions {
+        match length {
+            None => wrong.push(format!("{path} has no function {name}")),
+            Some(lines) if *lines > 60 => wrong.push(format!("{name} has {lines} lines")),
+            Some(_) => {}
+        }
+    }
+    if places.len() > 30 || functions.len() > 45 {
+        wrong.push(format!("{} files and {} functions", places.len(), functions.len()));
+    }
+    none(&wrong, "A task's life is at most 30 files and 45 functions of at most 60 lines. But:");
+
+    // The worker's steps, in the order of the text.
+    let steps = read("worker/src/run/mod.rs");
+    let (_, steps) = steps.split_once("async fn steps(").expect("the list of steps");
+    let (steps, _) = steps.split_once("\n    }").expect("it ends");
+    let order = ["self.validate(", "self.admit(", "self.run(", "self.decide(", "self.settle("];
+    let at: Vec<_> = order.iter().map(|call| steps.find(call)).collect();
+    assert!(at.is_sorted() && at.iter().all(Option::is_some), "steps calls {order:?}: {steps}");
+}
+
+/// How many lines a function has, from its name to the brace that closes it.
+fn length_of(path: &str, name: &str) -> Option<usize> {
+    let text = read(path);
+    let lines: Vec<_> = text.lines().collect();
+    let is_head =
+        |line: &&str| ["(", "<"].iter().any(|next| line.contains(&format!("fn {name}{next}")));
+    let start = lines.iter().position(is_head)?;
+    let indent = lines[start].len() - lines[start].trim_start().len();
+    let close = format!("{}}}", " ".repeat(indent));
+    lines[start..].iter().position(|line| *line == close).map(|end| end + 1)
 }
 
 #[test]

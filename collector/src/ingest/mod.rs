@@ -4,7 +4,7 @@
 //! the prefetch and by three groups: one being gathered, one waiting, one being committed.
 //!
 //! A group is committed before it is acknowledged. Its notices need not be published before that: they are
-//! stored in the outbox by the same transaction, and the relay ([`crate::outbox`]) publishes them, also after
+//! stored in the outbox by the same transaction, and the relay (`crate::outbox`) publishes them, also after
 //! a restart. If acknowledgements waited for publishing, a broker that blocks publishers for lack of memory
 //! could never get rid of the results that fill it.
 
@@ -400,7 +400,7 @@ mod tests {
         progress.begun.store(5, Ordering::Release);
         progress.finished.store(4, Ordering::Release);
         let mark = progress.mark();
-        assert!(!progress.has_passed(mark), "a parcel is under way");
+        assert!(!progress.has_passed(mark), "a group is not committed yet");
         progress.begun.store(9, Ordering::Release);
         progress.finished.store(7, Ordering::Release);
         assert!(!progress.has_passed(mark));

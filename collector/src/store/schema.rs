@@ -159,9 +159,9 @@ CREATE INDEX dead_letters_replayed_as ON dead_letters (replayed_as)
     WHERE replayed_as IS NOT NULL;
 ";
 
-/// Wishes to cancel, and what waits for a handler.
+/// Cancel requests, and what waits for a handler.
 const CANCELS: &str = "
--- AUTOINCREMENT: workers tell by its number that a wish is new.
+-- AUTOINCREMENT: workers tell by its number that a cancel request is new.
 CREATE TABLE cancels (
     seq       INTEGER PRIMARY KEY AUTOINCREMENT,
     batch     INTEGER NOT NULL, -- whether id is a batch's

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use lapin::options::{BasicAckOptions, BasicNackOptions};
 use tokio::sync::{mpsc, watch as watched};
 
-use super::delivery::{ConsumerSpec, Delivery, DeliveryTag, Shared};
+use super::delivery::{ConsumerSpec, ConsumerState, Delivery, DeliveryTag};
 use super::epochs::ConsumeTask;
 use super::watch::{self, Health};
 use super::{BrokerError, Link, QueueStatus};
@@ -18,16 +18,16 @@ use super::{BrokerError, Link, QueueStatus};
 /// The stream of deliveries, and the hold on the task behind it.
 pub struct Consumer {
     deliveries: mpsc::Receiver<Delivery>,
-    shared: Arc<Shared>,
+    shared: Arc<ConsumerState>,
 }
 
 /// Tells the broker what became of deliveries. Clones settle for the same consumer.
 #[derive(Clone)]
-pub struct Settler(Arc<Shared>);
+pub struct Settler(Arc<ConsumerState>);
 
 /// Interrupts a consumer from outside.
 #[derive(Clone)]
-pub struct Pauser(Arc<Shared>);
+pub struct Pauser(Arc<ConsumerState>);
 
 impl Pauser {
     /// Whether the consumer is to consume nothing. When that begins, all that it holds goes back to
@@ -47,7 +47,7 @@ impl Consumer {
     /// Starts consuming; connects, and reconnects, on its own.
     pub fn start(link: Link, spec: ConsumerSpec) -> Self {
         let (to_owner, deliveries) = mpsc::channel(usize::from(spec.prefetch).max(1));
-        let shared = Arc::new(Shared::new(link, spec.prefetch));
+        let shared = Arc::new(ConsumerState::new(link, spec.prefetch));
         let task = ConsumeTask { shared: Arc::clone(&shared), spec, to_owner };
         shared.task.spawn(task.run());
         shared.task.close();

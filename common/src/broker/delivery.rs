@@ -64,7 +64,7 @@ pub struct DeliveryTag {
 }
 
 /// What a consumer shares with the task behind it.
-pub(super) struct Shared {
+pub(super) struct ConsumerState {
     pub(super) link: Link,
     current: Mutex<Epoch>,
     pub(super) queue: watched::Sender<Option<String>>,
@@ -82,7 +82,7 @@ pub(super) struct Epoch {
     pub(super) flow: Flow,
 }
 
-impl Shared {
+impl ConsumerState {
     pub(super) fn new(link: Link, prefetch: u16) -> Self {
         Self {
             link,

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch as watched};
 use tokio::time::MissedTickBehavior;
 
 use super::convert::{from_properties, short};
-use super::delivery::{ConsumerSpec, Delivery, DeliveryTag, Epoch, QueueSource, Shared};
+use super::delivery::{ConsumerSpec, ConsumerState, Delivery, DeliveryTag, Epoch, QueueSource};
 use super::link::Pause;
 use super::watch::{self, Flow, Watch};
 use super::{BrokerError, QueueStatus, admin};
@@ -31,7 +31,7 @@ const STABLE: Duration = Duration::from_secs(2);
 const AT_ONCE: usize = 64;
 
 /// Why an epoch ended.
-enum End {
+enum EpochEnd {
     Lost(BrokerError),
     /// Nothing has come for so long that something may have gone astray.
     Idle,
@@ -39,7 +39,7 @@ enum End {
     Paused,
 }
 
-impl End {
+impl EpochEnd {
     fn lost(why: &str) -> Self {
         Self::Lost(BrokerError::Lost(why.to_owned()))
     }
@@ -54,7 +54,7 @@ struct Look {
 
 /// What a [`Consumer`](super::Consumer) has behind it.
 pub(super) struct ConsumeTask {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<ConsumerState>,
     pub(super) spec: ConsumerSpec,
     pub(super) to_owner: mpsc::Sender<Delivery>,
 }
@@ -84,14 +84,14 @@ impl ConsumeTask {
                         return;
                     }
                     match end {
-                        End::Lost(error) => error,
-                        End::Idle => {
+                        EpochEnd::Lost(error) => error,
+                        EpochEnd::Idle => {
                             tracing::debug!(queue, consumer = self.spec.tag, "idle; begins anew");
                             // Closed with its last clone; what is astray then goes back to the queue.
                             self.shared.lock().channel = None;
                             continue;
                         }
-                        End::Paused => {
+                        EpochEnd::Paused => {
                             // At its end the broker takes back what was not acknowledged.
                             if let Err(error) = channel.close(200, "pause".into()).await {
                                 tracing::debug!(%error, "a channel was not closed in order");
@@ -205,7 +205,7 @@ impl ConsumeTask {
         (epoch, channel, queue): (u64, &Channel, &str),
         stream: lapin::Consumer,
         pauses: &mut watched::Receiver<bool>,
-    ) -> End {
+    ) -> EpochEnd {
         let mut arrivals = stream.ready_chunks(AT_ONCE);
         let mut health = tokio::time::interval(HEALTH_CHECK);
         let every = self.shared.link.config().heartbeat;
@@ -232,28 +232,28 @@ impl ConsumeTask {
                 arrived = arrivals.next(), if here.is_empty() => match arrived {
                     Some(arrived) => {
                         if let Err(lost) = self.receive(epoch, arrived, &mut here) {
-                            return End::Lost(lost);
+                            return EpochEnd::Lost(lost);
                         }
                         self.pass_on(&mut here);
                     }
                     // When its queue is deleted, and from RabbitMQ 4.3 on for an acknowledgement
                     // that did not come in time.
-                    None => return End::lost("the broker ended the consumer"),
+                    None => return EpochEnd::lost("the broker ended the consumer"),
                 },
                 () = self.shared.stop.cancelled(), if !cancelled => {
                     cancelled = true;
                     self.cancel(channel).await;
                 }
                 // Any change: a pause that is over already has made this epoch's deliveries void.
-                Ok(()) = pauses.changed(), if !cancelled => return End::Paused,
+                Ok(()) = pauses.changed(), if !cancelled => return EpochEnd::Paused,
                 _ = health.tick() => if !channel.status().connected() {
-                    return End::lost("the channel was closed");
+                    return EpochEnd::lost("the channel was closed");
                 },
                 _ = look.tick(),
                     if !cancelled && looks.is_empty() && Protection::DeliveryWatch.is_enabled() =>
                 {
                     if self.is_stale() {
-                        return End::Idle;
+                        return EpochEnd::Idle;
                     }
                     looks.push(self.look(channel, queue, Instant::now()));
                 }
@@ -262,7 +262,7 @@ impl ConsumeTask {
                     let flow = &mut self.shared.lock().flow;
                     let judged = answer.and_then(|answer| watch.judge(flow, asked, answer));
                     if let Err(lost) = judged && !cancelled {
-                        return End::Lost(lost);
+                        return EpochEnd::Lost(lost);
                     }
                 },
             }

@@ -17,9 +17,9 @@ use crate::config::{BrokerConfig, BrokerUrl};
 
 /// One connection to the broker under a name that the management UI shows. Clones share it.
 #[derive(Clone)]
-pub struct Link(Arc<Shared>);
+pub struct Link(Arc<LinkState>);
 
-struct Shared {
+struct LinkState {
     config: BrokerConfig,
     name: String,
     /// Which URL to try first: any, so that a fleet spreads over a cluster. Moves on when one does not
@@ -47,7 +47,7 @@ const FRAME_BYTES: u32 = 128 * 1024;
 impl Link {
     /// A link that has not connected yet. `name` is what people see in the management UI.
     pub fn new(config: &BrokerConfig, name: &str) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(LinkState {
             config: config.clone(),
             name: name.to_owned(),
             turn: AtomicUsize::new(fastrand::usize(..config.urls.len().max(1))),

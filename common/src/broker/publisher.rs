@@ -60,10 +60,10 @@ pub struct Outgoing {
 #[derive(Clone)]
 pub struct Publisher {
     jobs: mpsc::Sender<Job>,
-    shared: Arc<Shared>,
+    shared: Arc<PublisherState>,
 }
 
-struct Shared {
+struct PublisherState {
     link: Link,
     deadline: Duration,
     standing: watch::Sender<Standing>,
@@ -125,7 +125,7 @@ impl Publisher {
     /// Starts the task. It connects on its own and declares `declarations` on every new channel.
     pub fn start(link: Link, declarations: Vec<Declaration>, config: &BrokerConfig) -> Self {
         let (jobs, inbox) = mpsc::channel(config.publish_window);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(PublisherState {
             link,
             deadline: config.publish_timeout,
             standing: watch::Sender::default(),
@@ -303,7 +303,7 @@ impl Publisher {
     }
 }
 
-impl Shared {
+impl PublisherState {
     /// There is a channel again.
     fn mended(&self) {
         if self.standing.send_if_modified(|standing| standing.trouble.take().is_some()) {
@@ -346,7 +346,7 @@ impl Shared {
 }
 
 struct PublishTask {
-    shared: Arc<Shared>,
+    shared: Arc<PublisherState>,
     declarations: Vec<Declaration>,
     window: usize,
     inbox: mpsc::Receiver<Job>,
@@ -356,7 +356,7 @@ struct PublishTask {
     careful: usize,
 }
 
-enum End {
+enum ChannelEnd {
     Finished,
     /// The channel is to be replaced; nothing is under way on it.
     Renew,
@@ -376,12 +376,12 @@ impl PublishTask {
                     let begun = Instant::now();
                     self.shared.standing.send_modify(|standing| standing.opened = true);
                     match self.pump(&channel).await {
-                        End::Finished => return close(&channel).await,
-                        End::Renew => {
+                        ChannelEnd::Finished => return close(&channel).await,
+                        ChannelEnd::Renew => {
                             close(&channel).await;
                             continue;
                         }
-                        End::Lost { error, barren } => {
+                        ChannelEnd::Lost { error, barren } => {
                             // A channel that ends over what is published on it (a forbidden exchange,
                             // say) opens well each time; to come back at once would be a hot loop.
                             if !barren || begun.elapsed() >= STABLE {
@@ -414,7 +414,7 @@ impl PublishTask {
     }
 
     /// Publishes over one channel until it is lost or there is nothing left to do.
-    async fn pump(&mut self, channel: &Channel) -> End {
+    async fn pump(&mut self, channel: &Channel) -> ChannelEnd {
         let (mut window, begun) = (Window::default(), Instant::now());
         // Whether more may be handed over.
         let mut open = true;
@@ -426,7 +426,11 @@ impl PublishTask {
                 return self.give_back(window, lost);
             }
             if window.is_empty() && (renew || !open) {
-                return if open || !self.to_send.is_empty() { End::Renew } else { End::Finished };
+                return if open || !self.to_send.is_empty() {
+                    ChannelEnd::Renew
+                } else {
+                    ChannelEnd::Finished
+                };
             }
             let room = window.len() < self.limit() && !renew;
             tokio::select! {
@@ -443,7 +447,7 @@ impl PublishTask {
                     None => open = false,
                 },
                 () = self.shared.stop.cancelled(), if window.is_empty() && self.inbox.is_empty() => {
-                    return End::Finished;
+                    return ChannelEnd::Finished;
                 }
                 _ = health.tick() => {
                     if !channel.status().connected() {
@@ -499,7 +503,7 @@ impl PublishTask {
     /// A channel that ended before it confirmed anything may have ended over one of its messages (too
     /// large for this broker, say). Then all go one at a time, and the one that is alone on a channel
     /// when it ends, and once more, is given up, or it would keep all others from being published.
-    fn give_back(&mut self, window: Window<'_>, lost: BrokerError) -> End {
+    fn give_back(&mut self, window: Window<'_>, lost: BrokerError) -> ChannelEnd {
         // Silence is the broker's fault, not a message's.
         let silent = matches!(lost, BrokerError::Unconfirmed(_));
         let (alone, barren) = (window.len() == 1 && !silent, !window.confirmed_any);
@@ -514,7 +518,7 @@ impl PublishTask {
         if barren && !silent {
             self.careful = self.to_send.len();
         }
-        End::Lost { error: lost, barren }
+        ChannelEnd::Lost { error: lost, barren }
     }
 }
 

@@ -122,7 +122,7 @@ pub struct WorkerConfig {
     /// The most bytes that the body of a task may have; larger ones are refused unread.
     pub max_body: usize,
     /// Queues that replies may go to, besides the reply queues of the namespace and those named by the
-    /// server. Collectors heed it too.
+    /// server. Collectors apply it too.
     pub reply_queues: Vec<QueuePattern>,
     /// Command tasks by name.
     pub commands: BTreeMap<TaskName, CommandConfig>,

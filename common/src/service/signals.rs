@@ -34,8 +34,8 @@ const IGNORED_AFTER_FIRST: &[Number] = &[
     Number::SIGSTKFLT,
 ];
 
-type Report = Pin<Box<dyn Future<Output = ()> + Send>>;
-type Reporter = Box<dyn Fn() -> Report + Send>;
+type StateReport = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Reporter = Box<dyn Fn() -> StateReport + Send>;
 
 /// The signals of a service, caught as long as this lives.
 pub struct Signals {

@@ -109,7 +109,7 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, 
     }
     let priority = message.properties.priority;
     let heads = (0..heads).map(|_| from.next::<HeadV1<'_>>()?.read(priority));
-    let heads = heads.collect::<Result<Vec<Head>, Malformed>>()?;
+    let heads = heads.collect::<Result<Vec<TaskHead>, Malformed>>()?;
     let members = (0..count).map(|_| from.next()).collect::<Result<Vec<MemberV1<'_>>, _>>()?;
     let mut args = message.body.slice_ref(from.rest);
     let tasks = members.into_iter().map(|member| member.read(&heads, queue, &mut args));
@@ -147,12 +147,12 @@ pub fn singles(message: &Message, queue: &QueueName) -> Result<Vec<Message>, Mal
     Ok(decode(message, queue)?.iter().map(|member| task::encode(member, app_id)).collect())
 }
 
-/// Marks a bundle as handed on by a worker that could not run it soon, so that the next one keeps it.
+/// Marks a bundle as rebalanced by a worker that could not run it soon, so that the next one keeps it.
 pub fn mark_handed_on(message: &mut Message) {
     message.set_header(headers::HANDED_ON, HeaderValue::Bool(true));
 }
 
-/// Whether a bundle, or a part of it, was handed on before.
+/// Whether a bundle, or a part of it, was rebalanced before.
 pub fn is_handed_on(message: &Message) -> bool {
     message.header(headers::HANDED_ON) == Some(&HeaderValue::Bool(true))
 }
@@ -246,7 +246,7 @@ impl<'a> From<&'a TaskMessage> for HeadV1<'a> {
 }
 
 /// A head as a bundle's tasks are made of it.
-struct Head {
+struct TaskHead {
     name: TaskName,
     codec: Codec,
     batch: Option<BatchId>,
@@ -256,7 +256,7 @@ struct Head {
 }
 
 impl HeadV1<'_> {
-    fn read(self, priority: Option<u8>) -> Result<Head, Malformed> {
+    fn read(self, priority: Option<u8>) -> Result<TaskHead, Malformed> {
         let retry = match self.retry {
             None => RetryPolicy::DEFAULT,
             Some(retry) if retry.factor.is_finite() => RetryPolicy {
@@ -268,7 +268,7 @@ impl HeadV1<'_> {
             Some(_) => return Err(Malformed::new("a retry factor that is no number")),
         };
         check_length("traceparent", self.traceparent)?;
-        Ok(Head {
+        Ok(TaskHead {
             name: TaskName::new(self.name)?,
             codec: if self.bincode { Codec::Bincode } else { Codec::Json },
             batch: self.batch.map(BatchId::new).transpose()?,
@@ -323,7 +323,7 @@ impl<'a> MemberV1<'a> {
 
     fn read(
         self,
-        heads: &[Head],
+        heads: &[TaskHead],
         queue: &QueueName,
         args: &mut Bytes,
     ) -> Result<TaskMessage, Malformed> {

@@ -45,14 +45,14 @@ pub struct CollectorHeartbeat {
 }
 
 #[derive(Serialize)]
-struct Written<'a> {
+struct CollectorHeartbeatBody<'a> {
     v: u32,
     #[serde(flatten)]
     heartbeat: &'a CollectorHeartbeat,
 }
 
 #[derive(Deserialize)]
-struct Version {
+struct CollectorHeartbeatVersion {
     v: u32,
 }
 
@@ -70,7 +70,7 @@ impl CollectorHeartbeat {
 
     /// Writes it.
     pub fn encode(&self) -> Message {
-        let body = serde_json::to_vec(&Written { v: VERSION, heartbeat: self });
+        let body = serde_json::to_vec(&CollectorHeartbeatBody { v: VERSION, heartbeat: self });
         let properties = Properties {
             content_type: Some(Codec::Json.content_type().to_owned()),
             kind: Some(COLLECTOR_KIND.to_owned()),
@@ -86,7 +86,8 @@ impl CollectorHeartbeat {
         if message.body.len() > MAX_BYTES {
             return Err(Malformed::new(format_args!("{} bytes of heartbeat", message.body.len())));
         }
-        let Version { v } = serde_json::from_slice(&message.body).map_err(Malformed::new)?;
+        let CollectorHeartbeatVersion { v } =
+            serde_json::from_slice(&message.body).map_err(Malformed::new)?;
         if v != VERSION {
             return Err(Malformed::new(format_args!("a collector's heartbeat of version {v}")));
         }

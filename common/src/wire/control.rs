@@ -1,7 +1,7 @@
-//! What all workers must hear: wishes to cancel, as JSON on the topic exchange `control`.
+//! What all workers must hear: cancel requests, as JSON on the topic exchange `control`.
 //!
 //! Best effort: nobody may be listening, and whoever was away asks the collector for what it missed
-//! ([`super::Query::Cancels`]). The wish itself lies in the collector's store.
+//! ([`super::Query::Cancels`]). The cancel request itself lies in the collector's store.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use crate::names::{BatchId, TaskId};
 
 /// AMQP's `type` of a control message.
 pub const CONTROL_KIND: &str = "garenne.control";
-/// The routing key of wishes to cancel.
+/// The routing key of cancel requests.
 pub const CANCEL_KEY: &str = "cancel";
 const VERSION: u32 = 1;
 /// Nothing that is said here is longer.
@@ -27,10 +27,10 @@ pub enum CancelTarget {
     Batch(BatchId),
 }
 
-/// A wish to cancel that the collector keeps until it took effect.
+/// A cancel request that the collector keeps until it has taken effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CancelRequest {
-    /// Its place in the collector's list; later wishes have higher numbers.
+    /// Its place in the collector's list; later cancel requests have higher numbers.
     pub seq: u64,
     /// What is to be cancelled.
     #[serde(flatten)]
@@ -42,7 +42,7 @@ pub struct CancelRequest {
 /// A control message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Control {
-    /// These wishes are new.
+    /// These cancel requests are new.
     Cancel(Vec<CancelRequest>),
 }
 
@@ -62,8 +62,8 @@ impl Control {
 
     /// Writes it.
     pub fn encode(&self, app_id: &str) -> Message {
-        let Self::Cancel(intents) = self;
-        let body = serde_json::to_vec(&ControlV1 { v: VERSION, cancel: intents.clone() });
+        let Self::Cancel(requests) = self;
+        let body = serde_json::to_vec(&ControlV1 { v: VERSION, cancel: requests.clone() });
         let properties = Properties {
             content_type: Some(Codec::Json.content_type().to_owned()),
             kind: Some(CONTROL_KIND.to_owned()),

@@ -54,14 +54,14 @@ pub struct Heartbeat {
 }
 
 #[derive(Serialize)]
-struct Written<'a> {
+struct HeartbeatBody<'a> {
     v: u32,
     #[serde(flatten)]
     heartbeat: &'a Heartbeat,
 }
 
 #[derive(Deserialize)]
-struct Version {
+struct HeartbeatVersion {
     v: u32,
 }
 
@@ -75,7 +75,7 @@ impl Heartbeat {
 
     /// Writes it.
     pub fn encode(&self) -> Message {
-        let body = serde_json::to_vec(&Written { v: VERSION, heartbeat: self });
+        let body = serde_json::to_vec(&HeartbeatBody { v: VERSION, heartbeat: self });
         let properties = Properties {
             content_type: Some(Codec::Json.content_type().to_owned()),
             kind: Some(HEARTBEAT_KIND.to_owned()),
@@ -91,7 +91,8 @@ impl Heartbeat {
         if message.body.len() > MAX_HEARTBEAT_BYTES {
             return Err(Malformed::new(format_args!("{} bytes of heartbeat", message.body.len())));
         }
-        let Version { v } = serde_json::from_slice(&message.body).map_err(Malformed::new)?;
+        let HeartbeatVersion { v } =
+            serde_json::from_slice(&message.body).map_err(Malformed::new)?;
         if v != VERSION {
             return Err(Malformed::new(format_args!("a heartbeat of version {v}")));
         }

@@ -120,7 +120,7 @@ pub enum Query {
         /// Which.
         id: BatchId,
     },
-    /// The wishes to cancel that have not taken effect; for workers.
+    /// The cancel requests that have not taken effect; for workers.
     Cancels {
         /// Those with higher numbers than this.
         after: u64,
@@ -203,21 +203,21 @@ pub enum Response {
         #[serde(flatten)]
         stalled: Stalled,
     },
-    /// What became of a wish to cancel tasks, in the order of the question.
+    /// What became of a request to cancel tasks, in the order of the query.
     Cancel {
         /// One for each task.
         tasks: Vec<Cancelled>,
     },
-    /// What became of a wish to cancel a batch.
+    /// What became of a request to cancel a batch.
     CancelBatch {
         /// `cancelled` is not among the answers: members end one by one, and the counts show it.
         state: CancelState,
         /// The counts at that moment; `None` if nobody has heard of the batch yet.
         batch: Option<BatchSummary>,
     },
-    /// Wishes to cancel, the oldest first, as many as fit into one answer.
+    /// Cancel requests, the oldest first, as many as fit into one answer.
     Cancels {
-        /// The wishes.
+        /// The cancel requests.
         requests: Vec<CancelRequest>,
         /// Whether there are more after the last of these.
         more: bool,
@@ -231,7 +231,7 @@ pub enum Response {
     },
 }
 
-/// How far a wish to cancel has come.
+/// How far a cancel request has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CancelState {
@@ -239,7 +239,7 @@ pub enum CancelState {
     Cancelled,
     /// It had ended otherwise before.
     TooLate,
-    /// The wish is kept, and takes effect when a worker meets the task.
+    /// The cancel request is kept, and takes effect when a worker meets the task.
     Requested,
 }
 
@@ -254,7 +254,7 @@ impl CancelState {
     }
 }
 
-/// What became of the wish to cancel one task.
+/// What became of the request to cancel one task.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cancelled {
     /// Which task.
@@ -270,7 +270,7 @@ pub struct Cancelled {
 }
 
 impl Cancelled {
-    /// A wish that is kept.
+    /// A cancel request that is kept.
     pub fn requested(id: TaskId) -> Self {
         Self { id, state: CancelState::Requested, status: None, finished_at: None }
     }
@@ -319,7 +319,7 @@ pub struct BatchStatus {
     /// When something of it was stored last, repeats included; an older collector does not say.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub changed_at: Option<Timestamp>,
-    /// How many of those that have not ended are set aside because no worker knows their name.
+    /// How many of those that have not ended are parked because no worker knows their name.
     #[serde(skip_serializing_if = "is_zero", default)]
     pub parked: u64,
 }
@@ -360,7 +360,7 @@ impl Response {
     /// Responses that contain arguments or outputs are not read by their derived implementation: that
     /// buffers the fields of a tagged enum, and a buffered number is a float.
     fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
-        let Tag { response } = serde_json::from_slice(json)?;
+        let ResponseTag { response } = serde_json::from_slice(json)?;
         Ok(match &*response {
             "task" => {
                 let TaskLinks { replayed_as, replay_of } = serde_json::from_slice(json)?;
@@ -402,7 +402,7 @@ impl TaskState {
 }
 
 #[derive(Deserialize)]
-struct Tag<'a> {
+struct ResponseTag<'a> {
     #[serde(borrow)]
     response: Cow<'a, str>,
 }

@@ -129,7 +129,7 @@ pub fn decode(message: &Message) -> Result<Vec<Report>, Malformed> {
 /// tagged enum, and a buffered number is a float.
 fn from_json(json: &str) -> Result<Report, serde_json::Error> {
     #[derive(Deserialize)]
-    struct Tag<'a> {
+    struct ReportTag<'a> {
         #[serde(borrow)]
         report: std::borrow::Cow<'a, str>,
     }
@@ -138,7 +138,7 @@ fn from_json(json: &str) -> Result<Report, serde_json::Error> {
         fence: Fence,
         result: TaskResult,
     }
-    let Tag { report } = serde_json::from_str(json)?;
+    let ReportTag { report } = serde_json::from_str(json)?;
     Ok(match &*report {
         "finished" => Report::Finished(serde_json::from_str(json)?),
         "finished_under_lease" => {

@@ -9,7 +9,7 @@ use crate::timestamp::Timestamp;
 /// What stands still in a store.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stalled {
-    /// Tasks that are set aside, by what they wait for; those of which there are most.
+    /// Tasks that are parked, by what they wait for; those of which there are most.
     #[serde(default)]
     pub parked: Vec<ParkedKind>,
     /// Batches that are not over and have not changed for as long as was asked, the most quiet first.
@@ -26,7 +26,7 @@ pub struct ParkedKind {
     pub name: TaskName,
     /// How many.
     pub tasks: u64,
-    /// When the first of them was set aside, the last time that it was.
+    /// When the first of them was parked, the last time that it was.
     pub since: Timestamp,
 }
 

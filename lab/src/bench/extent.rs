@@ -1,6 +1,6 @@
 //! How much a run of the command does: how long each timed run lasts, and the sizes that are tried.
 
-use super::Arguments;
+use super::BenchArgs;
 
 /// More tasks than this in one run would say nothing new, and fill disks.
 const MOST_TASKS: u64 = 2_000_000;
@@ -34,7 +34,7 @@ pub(super) struct Extent {
 }
 
 impl Extent {
-    pub(super) fn of(arguments: &Arguments) -> Self {
+    pub(super) fn of(arguments: &BenchArgs) -> Self {
         let mut extent = if arguments.quick { Self::quick() } else { Self::full() };
         extent.seconds = arguments.seconds.unwrap_or(extent.seconds);
         extent.repeats = arguments.repeats.unwrap_or(extent.repeats);

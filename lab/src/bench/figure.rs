@@ -12,14 +12,14 @@ pub(super) struct Figure {
     pub(super) id: String,
     pub(super) scenario: Scenario,
     pub(super) title: String,
-    pub(super) unit: Unit,
+    pub(super) unit: FigureUnit,
     pub(super) garenne: Option<Samples>,
     pub(super) reference: Option<Reference>,
     /// Ours over the reference's, run by run: neighbours in time share the machine's moods, so the
     /// median of their ratios is steadier than the ratio of two medians.
     pub(super) ratio: Option<f64>,
     pub(super) target: Option<Target>,
-    pub(super) verdict: Option<Verdict>,
+    pub(super) verdict: Option<TargetVerdict>,
     /// Where it lies on a line of several figures.
     pub(super) point: Option<Point>,
 }
@@ -43,7 +43,7 @@ pub(super) struct Point {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Unit {
+pub(super) enum FigureUnit {
     PerSecond,
     Milliseconds,
     Mebibytes,
@@ -75,7 +75,7 @@ pub(super) enum Bound {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Verdict {
+pub(super) enum TargetVerdict {
     Met,
     Missed,
 }
@@ -111,7 +111,7 @@ impl Figure {
         scenario: Scenario,
         id: impl Into<String>,
         title: impl Into<String>,
-        unit: Unit,
+        unit: FigureUnit,
         garenne: Option<Samples>,
     ) -> Self {
         Self {
@@ -208,16 +208,16 @@ impl Target {
         Self { of: Measure::Median, bound: Bound::AtMost, value }
     }
 
-    fn judge(self, measured: f64) -> Option<Verdict> {
+    fn judge(self, measured: f64) -> Option<TargetVerdict> {
         let met = match self.bound {
             Bound::AtLeast => measured >= self.value,
             Bound::AtMost => measured <= self.value,
         };
-        measured.is_finite().then_some(if met { Verdict::Met } else { Verdict::Missed })
+        measured.is_finite().then_some(if met { TargetVerdict::Met } else { TargetVerdict::Missed })
     }
 }
 
-impl Verdict {
+impl TargetVerdict {
     pub(super) fn word(self) -> &'static str {
         match self {
             Self::Met => "met",
@@ -226,7 +226,7 @@ impl Verdict {
     }
 }
 
-impl Unit {
+impl FigureUnit {
     /// With its unit.
     pub(super) fn show(self, value: f64) -> String {
         match self {
@@ -275,24 +275,30 @@ mod tests {
 
     #[test]
     fn figures_have_three_digits() {
-        assert_eq!(Unit::PerSecond.show(12_345.6), "12,300/s");
-        assert_eq!(Unit::PerSecond.show(999.4), "999/s");
-        assert_eq!(Unit::Milliseconds.show(1.234), "1.23 ms");
+        assert_eq!(FigureUnit::PerSecond.show(12_345.6), "12,300/s");
+        assert_eq!(FigureUnit::PerSecond.show(999.4), "999/s");
+        assert_eq!(FigureUnit::Milliseconds.show(1.234), "1.23 ms");
     }
 
     #[test]
     fn a_target_looks_at_the_ratio_or_at_the_figure() {
         let figure = |target| {
-            Figure::new(Scenario::Singles, "x", "x", Unit::PerSecond, Samples::of(vec![300.0]))
-                .wanting(Some(target))
-                .beside(RAW, Samples::of(vec![100.0]))
+            Figure::new(
+                Scenario::Singles,
+                "x",
+                "x",
+                FigureUnit::PerSecond,
+                Samples::of(vec![300.0]),
+            )
+            .wanting(Some(target))
+            .beside(RAW, Samples::of(vec![100.0]))
         };
         for (target, verdict) in [
-            (Target::times(3.0), Verdict::Met),
-            (Target::times(3.1), Verdict::Missed),
-            (Target::at_most_times(2.9), Verdict::Missed),
-            (Target::at_least(300.0), Verdict::Met),
-            (Target::at_most(299.0), Verdict::Missed),
+            (Target::times(3.0), TargetVerdict::Met),
+            (Target::times(3.1), TargetVerdict::Missed),
+            (Target::at_most_times(2.9), TargetVerdict::Missed),
+            (Target::at_least(300.0), TargetVerdict::Met),
+            (Target::at_most(299.0), TargetVerdict::Missed),
         ] {
             assert_eq!(figure(target).verdict, Some(verdict), "{target:?}");
         }
@@ -303,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_target_without_a_measurement_has_no_verdict() {
-        let figure = Figure::new(Scenario::Memory, "x", "x", Unit::Mebibytes, None);
+        let figure = Figure::new(Scenario::Memory, "x", "x", FigureUnit::Mebibytes, None);
         assert_eq!(figure.wanting(Some(Target::at_most(20.0))).verdict, None);
     }
 }

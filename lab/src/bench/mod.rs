@@ -44,7 +44,7 @@ memory and disk there.";
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub(crate) struct Arguments {
+pub(crate) struct BenchArgs {
     /// About how long one timed run lasts, in seconds [default: 3]
     #[arg(long, value_name = "S", value_parser = seconds)]
     seconds: Option<f64>,
@@ -127,7 +127,7 @@ impl Scenario {
     ];
 }
 
-pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
+pub(crate) async fn run(context: &Context, arguments: BenchArgs) -> Result<Exit, CliError> {
     let machine = Machine::describe();
     if machine.is_debug_build() {
         context.output.remark(report::DEBUG_WARNING);
@@ -156,7 +156,7 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
 /// What was measured, and what ended it early: minutes of figures are worth showing all the same.
 async fn measure(
     context: &Context,
-    arguments: &Arguments,
+    arguments: &BenchArgs,
     cluster: &mut Cluster,
     machine: Machine,
 ) -> Result<(Report, Option<CliError>), CliError> {

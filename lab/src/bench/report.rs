@@ -5,7 +5,7 @@ use garenne_cli::output::{Paint, cell, rendered, table};
 use indicatif::HumanCount;
 use serde::Serialize;
 
-use super::figure::{Figure, Samples, Unit};
+use super::figure::{Figure, FigureUnit, Samples};
 use super::meter::Effort;
 use super::usage::Machine;
 
@@ -135,7 +135,7 @@ impl Report {
     }
 
     fn figure_rows(&self) -> Vec<[String; 5]> {
-        let shown = |samples: Option<&Samples>, unit: Unit| {
+        let shown = |samples: Option<&Samples>, unit: FigureUnit| {
             samples.map_or_else(dash, |s| unit.show(s.median))
         };
         let row = |figure: &Figure| {
@@ -239,18 +239,18 @@ pub(super) mod tests {
         };
         let rates = |scenario, title: &str| {
             let target = Some(Target::times(1.6));
-            figure(scenario, title, Unit::PerSecond, 123_456.0, 87_654.0, target)
+            figure(scenario, title, FigureUnit::PerSecond, 123_456.0, 87_654.0, target)
         };
         let mut figures = vec![
             rates(Scenario::Singles, "singles, worker as shipped"),
             rates(Scenario::Replies, "bulk to producer, no store"),
-            figure(Scenario::Latency, "a <b> & \"c\"", Unit::Milliseconds, 1.5, 1.2, None),
+            figure(Scenario::Latency, "a <b> & \"c\"", FigureUnit::Milliseconds, 1.5, 1.2, None),
         ];
         let memory = Figure::new(
             Scenario::Memory,
             "memory",
             "worker, 10,000 in flight",
-            Unit::Mebibytes,
+            FigureUnit::Mebibytes,
             samples(17.0),
         );
         figures.push(memory.wanting(Some(Target::at_most(20.0))));

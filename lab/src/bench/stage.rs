@@ -9,23 +9,23 @@ use garenne_common::{QueueName, config::WorkerConfig};
 use garenne_producer::Producer;
 
 use super::extent::Extent;
-use super::figure::{Figure, RAW, Samples, Target, Unit};
+use super::figure::{Figure, FigureUnit, RAW, Samples, Target};
 use super::load::{Load, Way, Work};
 use super::meter::{Effort, Meter, Reading, rate};
 use super::report::{Report, Settings};
 use super::usage::Machine;
-use super::{Arguments, Scenario};
+use super::{BenchArgs, Scenario};
 use crate::cluster::{Cluster, WorkerSpec};
 
 /// Workers that are alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Crew {
+pub(super) struct WorkerCrew {
     pub(super) count: usize,
     pub(super) concurrency: usize,
     pub(super) prefetch: usize,
 }
 
-impl Crew {
+impl WorkerCrew {
     pub(super) fn spec(self, number: usize) -> WorkerSpec {
         let Self { concurrency, prefetch, .. } = self;
         let queues = vec![QueueName::default()];
@@ -61,7 +61,7 @@ impl Contest {
 /// One run of the command: what it needs, and what it has measured so far.
 pub(super) struct Bench<'a> {
     context: &'a Context,
-    arguments: &'a Arguments,
+    arguments: &'a BenchArgs,
     pub(super) extent: Extent,
     pub(super) cluster: &'a mut Cluster,
     pub(super) raw: &'a Bare,
@@ -76,7 +76,7 @@ impl<'a> Bench<'a> {
     /// Connects and starts the collector, which runs through nearly all scenarios.
     pub(super) async fn start(
         context: &'a Context,
-        arguments: &'a Arguments,
+        arguments: &'a BenchArgs,
         cluster: &'a mut Cluster,
         raw: &'a Bare,
     ) -> Result<Self, CliError> {
@@ -132,7 +132,7 @@ impl<'a> Bench<'a> {
         let [garenne, raw] = rates.map(Samples::of);
         self.efforts.push(effort.average(&id, &title, false));
         self.efforts.push(raw_effort.average(&id, &title, true));
-        let figure = Figure::new(scenario, id, title, Unit::PerSecond, garenne);
+        let figure = Figure::new(scenario, id, title, FigureUnit::PerSecond, garenne);
         Ok(figure.wanting(target).beside(RAW, raw))
     }
 
@@ -151,7 +151,7 @@ impl<'a> Bench<'a> {
             rates.push(self.timed(tasks, &ours, &mut effort).await?);
         }
         self.efforts.push(effort.average(&id, &title, false));
-        let figure = Figure::new(scenario, id, title, Unit::PerSecond, Samples::of(rates));
+        let figure = Figure::new(scenario, id, title, FigureUnit::PerSecond, Samples::of(rates));
         Ok(figure.wanting(target))
     }
 
@@ -182,7 +182,7 @@ impl<'a> Bench<'a> {
     }
 
     /// Exactly these workers, freshly started.
-    pub(super) async fn workers(&mut self, crew: Crew) -> Result<(), CliError> {
+    pub(super) async fn workers(&mut self, crew: WorkerCrew) -> Result<(), CliError> {
         let specs: Vec<_> = (1..=crew.count).map(|number| crew.spec(number)).collect();
         self.start_afresh(&specs).await
     }
@@ -199,14 +199,18 @@ impl<'a> Bench<'a> {
     }
 
     /// So many workers with the requested concurrency and prefetch.
-    pub(super) fn tuned(&self, count: usize) -> Crew {
-        Crew { count, concurrency: self.arguments.concurrency, prefetch: self.arguments.prefetch }
+    pub(super) fn tuned(&self, count: usize) -> WorkerCrew {
+        WorkerCrew {
+            count,
+            concurrency: self.arguments.concurrency,
+            prefetch: self.arguments.prefetch,
+        }
     }
 
     /// One worker as it is configured by default.
-    pub(super) fn shipped(&self) -> Crew {
+    pub(super) fn shipped(&self) -> WorkerCrew {
         let WorkerConfig { concurrency, prefetch, .. } = self.cluster.config().worker;
-        Crew { count: 1, concurrency, prefetch }
+        WorkerCrew { count: 1, concurrency, prefetch }
     }
 
     /// Who submits in this way.

@@ -12,7 +12,7 @@ use indicatif::HumanCount;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::fate::Progress;
+use super::fate::JobProgress;
 use super::files::{self, Tree};
 
 /// How many results one question asks for; the collector answers up to 1,000.
@@ -34,7 +34,7 @@ pub(super) struct Account {
 }
 
 /// What the comparison found.
-pub(super) struct Verdict {
+pub(super) struct JobVerdict {
     digests: usize,
     counts: usize,
     mismatches: Vec<String>,
@@ -43,7 +43,7 @@ pub(super) struct Verdict {
 /// All there is to say of the job.
 pub(super) struct Summary {
     pub(super) account: Account,
-    pub(super) verdict: Verdict,
+    pub(super) verdict: JobVerdict,
     /// From opening the batch to its done notice.
     pub(super) took: Duration,
     /// Results that came again and were dropped.
@@ -95,8 +95,8 @@ struct Words {
 }
 
 /// Lets `sha256sum` and `wc` do the same work and compares answer by answer.
-pub(super) fn compare(tree: &Tree, outputs: &[Option<Payload>]) -> Result<Verdict, CliError> {
-    let mut verdict = Verdict { digests: 0, counts: 0, mismatches: vec![] };
+pub(super) fn compare(tree: &Tree, outputs: &[Option<Payload>]) -> Result<JobVerdict, CliError> {
+    let mut verdict = JobVerdict { digests: 0, counts: 0, mismatches: vec![] };
     let digests = files::sha256sum(&tree.files)?;
     let counts = files::count_words(&tree.files)?;
     for (number, path) in tree.files.iter().enumerate() {
@@ -115,7 +115,7 @@ pub(super) fn compare(tree: &Tree, outputs: &[Option<Payload>]) -> Result<Verdic
     Ok(verdict)
 }
 
-impl Verdict {
+impl JobVerdict {
     fn note(&mut self, same: bool, path: &str) {
         if !same {
             self.mismatches.push(path.to_owned());
@@ -135,7 +135,7 @@ impl Summary {
     }
 
     /// Which node did how much, and what it went through.
-    pub(super) fn nodes(&self, progress: &Progress, paint: Paint) -> String {
+    pub(super) fn nodes(&self, progress: &JobProgress, paint: Paint) -> String {
         let mut nodes = table(["NODE", "TASKS", "SHARE", "WHAT HAPPENED"], paint);
         for (name, tasks) in &self.account.shares {
             let share = format!("{} %", (tasks * 100 + progress.total / 2) / progress.total.max(1));

@@ -43,7 +43,7 @@ pub(super) async fn watch(
     cluster: &mut Cluster,
     producer: &Producer,
     specs: &[WorkerSpec],
-    progress: &mut Progress,
+    progress: &mut JobProgress,
 ) -> Result<(), CliError> {
     let mut fates = FATES.iter().peekable();
     loop {
@@ -81,7 +81,7 @@ async fn meet(cluster: &mut Cluster, spec: &WorkerSpec, fate: Fate) -> Result<()
 }
 
 /// How far the job is: a bar on a terminal, a line now and then elsewhere.
-pub(super) struct Progress {
+pub(super) struct JobProgress {
     batch: BatchId,
     pub(super) total: u64,
     done: u64,
@@ -92,7 +92,7 @@ pub(super) struct Progress {
     met: Vec<(usize, Fate, u64)>,
 }
 
-impl Progress {
+impl JobProgress {
     pub(super) fn new(format: Format, total: u64, batch: BatchId) -> Self {
         let text = format == Format::Text;
         let bar = ProgressBar::new(total);

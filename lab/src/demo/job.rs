@@ -14,15 +14,15 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::account::{Account, Summary, compare};
-use super::fate::{Progress, watch};
+use super::fate::{JobProgress, watch};
 use super::files::Tree;
-use super::{PATIENCE, Stage, nodes};
+use super::{DemoStage, PATIENCE, nodes};
 
 /// A few per node, so that a node that dies leaves some work of its own behind.
 const CONCURRENCY: usize = 4;
 const PREFETCH: usize = 8;
 
-pub(super) async fn show(stage: &mut Stage<'_>) -> Result<Exit, CliError> {
+pub(super) async fn show(stage: &mut DemoStage<'_>) -> Result<Exit, CliError> {
     stage.heading("2. A real job, with nodes dying under it")?;
     let tree = choose(stage).await?;
     let (count, root) = (tree.files.len() as u64, tree.root.display().to_string());
@@ -49,13 +49,13 @@ pub(super) async fn show(stage: &mut Stage<'_>) -> Result<Exit, CliError> {
 }
 
 /// The job itself and the comparison after it.
-async fn work(stage: &mut Stage<'_>, tree: Tree) -> Result<(Summary, Progress), CliError> {
+async fn work(stage: &mut DemoStage<'_>, tree: Tree) -> Result<(Summary, JobProgress), CliError> {
     let producer = stage.producer.clone();
     let repeats = producer.totals().await?.repeats;
     let begin = Instant::now();
     let batch = producer.batch().await?;
     let total = 2 * tree.files.len() as u64;
-    let mut progress = Progress::new(stage.context.output.format, total, batch.id().clone());
+    let mut progress = JobProgress::new(stage.context.output.format, total, batch.id().clone());
     let specs = nodes(CONCURRENCY, PREFETCH);
     let both = async {
         let watch = watch(stage.cluster, &producer, &specs, &mut progress);
@@ -75,7 +75,7 @@ async fn work(stage: &mut Stage<'_>, tree: Tree) -> Result<(Summary, Progress), 
     Ok((Summary { account, verdict, took, repeats, done }, progress))
 }
 
-async fn choose(stage: &Stage<'_>) -> Result<Tree, CliError> {
+async fn choose(stage: &DemoStage<'_>) -> Result<Tree, CliError> {
     let (dir, limit) = (stage.arguments.dir.clone(), stage.arguments.files);
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     blocking(move || Tree::choose(dir.as_deref(), limit)).await

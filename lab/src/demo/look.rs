@@ -11,7 +11,7 @@ use garenne_common::config::management_url;
 use garenne_producer::Submission;
 use serde_json::{Value, json};
 
-use super::{Stage, nodes};
+use super::{DemoStage, nodes};
 
 /// Two tasks at a time per node: six tasks run, six more are with the nodes, the rest waits in the queue.
 const CONCURRENCY: usize = 2;
@@ -20,7 +20,7 @@ const DELAYED: u64 = 20;
 /// Longer than anybody looks.
 const SLEEP: Duration = Duration::from_hours(1);
 
-pub(super) async fn show(stage: &mut Stage<'_>) -> Result<(), CliError> {
+pub(super) async fn show(stage: &mut DemoStage<'_>) -> Result<(), CliError> {
     let url = management_url();
     stage.report.insert("management_url".to_owned(), json!(url));
     stage.heading("3. A look at the broker")?;
@@ -49,7 +49,7 @@ pub(super) async fn show(stage: &mut Stage<'_>) -> Result<(), CliError> {
 }
 
 /// Something to look at: the three nodes with running, waiting and delayed tasks.
-async fn furnish(stage: &mut Stage<'_>) -> Result<(), CliError> {
+async fn furnish(stage: &mut DemoStage<'_>) -> Result<(), CliError> {
     stage.cluster.stop(|name| name != "Collector").await;
     stage.cluster.start_workers(&nodes(CONCURRENCY, 2 * CONCURRENCY)).await?;
     let millis = u64::try_from(SLEEP.as_millis()).unwrap_or(u64::MAX);
@@ -70,7 +70,7 @@ async fn furnish(stage: &mut Stage<'_>) -> Result<(), CliError> {
     Ok(())
 }
 
-fn guide(stage: &Stage<'_>, url: &str) -> Result<(), CliError> {
+fn guide(stage: &DemoStage<'_>, url: &str) -> Result<(), CliError> {
     let ns = stage.cluster.namespace();
     let paint = Paint::for_stdout();
     stage.say(format_args!("RabbitMQ's management UI: {}  (guest / guest)", paint.green(url)))?;
@@ -94,7 +94,7 @@ fn guide(stage: &Stage<'_>, url: &str) -> Result<(), CliError> {
 }
 
 /// Until Enter, the end of standard input or a signal.
-async fn wait(stage: &Stage<'_>) {
+async fn wait(stage: &DemoStage<'_>) {
     let enter = tokio::task::spawn_blocking(|| {
         let mut line = String::new();
         // An error ends the wait as an end of input does.

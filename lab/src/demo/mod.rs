@@ -41,7 +41,7 @@ const NODES: usize = 3;
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub(crate) struct Arguments {
+pub(crate) struct DemoArgs {
     /// Part 1 with every task on every node: 15 runs instead of 5
     #[arg(long)]
     broadcast: bool,
@@ -71,16 +71,16 @@ enum Part {
 }
 
 /// What every part gets.
-struct Stage<'a> {
+struct DemoStage<'a> {
     context: &'a Context,
-    arguments: &'a Arguments,
+    arguments: &'a DemoArgs,
     cluster: &'a mut Cluster,
     producer: Producer,
     /// What `--output json` says at the end.
     report: Map<String, Value>,
 }
 
-pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
+pub(crate) async fn run(context: &Context, arguments: DemoArgs) -> Result<Exit, CliError> {
     let queues: Vec<_> = (1..=NODES).map(own_queue).collect::<Result<_, _>>()?;
     let queues = if arguments.broadcast { queues } else { vec![] };
     let mut cluster = Cluster::start(context, "demo", STOCK_WORKER, &queues).await?;
@@ -96,12 +96,12 @@ pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit,
 
 async fn show(
     context: &Context,
-    arguments: &Arguments,
+    arguments: &DemoArgs,
     cluster: &mut Cluster,
 ) -> Result<Exit, CliError> {
     let producer = Producer::connect_as(cluster.config(), "garenne demo").await?;
     cluster.start_collector(&producer).await?;
-    let mut stage = Stage { context, arguments, cluster, producer, report: Map::new() };
+    let mut stage = DemoStage { context, arguments, cluster, producer, report: Map::new() };
     let mut exit = Exit::Success;
     if stage.shows(Part::Tasks) {
         nodes::show(&mut stage).await?;
@@ -120,7 +120,7 @@ async fn show(
     Ok(exit)
 }
 
-impl Stage<'_> {
+impl DemoStage<'_> {
     fn shows(&self, part: Part) -> bool {
         self.arguments.only.is_none_or(|only| only == part)
     }

@@ -9,20 +9,20 @@ use garenne_producer::Submission;
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
-use super::{NODES, PATIENCE, Stage, nodes, own_queue};
+use super::{DemoStage, NODES, PATIENCE, nodes, own_queue};
 
 const TASKS: usize = 5;
 /// How long a task pretends to work: long enough to be seen and to be shared out.
 const WORK_MILLIS: u64 = 300;
 
-pub(super) async fn show(stage: &mut Stage<'_>) -> Result<(), CliError> {
+pub(super) async fn show(stage: &mut DemoStage<'_>) -> Result<(), CliError> {
     let broadcast = stage.arguments.broadcast;
     stage.heading(if broadcast {
         "1. Five tasks, each on all three nodes"
     } else {
         "1. Five tasks on three nodes"
     })?;
-    // One slot and no look-ahead: a node takes the next task when it has ended the last.
+    // Concurrency 1 and no prefetch beyond it: a node takes the next task when it has ended the last.
     let mut specs = nodes(1, 1);
     let mut queues = vec![QueueName::default()];
     if broadcast {
@@ -46,7 +46,7 @@ fn submissions(queues: &[QueueName]) -> Vec<(usize, QueueName)> {
 
 /// Submits all as one batch and passes on what the nodes print until the batch's done notice is here.
 async fn perform(
-    stage: &mut Stage<'_>,
+    stage: &mut DemoStage<'_>,
     submissions: &[(usize, QueueName)],
 ) -> Result<Vec<String>, CliError> {
     let batch = stage.producer.batch().await?;

@@ -13,7 +13,7 @@ const FILES: u64 = 64;
 
 /// What a process held before the first task and after the last one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub(super) struct Process {
+pub(super) struct BoundedProcess {
     pub(super) name: String,
     pub(super) before: Held,
     pub(super) after: Held,
@@ -41,16 +41,19 @@ fn held(pid: u32) -> Option<Held> {
 }
 
 /// Puts together what was measured before and after.
-pub(super) fn compare(before: Vec<(String, Held)>, after: &[(String, Held)]) -> Vec<Process> {
+pub(super) fn compare(
+    before: Vec<(String, Held)>,
+    after: &[(String, Held)],
+) -> Vec<BoundedProcess> {
     let pairs = before.into_iter().filter_map(|(name, before)| {
         let (_, after) = after.iter().find(|(other, _)| *other == name)?;
-        Some(Process { name, before, after: *after })
+        Some(BoundedProcess { name, before, after: *after })
     });
     pairs.collect()
 }
 
 /// Processes that hold much more than at the start.
-pub(super) fn breaches(processes: &[Process]) -> Vec<Violation> {
+pub(super) fn breaches(processes: &[BoundedProcess]) -> Vec<Violation> {
     let grown = processes.iter().filter(|process| {
         process.after.memory_mebibytes > process.before.memory_mebibytes + MEMORY
             || process.after.files > process.before.files + FILES
@@ -76,7 +79,7 @@ mod tests {
 
     #[test]
     fn growth_is_found_and_noise_is_not() {
-        let process = |memory_mebibytes, files| Process {
+        let process = |memory_mebibytes, files| BoundedProcess {
             name: "w".to_owned(),
             before: Held { memory_mebibytes: 20, files: 15 },
             after: Held { memory_mebibytes, files },

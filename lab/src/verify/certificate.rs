@@ -39,7 +39,7 @@ pub(super) struct Certificate {
     /// The longest that a task, batch, producer, queue or process waited while nothing was broken.
     pub(super) longest_wait_seconds: f64,
     pub(super) drained_seconds: f64,
-    pub(super) processes: Vec<bounds::Process>,
+    pub(super) processes: Vec<bounds::BoundedProcess>,
     /// The first of them.
     pub(super) violations: Vec<Shown>,
 }

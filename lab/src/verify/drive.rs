@@ -42,7 +42,7 @@ const GLANCE: Duration = Duration::from_secs(1);
 const EARLY: usize = 2_000;
 
 /// Everything that takes part in a run.
-pub(super) struct Stage {
+pub(super) struct RunStage {
     pub(super) mix: Mix,
     pub(super) cluster: Cluster,
     pub(super) crew: Crew,
@@ -96,7 +96,7 @@ struct Pulse {
 #[derive(Default)]
 struct Unended(BinaryHeap<Reverse<(Instant, u64)>>);
 
-impl Stage {
+impl RunStage {
     /// Runs the workload and the faults to their end. What cannot go on is noted as a breach.
     pub(super) async fn run(&mut self, progress: &mut Progress) -> Result<(), CliError> {
         let (told, pulse) = watch::channel(Pulse::default());

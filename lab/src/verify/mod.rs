@@ -68,7 +68,7 @@ seed are named), 2 it could not be tried, 130 Ctrl-C.";
 
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
-pub(crate) struct Arguments {
+pub(crate) struct VerifyArgs {
     /// How many tasks
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(100..=10_000_000))]
     tasks: u64,
@@ -95,7 +95,7 @@ pub(crate) struct Arguments {
     no_progress: bool,
 }
 
-pub(crate) async fn run(context: &Context, mut arguments: Arguments) -> Result<Exit, CliError> {
+pub(crate) async fn run(context: &Context, mut arguments: VerifyArgs) -> Result<Exit, CliError> {
     // Short, because people copy it.
     let seed = *arguments.seed.get_or_insert_with(|| u64::from(fastrand::u32(..)));
     let setting = stage::Setting::of(context, &arguments, seed)?;

@@ -18,11 +18,11 @@ use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 /// The line. Everything on it ends with it.
 pub(super) struct Proxy {
     port: u16,
-    line: Arc<Line>,
+    line: Arc<CutLine>,
     _accepting: AbortOnDropHandle<()>,
 }
 
-struct Line {
+struct CutLine {
     target: (String, u16),
     open: Mutex<Open>,
     /// While it is true nothing passes.
@@ -42,7 +42,7 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let port = listener.local_addr()?.port();
         let silent = watch::Sender::new(false);
-        let line = Arc::new(Line { target, open: Mutex::default(), silent });
+        let line = Arc::new(CutLine { target, open: Mutex::default(), silent });
         let accepting = TaskTracker::new().spawn(accept(listener, Arc::clone(&line)));
         Ok(Self { port, line, _accepting: AbortOnDropHandle::new(accepting) })
     }
@@ -80,7 +80,7 @@ impl Proxy {
     }
 }
 
-impl Line {
+impl CutLine {
     fn lock(&self) -> std::sync::MutexGuard<'_, Open> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -94,7 +94,7 @@ impl Line {
     }
 }
 
-async fn accept(listener: TcpListener, line: Arc<Line>) {
+async fn accept(listener: TcpListener, line: Arc<CutLine>) {
     // Aborted together with this task.
     let mut connections = JoinSet::new();
     while let Ok((client, _)) = listener.accept().await {
@@ -111,7 +111,7 @@ async fn accept(listener: TcpListener, line: Arc<Line>) {
     }
 }
 
-async fn forward(client: TcpStream, line: &Line) {
+async fn forward(client: TcpStream, line: &CutLine) {
     let (host, port) = &line.target;
     let Ok(server) = TcpStream::connect((host.as_str(), *port)).await else { return };
     line.lock().made.push(Instant::now());

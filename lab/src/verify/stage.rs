@@ -9,10 +9,10 @@ use garenne_common::config::{BrokerConfig, BrokerUrl};
 use garenne_producer::Producer;
 use tokio::time::sleep;
 
-use super::Arguments;
+use super::VerifyArgs;
 use super::bounds;
 use super::crew::Crew;
-use super::drive::{Facts, Seen, Stage};
+use super::drive::{Facts, RunStage, Seen};
 use super::faults::Nemesis;
 use super::ledger::Ledger;
 use super::listener::Listener;
@@ -45,7 +45,7 @@ impl Setting {
     /// What is asked for, as far as it is possible here.
     pub(super) fn of(
         context: &Context,
-        arguments: &Arguments,
+        arguments: &VerifyArgs,
         seed: u64,
     ) -> Result<Self, CliError> {
         let url = context.config.broker.urls.first().cloned();
@@ -82,7 +82,7 @@ impl Setting {
     }
 
     /// Starts everything but the producers, and waits until it is ready.
-    pub(super) async fn start(self, context: &Context) -> Result<Stage, CliError> {
+    pub(super) async fn start(self, context: &Context) -> Result<RunStage, CliError> {
         let mut cluster = Cluster::start(context, "verify", "garenne-lab-worker", &[]).await?;
         match self.furnish(context, &mut cluster).await {
             Ok(parts) => Ok(parts.stage(self, cluster)),
@@ -199,7 +199,7 @@ struct Parts {
 }
 
 impl Parts {
-    fn stage(self, setting: Setting, cluster: Cluster) -> Stage {
+    fn stage(self, setting: Setting, cluster: Cluster) -> RunStage {
         let Self { listener, vitals, ledger, proxy, producer, schedule, batch_deadline, facts } =
             self;
         let Setting { mix, crew, patience, node, .. } = setting;
@@ -213,7 +213,7 @@ impl Parts {
             longest_wait: Duration::ZERO,
             poisoned: 0,
         };
-        Stage {
+        RunStage {
             mix,
             cluster,
             crew,
@@ -232,7 +232,7 @@ impl Parts {
     }
 }
 
-impl Stage {
+impl RunStage {
     /// Mends what is broken and removes everything, but for the directory if it is to be kept.
     pub(super) async fn close(mut self, context: &Context, keep: bool) {
         self.nemesis.mend_all(&mut self.cluster, &self.crew, self.proxy.as_ref()).await;

@@ -32,7 +32,7 @@ Example:
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
-pub(crate) struct Arguments {
+pub(crate) struct SubmitterArgs {
     /// The seed of the run
     #[arg(long)]
     seed: u64,
@@ -47,7 +47,7 @@ pub(crate) struct Arguments {
     die_with: Option<u32>,
 }
 
-pub(crate) async fn run(context: &Context, arguments: Arguments) -> Result<Exit, CliError> {
+pub(crate) async fn run(context: &Context, arguments: SubmitterArgs) -> Result<Exit, CliError> {
     if let Some(parent) = arguments.die_with {
         garenne_common::service::lifeline::die_with(parent)
             .map_err(|error| CliError::unusable(error.to_string()))?;

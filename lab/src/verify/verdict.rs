@@ -10,7 +10,7 @@ use garenne_common::{Status, TaskResult};
 use super::bounds;
 use super::certificate::{Certificate, Counts, Shown, Versions, chosen, tally};
 use super::check::{Evidence, Invariant, Violation};
-use super::drive::Stage;
+use super::drive::RunStage;
 use super::gather;
 use super::producers::PRODUCERS;
 use super::progress::Progress;
@@ -22,7 +22,7 @@ const HISTORY: usize = 12;
 
 /// Runs everything and judges it.
 pub(super) async fn reach(
-    stage: &mut Stage,
+    stage: &mut RunStage,
     progress: &mut Progress,
 ) -> Result<Certificate, CliError> {
     stage.run(progress).await?;
@@ -70,7 +70,7 @@ pub(super) async fn reach(
 }
 
 /// Each process has two connections at most, and those of the dead are gone.
-fn note_connections(stage: &mut Stage) {
+fn note_connections(stage: &mut RunStage) {
     let Some(open) = stage.proxy.as_ref().map(Proxy::open) else { return };
     let most = 3 * (stage.crew.workers + stage.crew.collectors);
     if open > most {
@@ -83,7 +83,7 @@ fn note_connections(stage: &mut Stage) {
 }
 
 /// Moments at which a message may have come twice, in order.
-fn disturbances(stage: &Stage) -> Vec<Instant> {
+fn disturbances(stage: &RunStage) -> Vec<Instant> {
     let mut all = stage.proxy.as_ref().map_or_else(Vec::new, Proxy::made);
     for injected in &stage.nemesis.injected {
         all.push(injected.from);
@@ -93,7 +93,7 @@ fn disturbances(stage: &Stage) -> Vec<Instant> {
     all
 }
 
-fn counts(stage: &Stage, records: &[Option<TaskResult>], repeated_results: u64) -> Counts {
+fn counts(stage: &RunStage, records: &[Option<TaskResult>], repeated_results: u64) -> Counts {
     let ended =
         |status| records.iter().flatten().filter(|record| record.status == status).count() as u64;
     let mut counts = Counts {
@@ -130,10 +130,10 @@ fn counts(stage: &Stage, records: &[Option<TaskResult>], repeated_results: u64) 
 }
 
 fn certify(
-    stage: &Stage,
+    stage: &RunStage,
     violations: Vec<Violation>,
     counts: Counts,
-    processes: Vec<bounds::Process>,
+    processes: Vec<bounds::BoundedProcess>,
     records: &[Option<TaskResult>],
 ) -> Certificate {
     let breaches = tally(&violations);
@@ -173,7 +173,7 @@ fn certify(
 }
 
 /// By the times at which handlers ended, which are this machine's as well as all others here.
-fn worst_stall(stage: &Stage, records: &[Option<TaskResult>]) -> Duration {
+fn worst_stall(stage: &RunStage, records: &[Option<TaskResult>]) -> Duration {
     let confirmed = (0..).zip(&stage.workload.confirmed);
     let due = confirmed.filter_map(|(n, at)| {
         Some((*at)?.saturating_duration_since(stage.seen.begun) + stage.mix.job(n).delay)
@@ -184,7 +184,7 @@ fn worst_stall(stage: &Stage, records: &[Option<TaskResult>]) -> Duration {
 }
 
 /// What is known of a task, in order.
-fn history_of(stage: &Stage, index: u64, records: &[Option<TaskResult>]) -> Vec<String> {
+fn history_of(stage: &RunStage, index: u64, records: &[Option<TaskResult>]) -> Vec<String> {
     let at = |moment: Instant| (moment - stage.seen.begun).as_secs_f64();
     let place = usize::try_from(index).unwrap_or(usize::MAX);
     let mut lines = vec![format!("asked: {}", stage.mix.job(index).arguments())];

@@ -263,7 +263,7 @@ struct Router {
 impl Router {
     async fn run(mut self, stop: CancellationToken) {
         loop {
-            // Adopted before the deliveries of a new queue are read, although either order would be
+            // Set before the deliveries of a new queue are read, although either order would be
             // correct.
             let name = self.names.borrow_and_update().clone();
             self.replies.adopt(name.as_deref());

@@ -37,12 +37,12 @@ fn built() -> PathBuf {
 }
 
 /// A command with a clean environment: only what a test sets reaches the program,
-/// and which guards are off.
+/// and which protections are off.
 pub(crate) fn command(program: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
-    if let Some(guards) = std::env::var_os(FAILPOINTS) {
-        command.env(FAILPOINTS, guards);
+    if let Some(failpoints) = std::env::var_os(FAILPOINTS) {
+        command.env(FAILPOINTS, failpoints);
     }
     command
 }

@@ -19,7 +19,7 @@ pub(crate) enum Sends {
     /// Messages to the exchange whose name ends in this word.
     To(&'static str),
     Acknowledgements,
-    /// The wish to get no more deliveries.
+    /// The request to get no more deliveries.
     Cancels,
 }
 

@@ -25,7 +25,7 @@ pub(super) enum End {
 
 /// A message about to be sent.
 #[derive(Debug)]
-pub(super) struct Sent {
+pub(super) struct SentMessage {
     pub(super) kind: &'static str,
     pub(super) end: End,
     properties: RawProperties,
@@ -35,7 +35,7 @@ pub(super) struct Sent {
     key: Vec<u8>,
 }
 
-impl Sent {
+impl SentMessage {
     /// As the foreign client takes it.
     pub(super) fn order(&self) -> Value {
         let mut properties = self.properties.clone();
@@ -46,10 +46,10 @@ impl Sent {
 }
 
 /// A kind of message: changes a sound one and says where that ends.
-type Kind = (&'static str, fn(&mut Sent, &mut Rng, &Topology) -> End);
+type Kind = (&'static str, fn(&mut SentMessage, &mut Rng, &Topology) -> End);
 
 /// The message of this number: a sound one, made hostile in one of the ways below.
-pub(super) fn make(number: usize, topology: &Topology, seed: u64) -> Sent {
+pub(super) fn make(number: usize, topology: &Topology, seed: u64) -> SentMessage {
     let (kind, change) = KINDS[number % KINDS.len()];
     let mut sent = sound(number, topology);
     let mut rng = Rng::with_seed(seed.wrapping_add(number as u64));
@@ -59,12 +59,12 @@ pub(super) fn make(number: usize, topology: &Topology, seed: u64) -> Sent {
 }
 
 /// A sound task that returns its argument.
-pub(super) fn sound(number: usize, topology: &Topology) -> Sent {
+pub(super) fn sound(number: usize, topology: &Topology) -> SentMessage {
     let mut properties = RawProperties::default();
     properties.text(Place::Type, "garenne.echo");
     properties.text(Place::MessageId, format!("h-{number}"));
     properties.text(Place::ContentType, "application/json");
-    Sent {
+    SentMessage {
         kind: "sound",
         end: End::Runs,
         properties,
@@ -90,7 +90,7 @@ fn unprintable(rng: &mut Rng) -> Vec<u8> {
     format!("a{evil}b").into_bytes()
 }
 
-fn header(sent: &mut Sent, name: &str, value: Vec<u8>) {
+fn header(sent: &mut SentMessage, name: &str, value: Vec<u8>) {
     sent.headers = std::mem::take(&mut sent.headers).with(name, value);
 }
 
@@ -103,7 +103,7 @@ fn deep(kind: u8, levels: usize) -> Vec<u8> {
     })
 }
 
-fn property(place: Place, words: &'static str) -> impl Fn(&mut Sent, Vec<u8>) -> End {
+fn property(place: Place, words: &'static str) -> impl Fn(&mut SentMessage, Vec<u8>) -> End {
     move |sent, bytes| {
         sent.properties.text(place, bytes);
         End::Dead(Malformed, words)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use self::kinds::{End, Sent, make, sound};
+use self::kinds::{End, SentMessage, make, sound};
 use crate::harness::{Foreign, Process, SOON, Warren, eventually};
 
 /// What the foreign client publishes in one go.
@@ -39,7 +39,7 @@ fn seed() -> u64 {
 }
 
 /// So many messages, every fourth a sound one.
-fn messages(warren: &Warren, count: usize) -> Vec<Sent> {
+fn messages(warren: &Warren, count: usize) -> Vec<SentMessage> {
     let topology = warren.config().broker.topology();
     let one = |number| match number % 4 {
         0 => sound(number, &topology),
@@ -70,7 +70,7 @@ fn letters(warren: &Warren) -> HashMap<usize, (String, String)> {
 }
 
 /// What is not yet, or not at all, where it must be.
-fn wrong(warren: &Warren, sent: &[Sent]) -> Vec<String> {
+fn wrong(warren: &Warren, sent: &[SentMessage]) -> Vec<String> {
     let letters = letters(warren);
     let right = |end, letter: Option<&(String, String)>| match (end, letter) {
         (End::Runs, None) => true,
@@ -81,7 +81,7 @@ fn wrong(warren: &Warren, sent: &[Sent]) -> Vec<String> {
     };
     let all = sent.iter().enumerate().map(|(number, sent)| (number, sent, letters.get(&number)));
     let wrong = all.filter(|(_, sent, letter)| !right(sent.end, *letter));
-    let line = |(number, sent, letter): (usize, &Sent, Option<&(String, String)>)| {
+    let line = |(number, sent, letter): (usize, &SentMessage, Option<&(String, String)>)| {
         format!("{number}, {}: {:?}, but {letter:?}", sent.kind, sent.end)
     };
     wrong.map(line).collect()
@@ -102,7 +102,7 @@ pub(crate) async fn run(count: usize) -> Figures {
     let sent = messages(&warren, count);
     let begun = Instant::now();
     for part in sent.chunks(AT_ONCE) {
-        let orders = part.iter().map(Sent::order).collect();
+        let orders = part.iter().map(SentMessage::order).collect();
         Foreign::new(warren.url()).publish(orders, 0).await;
     }
     let (publishing, published) = (begun.elapsed(), Instant::now());
@@ -123,7 +123,7 @@ pub(crate) async fn run(count: usize) -> Figures {
     figures
 }
 
-async fn all_end(warren: &Warren, sent: &[Sent], runs: usize, since: Instant) {
+async fn all_end(warren: &Warren, sent: &[SentMessage], runs: usize, since: Instant) {
     let what = format!("{runs} of {} run, the rest are dead letters", sent.len());
     eventually(PATIENCE, &what, async || {
         let succeeded = "SELECT COUNT(*) FROM results WHERE status = 'succeeded'";

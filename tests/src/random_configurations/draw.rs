@@ -7,10 +7,10 @@ use fastrand::Rng;
 /// One configuration of a whole system with its work.
 #[derive(Debug, Clone)]
 pub(super) struct Draw {
-    pub(super) producer: Producer,
-    pub(super) workers: Vec<Worker>,
-    pub(super) collector: Collector,
-    pub(super) work: Vec<Kind>,
+    pub(super) producer: ProducerDraw,
+    pub(super) workers: Vec<WorkerDraw>,
+    pub(super) collector: CollectorDraw,
+    pub(super) work: Vec<WorkKind>,
     pub(super) way: Way,
     /// What breaks when this share of the tasks has ended, in percent.
     pub(super) faults: Vec<(usize, Fault)>,
@@ -18,21 +18,21 @@ pub(super) struct Draw {
 
 /// Of the process that submits and waits.
 #[derive(Debug, Clone)]
-pub(super) struct Producer {
+pub(super) struct ProducerDraw {
     pub(super) publish_window: usize,
     pub(super) bundle_tasks: usize,
     pub(super) bundle_work: Duration,
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Worker {
+pub(super) struct WorkerDraw {
     pub(super) publish_window: usize,
     pub(super) concurrency: usize,
-    pub(super) lookahead: usize,
+    pub(super) ahead: usize,
 }
 
 #[derive(Debug, Clone)]
-pub(super) struct Collector {
+pub(super) struct CollectorDraw {
     pub(super) publish_window: usize,
     pub(super) group_size: usize,
     pub(super) group_linger: Duration,
@@ -40,7 +40,7 @@ pub(super) struct Collector {
 
 /// What a task does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum WorkKind {
     Echo,
     /// An output of 20 KiB.
     Large,
@@ -76,21 +76,23 @@ pub(super) enum Fault {
     FreezeWorker,
 }
 
-const FAILING: [Kind; 4] = [Kind::Fatal, Kind::FailsOnce, Kind::RetriesExhausted, Kind::Panics];
-const SLOW: [Kind; 4] = [Kind::Sleeps, Kind::TimesOut, Kind::Delayed, Kind::Cancelled];
+const FAILING: [WorkKind; 4] =
+    [WorkKind::Fatal, WorkKind::FailsOnce, WorkKind::RetriesExhausted, WorkKind::Panics];
+const SLOW: [WorkKind; 4] =
+    [WorkKind::Sleeps, WorkKind::TimesOut, WorkKind::Delayed, WorkKind::Cancelled];
 
 impl Draw {
     pub(super) fn of(seed: u64) -> Self {
         let mut random = Rng::with_seed(seed);
         let random = &mut random;
         Self {
-            producer: Producer {
+            producer: ProducerDraw {
                 publish_window: window(random),
                 bundle_tasks: pick(random, &[1, 2, 10, 100, 500]),
                 bundle_work: Duration::from_millis(pick(random, &[1, 20, 500])),
             },
             workers: (0..random.usize(1..=3)).map(|_| worker(random)).collect(),
-            collector: Collector {
+            collector: CollectorDraw {
                 publish_window: window(random),
                 group_size: pick(random, &[1, 2, 50, 2_000]),
                 group_linger: Duration::from_millis(pick(random, &[0, 5, 100])),
@@ -113,23 +115,23 @@ fn window(random: &mut Rng) -> usize {
     pick(random, &[1, 1, 2, 3, 10, 64, 512])
 }
 
-fn worker(random: &mut Rng) -> Worker {
-    Worker {
+fn worker(random: &mut Rng) -> WorkerDraw {
+    WorkerDraw {
         publish_window: window(random),
         concurrency: pick(random, &[1, 2, 4, 16, 64]),
-        lookahead: pick(random, &[0, 1, 4, 32, 256]),
+        ahead: pick(random, &[0, 1, 4, 32, 256]),
     }
 }
 
 /// One to three kinds, in bursts or mixed.
-fn work(random: &mut Rng) -> Vec<Kind> {
+fn work(random: &mut Rng) -> Vec<WorkKind> {
     let mut work = vec![];
     for _ in 0..random.usize(1..=3) {
         let (kind, most) = match random.u8(..8) {
             0..4 => (pick(random, &FAILING), 400),
             4 | 5 => (pick(random, &SLOW), 40),
-            6 => (Kind::Large, 200),
-            _ => (Kind::Echo, 600),
+            6 => (WorkKind::Large, 200),
+            _ => (WorkKind::Echo, 600),
         };
         work.extend(std::iter::repeat_n(kind, random.usize(1..=most)));
     }

@@ -1,6 +1,6 @@
 //! Whatever the configuration and the work, every task ends (promises 3 and 10).
 //!
-//! A seed decides the configuration of every process (windows, slots, look-ahead, groups, bundles, one
+//! A seed decides the configuration of every process (windows, concurrency, prefetch, groups, bundles, one
 //! to three workers; extremes such as 1 included), what is submitted and how, and what breaks
 //! meanwhile; not the machine's timing. [`draw`] decides, [`run`] does it with real processes.
 //!

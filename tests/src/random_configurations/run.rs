@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-use super::draw::{Draw, Fault, Kind, Way};
+use super::draw::{Draw, Fault, Way, WorkKind};
 use crate::harness::{Process, Proxy, Soon, Warren};
 
 /// Nothing that could go on stands still for so long, however busy the machine.
@@ -140,7 +140,7 @@ impl<'w> System<'w> {
 async fn worker(warren: &Warren, draw: &Draw, url: &str, place: usize) -> Process {
     let drawn = &draw.workers[place];
     let worker = warren.worker().url(url).set("worker.concurrency", drawn.concurrency);
-    let worker = worker.set("worker.prefetch", drawn.concurrency + drawn.lookahead);
+    let worker = worker.set("worker.prefetch", drawn.concurrency + drawn.ahead);
     worker.set("broker.publish_window", drawn.publish_window).start().await
 }
 
@@ -158,12 +158,12 @@ async fn collector(warren: &Warren, draw: &Draw, url: &str) -> Process {
 /// Submits everything and waits for what is waited for; counts what has ended.
 async fn submit(
     producer: Arc<Producer>,
-    (work, way): (Vec<Kind>, Way),
+    (work, way): (Vec<WorkKind>, Way),
     ended: Arc<AtomicUsize>,
 ) -> Result<(), String> {
     let ids: Vec<_> = work.iter().map(|_| TaskId::generate()).collect();
     let submissions: Vec<_> = work.iter().zip(&ids).map(|(kind, id)| kind.submission(id)).collect();
-    let cancelled = work.iter().zip(ids).filter(|(kind, _)| **kind == Kind::Cancelled);
+    let cancelled = work.iter().zip(ids).filter(|(kind, _)| **kind == WorkKind::Cancelled);
     let cancelled: Vec<_> = cancelled.map(|(_, id)| id).collect();
     let cancel = async {
         // A collector that was just killed answers later.
@@ -213,7 +213,7 @@ async fn wait_for(handles: Vec<Handle<Value>>, ended: &AtomicUsize) -> Result<()
     counted.try_for_each(|_| future::ok(())).await.map_err(|error| error.to_string())
 }
 
-impl Kind {
+impl WorkKind {
     fn submission(self, id: &TaskId) -> Submission<Value> {
         let quick = |retries| RetryPolicy { base: QUICK, ..RetryPolicy::retries(retries) };
         let (name, args, retry) = match self {

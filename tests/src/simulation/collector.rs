@@ -30,8 +30,8 @@ pub(super) struct Collector {
     pub(super) consumers: Vec<usize>,
     pub(super) publisher: usize,
     group_size: usize,
-    gathering: Option<Parcel>,
-    waiting: VecDeque<Parcel>,
+    gathering: Option<GatheredGroup>,
+    waiting: VecDeque<GatheredGroup>,
     acks: VecDeque<(usize, DeliveryTag)>,
     /// What the relay has sent, by the publisher's number, and what of it is confirmed.
     sent: HashMap<u64, u64>,
@@ -42,7 +42,7 @@ pub(super) struct Collector {
     beside: Vec<Notice>,
 }
 
-struct Parcel {
+struct GatheredGroup {
     group: Group,
     newest: [Option<DeliveryTag>; 3],
 }
@@ -87,7 +87,7 @@ impl Collector {
     }
 
     fn gather(&mut self, env: &mut Env) -> bool {
-        let full = |parcel: &Parcel| parcel.group.is_full(self.group_size);
+        let full = |gathered: &GatheredGroup| gathered.group.is_full(self.group_size);
         if self.gathering.as_ref().is_some_and(full) {
             return false;
         }
@@ -96,12 +96,12 @@ impl Collector {
             let inbound = &mut env.broker.consumers[self.consumers[place]].inbound;
             let Some(delivery) = inbound.pop_front() else { continue };
             let at = env.at();
-            let parcel = self
+            let gathered = self
                 .gathering
-                .get_or_insert_with(|| Parcel { group: Group::new(at), newest: [None; 3] });
+                .get_or_insert_with(|| GatheredGroup { group: Group::new(at), newest: [None; 3] });
             let (key, message) = (&delivery.routing_key, &delivery.message);
-            parcel.group.take(SOURCES[place], key, message, &self.name);
-            parcel.newest[place] = parcel.newest[place].max(Some(delivery.tag));
+            gathered.group.take(SOURCES[place], key, message, &self.name);
+            gathered.newest[place] = gathered.newest[place].max(Some(delivery.tag));
             return true;
         }
         false
@@ -111,8 +111,8 @@ impl Collector {
         if self.waiting.len() >= GROUPS_WAITING {
             return false;
         }
-        let Some(parcel) = self.gathering.take() else { return false };
-        self.waiting.push_back(parcel);
+        let Some(gathered) = self.gathering.take() else { return false };
+        self.waiting.push_back(gathered);
         true
     }
 
@@ -126,8 +126,8 @@ impl Collector {
             self.beside.drain(..).for_each(|notice| env.store.announce(notice));
             return Ok(true);
         }
-        let Some(parcel) = self.waiting.front() else { return Ok(false) };
-        let newest: Vec<_> = self.consumers.iter().copied().zip(parcel.newest).collect();
+        let Some(gathered) = self.waiting.front() else { return Ok(false) };
+        let newest: Vec<_> = self.consumers.iter().copied().zip(gathered.newest).collect();
         let acks = newest.into_iter().filter_map(|(consumer, tag)| Some((consumer, tag?)));
         if env.is(Mutation::AckBeforeCommit) {
             for (consumer, tag) in acks {
@@ -141,7 +141,7 @@ impl Collector {
             self.acks.clear();
             return Ok(true);
         }
-        let Some(Parcel { group, .. }) = self.waiting.pop_front() else { return Ok(false) };
+        let Some(GatheredGroup { group, .. }) = self.waiting.pop_front() else { return Ok(false) };
         self.commit(&group, env)?;
         Ok(true)
     }

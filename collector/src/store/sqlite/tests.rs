@@ -296,7 +296,7 @@ async fn a_wish_is_kept_once_until_its_task_or_batch_is_over() {
     let states: Vec<_> = done.tasks.iter().map(|task| task.state).collect();
     let requested = CancelState::Requested;
     assert_eq!(states, [CancelState::TooLate, requested, requested]);
-    assert_eq!(cancel(&["t-1"]).await.requests, done.requests[..1], "the same wish");
+    assert_eq!(cancel(&["t-1"]).await.requests, done.requests[..1], "the same cancel request");
     let batch = fixture.store.cancel_batch(batch_id(), "all".to_owned()).await.unwrap();
     assert_eq!((batch.state, batch.summary), (requested, None));
 
@@ -308,7 +308,11 @@ async fn a_wish_is_kept_once_until_its_task_or_batch_is_over() {
 
     let sealed = Report::BatchSealed { batch: batch_id(), count: 1, at: at(1) };
     fixture.commit(&[finished("t-1", Some(batch_id()))], &[]).await;
-    assert_eq!(fixture.store.cancels(0, 9).await.unwrap().0.len(), 2, "one wish took effect");
+    assert_eq!(
+        fixture.store.cancels(0, 9).await.unwrap().0.len(),
+        2,
+        "one cancel request took effect"
+    );
     fixture.commit(&[sealed], &[]).await;
     let (left, still) = fixture.store.cancels(0, 9).await.unwrap();
     assert_eq!((left, still >= newest), (done.requests[1..].to_vec(), true));

@@ -24,7 +24,7 @@ static LOST: AtomicU64 = AtomicU64::new(0);
 /// Lines lost since the start.
 static LOST_EVER: AtomicU64 = AtomicU64::new(0);
 
-enum Message {
+enum LineMessage {
     Line(Vec<u8>),
     /// Answered once everything before it is written.
     Flush(SyncSender<()>),
@@ -32,7 +32,7 @@ enum Message {
 
 /// Queues lines for the thread that writes them. Never blocks and never fails.
 #[derive(Clone)]
-pub(super) struct Lines(SyncSender<Message>);
+pub(super) struct Lines(SyncSender<LineMessage>);
 
 /// Keeps the last log lines from being lost: dropping it waits until they are written, for a second at
 /// most.
@@ -66,7 +66,7 @@ impl Lines {
     fn flush(&self) {
         let (done, flushed) = sync_channel(1);
         let deadline = Instant::now() + FLUSH;
-        let mut message = Message::Flush(done);
+        let mut message = LineMessage::Flush(done);
         // A full queue is being written, or nobody reads.
         while let Err(TrySendError::Full(back)) = self.0.try_send(message) {
             if Instant::now() >= deadline {
@@ -83,7 +83,7 @@ impl Lines {
 
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
-        if self.0.try_send(Message::Line(line.to_vec())).is_err() {
+        if self.0.try_send(LineMessage::Line(line.to_vec())).is_err() {
             lose(1);
         }
         Ok(line.len())
@@ -117,11 +117,11 @@ impl Drop for LogGuard {
     }
 }
 
-fn write_all(mut to: impl Write, lines: &Receiver<Message>, format: LogFormat) {
+fn write_all(mut to: impl Write, lines: &Receiver<LineMessage>, format: LogFormat) {
     for message in lines {
         match message {
-            Message::Line(line) => write_line(&mut to, &line, format),
-            Message::Flush(done) => {
+            LineMessage::Line(line) => write_line(&mut to, &line, format),
+            LineMessage::Flush(done) => {
                 tell_of_lost(&mut to, format);
                 // The other side may have stopped waiting.
                 done.send(()).unwrap_or_default();

@@ -38,7 +38,8 @@ pub(super) fn encode(reports: &[Report]) -> Result<Vec<u8>, CodecError> {
 /// Reads a body. Outputs are slices of it and keep all of it in memory.
 pub(super) fn decode(body: &Bytes) -> Result<Vec<Report>, Malformed> {
     let bundle: BundleV2<'_> = from_bincode(body.get(1..).unwrap_or_default())?;
-    let heads = bundle.heads.0.into_iter().map(Head::try_from).collect::<Result<Vec<_>, _>>()?;
+    let heads =
+        bundle.heads.0.into_iter().map(ResultHead::try_from).collect::<Result<Vec<_>, _>>()?;
     let reading = Reading { heads, body };
     bundle.reports.0.into_iter().map(|report| reading.report(report)).collect()
 }
@@ -254,7 +255,7 @@ impl<'a> From<&'a Fence> for FenceV2<'a> {
 }
 
 /// A head as it was read, checked once for all its results.
-struct Head {
+struct ResultHead {
     name: TaskName,
     queue: QueueName,
     batch: Option<BatchId>,
@@ -263,7 +264,7 @@ struct Head {
 
 /// A bundle that is being read.
 struct Reading<'a> {
-    heads: Vec<Head>,
+    heads: Vec<ResultHead>,
     body: &'a Bytes,
 }
 
@@ -345,7 +346,7 @@ fn dead_reason(code: &str) -> Result<DeadReason, Malformed> {
         .ok_or_else(|| Malformed::new(format_args!("dead reason {code:?} is not known")))
 }
 
-impl TryFrom<HeadV2<'_>> for Head {
+impl TryFrom<HeadV2<'_>> for ResultHead {
     type Error = Malformed;
 
     fn try_from(head: HeadV2<'_>) -> Result<Self, Malformed> {

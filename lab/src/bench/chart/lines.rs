@@ -2,7 +2,7 @@
 
 use super::canvas::{Anchor, Canvas};
 use super::{WIDTH, panel};
-use crate::bench::figure::{Figure, RAW, Unit};
+use crate::bench::figure::{Figure, FigureUnit, RAW};
 
 const LEFT: f64 = 64.0;
 const HEIGHT: f64 = 190.0;
@@ -10,7 +10,7 @@ const HEIGHT: f64 = 190.0;
 const STEPS: u32 = 4;
 
 /// Values by their place on the line.
-struct Line {
+struct ChartLine {
     name: &'static str,
     values: Vec<(u64, f64)>,
 }
@@ -28,10 +28,10 @@ pub(super) fn figures(
     places.dedup();
     let values = lines.iter().flat_map(|line| &line.values);
     let most = round_up(values.map(|v| v.1).fold(0.0, f64::max));
-    let unit = figures.first().map_or(Unit::PerSecond, |figure| figure.unit);
+    let unit = figures.first().map_or(FigureUnit::PerSecond, |figure| figure.unit);
 
     let (mut canvas, y) = panel(title, note);
-    let classes = |line: &Line| match line.name {
+    let classes = |line: &ChartLine| match line.name {
         RAW => ("f2", "l2"),
         "bulk" => ("f1", "l1"),
         "apart" => ("f3", "l3"),
@@ -64,16 +64,16 @@ pub(super) fn figures(
 }
 
 /// Ours by name, and the bare client's last: measured beside the first of ours.
-fn lines(figures: &[&Figure]) -> Vec<Line> {
-    let mut lines: Vec<Line> = vec![];
-    let mut raw = Line { name: RAW, values: vec![] };
+fn lines(figures: &[&Figure]) -> Vec<ChartLine> {
+    let mut lines: Vec<ChartLine> = vec![];
+    let mut raw = ChartLine { name: RAW, values: vec![] };
     for figure in figures {
         let Some(point) = &figure.point else { continue };
         if let Some(ours) = &figure.garenne {
             let value = (point.at, ours.median);
             match lines.iter_mut().find(|line| line.name == point.line) {
                 Some(line) => line.values.push(value),
-                None => lines.push(Line { name: point.line, values: vec![value] }),
+                None => lines.push(ChartLine { name: point.line, values: vec![value] }),
             }
         }
         let known = raw.values.iter().any(|(at, _)| *at == point.at);
@@ -88,7 +88,7 @@ fn lines(figures: &[&Figure]) -> Vec<Line> {
     lines
 }
 
-fn grid(canvas: &mut Canvas, top: f64, most: f64, unit: Unit) {
+fn grid(canvas: &mut Canvas, top: f64, most: f64, unit: FigureUnit) {
     for step in 0..=STEPS {
         let share = f64::from(step) / f64::from(STEPS);
         let y = top + HEIGHT * (1.0 - share);

@@ -10,7 +10,7 @@ mod lines;
 use indicatif::HumanCount;
 
 use super::Scenario;
-use super::figure::{Figure, Verdict};
+use super::figure::{Figure, TargetVerdict};
 use super::report::Report;
 use super::scenarios::size;
 use bars::Scale;
@@ -115,7 +115,7 @@ fn panels(report: &Report) -> Vec<Canvas> {
 /// What was wanted, and whether it is so.
 fn targets(figures: &[Figure]) -> Option<Canvas> {
     let wanting: Vec<_> = figures.iter().filter(|figure| figure.target.is_some()).collect();
-    let met = wanting.iter().filter(|figure| figure.verdict == Some(Verdict::Met)).count();
+    let met = wanting.iter().filter(|figure| figure.verdict == Some(TargetVerdict::Met)).count();
     let title = format!("Targets: {met} of {} met", wanting.len());
     let (mut canvas, mut y) = panel(&title, "medians of this run");
     for figure in &wanting {

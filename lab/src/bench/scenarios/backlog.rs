@@ -7,7 +7,7 @@ use garenne_producer::SealedBatch;
 use indicatif::HumanCount;
 
 use crate::bench::Scenario;
-use crate::bench::figure::{Figure, Samples, Target, Unit};
+use crate::bench::figure::{Figure, FigureUnit, Samples, Target};
 use crate::bench::load::{Load, Way, Work, done};
 use crate::bench::meter::rate;
 use crate::bench::stage::Bench;
@@ -111,6 +111,6 @@ fn figure(way: Way, depth: u64, samples: Option<Samples>) -> Figure {
         0 => format!("{}, empty queue", way.title()),
         _ => format!("{} before {}", way.title(), HumanCount(depth)),
     };
-    let figure = Figure::new(Scenario::Backlog, id, title, Unit::PerSecond, samples);
+    let figure = Figure::new(Scenario::Backlog, id, title, FigureUnit::PerSecond, samples);
     figure.at(way.name(), depth)
 }

@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 use tokio::time::sleep;
 
 use crate::bench::Scenario;
-use crate::bench::figure::{Figure, RAW, Samples, Target, Unit};
+use crate::bench::figure::{Figure, FigureUnit, RAW, Samples, Target};
 use crate::bench::load::{echo, round_trip};
 use crate::bench::stage::Bench;
 
@@ -32,7 +32,8 @@ impl Bench<'_> {
         let (ours, raw) = self.round_trips("round trips in a row", Duration::ZERO).await?;
         let [ours, raw] = [ours.p50, raw.p50].map(Samples::of);
         let title = "round trips in a row, p50";
-        let figure = Figure::new(Scenario::Latency, "latency.row", title, Unit::Milliseconds, ours);
+        let figure =
+            Figure::new(Scenario::Latency, "latency.row", title, FigureUnit::Milliseconds, ours);
         self.figures.push(figure.beside(RAW, raw));
         Ok(())
     }
@@ -64,7 +65,7 @@ impl Bench<'_> {
     fn report_latency(&mut self, ours: Quantiles, raw: Quantiles) {
         let [p50, p99, raw_p50, raw_p99] = [ours.p50, ours.p99, raw.p50, raw.p99].map(Samples::of);
         let figure = |id: &str, title: &str, ours: &Option<Samples>| {
-            Figure::new(Scenario::Latency, id, title, Unit::Milliseconds, ours.clone())
+            Figure::new(Scenario::Latency, id, title, FigureUnit::Milliseconds, ours.clone())
         };
         self.figures.extend([
             figure("latency.p50", "idle round trip, p50", &p50)
@@ -92,8 +93,13 @@ impl Bench<'_> {
             }
         }
         let title = "worker start to first result";
-        let figure =
-            Figure::new(Scenario::Start, "start", title, Unit::Milliseconds, Samples::of(times));
+        let figure = Figure::new(
+            Scenario::Start,
+            "start",
+            title,
+            FigureUnit::Milliseconds,
+            Samples::of(times),
+        );
         self.figures.push(figure.wanting(Some(Target::at_most(100.0))));
         Ok(())
     }

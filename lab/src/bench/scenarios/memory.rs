@@ -9,9 +9,9 @@ use tokio::time::{Instant, sleep};
 
 use super::scaling::odd;
 use crate::bench::Scenario;
-use crate::bench::figure::{Figure, Samples, Target, Unit};
+use crate::bench::figure::{Figure, FigureUnit, Samples, Target};
 use crate::bench::load::{Load, Way, Work};
-use crate::bench::stage::{Bench, Crew};
+use crate::bench::stage::{Bench, WorkerCrew};
 use crate::bench::usage::Memory;
 use crate::cluster::WorkerSpec;
 
@@ -31,7 +31,7 @@ impl Bench<'_> {
     pub(in super::super) async fn memory(&mut self) -> Result<(), CliError> {
         let held = self.extent.held;
         let concurrency = self.tuned(1).concurrency.min(held);
-        let crew = Crew { count: 1, concurrency, prefetch: held };
+        let crew = WorkerCrew { count: 1, concurrency, prefetch: held };
         let topology = self.cluster.config().broker.topology();
         for queue in names()? {
             self.cluster.declare(&topology.task_queue_declarations(&queue)).await?;
@@ -62,7 +62,7 @@ impl Bench<'_> {
             ("collector_peak", "collector, peak".to_owned(), one(collector.map(|m| m.peak)), None),
         ] {
             let (id, samples) = (format!("memory.{id}"), Samples::of(samples));
-            let figure = Figure::new(Scenario::Memory, id, title, Unit::Mebibytes, samples);
+            let figure = Figure::new(Scenario::Memory, id, title, FigureUnit::Mebibytes, samples);
             self.figures.push(figure.wanting(target.map(Target::at_most)));
         }
         Ok(())

@@ -8,7 +8,7 @@ use garenne_cli::error::CliError;
 use garenne_common::QueueName;
 
 use crate::bench::Scenario;
-use crate::bench::figure::{Figure, RAW, Samples, Target, Unit};
+use crate::bench::figure::{Figure, FigureUnit, RAW, Samples, Target};
 use crate::bench::load::{Load, Way, Work};
 use crate::bench::meter::rate;
 use crate::bench::stage::{Bench, Contest};
@@ -91,7 +91,7 @@ impl Bench<'_> {
             Scenario::Submit,
             "raw.consume",
             "consume, acknowledged",
-            Unit::PerSecond,
+            FigureUnit::PerSecond,
             None,
         );
         self.figures.push(figure.beside(RAW, Samples::of(consumed.into_inner())));
