@@ -5,8 +5,10 @@
 
 use std::borrow::Cow;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
-use garenne_common::wire::{HeaderValue, Message, Properties};
+use garenne_common::wire::{ForeignValue, HeaderValue, Message, Properties};
 use serde::{Deserialize, Serialize};
 
 /// An envelope of another version, or none at all.
@@ -47,6 +49,14 @@ enum ValueV1 {
     Int(i64),
     FloatBits(u64),
     Bool(bool),
+    Timestamp(u64),
+    /// In base64.
+    Bytes(String),
+    Decimal {
+        scale: u8,
+        value: u32,
+    },
+    Nested,
 }
 
 /// The envelope of a message: everything but its body.
@@ -70,6 +80,14 @@ pub fn seal_envelope(message: &Message) -> Result<String, EnvelopeError> {
             HeaderValue::Int(number) => ValueV1::Int(*number),
             HeaderValue::Float(number) => ValueV1::FloatBits(number.to_bits()),
             HeaderValue::Bool(truth) => ValueV1::Bool(*truth),
+            HeaderValue::Foreign(foreign) => match foreign {
+                ForeignValue::Timestamp(seconds) => ValueV1::Timestamp(*seconds),
+                ForeignValue::Bytes(bytes) => ValueV1::Bytes(STANDARD.encode(bytes)),
+                ForeignValue::Decimal { scale, value } => {
+                    ValueV1::Decimal { scale: *scale, value: *value }
+                }
+                ForeignValue::Nested => ValueV1::Nested,
+            },
         };
         (name.to_string(), value)
     });
@@ -94,14 +112,23 @@ pub fn seal_envelope(message: &Message) -> Result<String, EnvelopeError> {
 pub fn open_envelope(envelope: &str, body: Bytes) -> Result<Message, EnvelopeError> {
     let Envelope::V1(envelope) = serde_json::from_str(envelope)?;
     let headers = envelope.headers.into_iter().map(|(name, value)| {
+        let foreign = HeaderValue::Foreign;
         let value = match value {
             ValueV1::Text(text) => HeaderValue::Text(text),
             ValueV1::Int(number) => HeaderValue::Int(number),
             ValueV1::FloatBits(bits) => HeaderValue::Float(f64::from_bits(bits)),
             ValueV1::Bool(truth) => HeaderValue::Bool(truth),
+            ValueV1::Timestamp(seconds) => foreign(ForeignValue::Timestamp(seconds)),
+            ValueV1::Bytes(base64) => {
+                let bytes = STANDARD.decode(base64).map_err(serde::de::Error::custom)?;
+                foreign(ForeignValue::Bytes(bytes.into()))
+            }
+            ValueV1::Decimal { scale, value } => foreign(ForeignValue::Decimal { scale, value }),
+            ValueV1::Nested => foreign(ForeignValue::Nested),
         };
-        (Cow::Owned(name), value)
+        Ok((Cow::Owned(name), value))
     });
+    let headers = headers.collect::<Result<_, serde_json::Error>>()?;
     let properties = Properties {
         content_type: envelope.content_type,
         content_encoding: envelope.content_encoding,
@@ -115,7 +142,7 @@ pub fn open_envelope(envelope: &str, body: Bytes) -> Result<Message, EnvelopeErr
         expiration: envelope.expiration,
         user_id: envelope.user_id,
     };
-    Ok(Message { properties, headers: headers.collect(), body })
+    Ok(Message { properties, headers, body })
 }
 
 #[cfg(test)]
@@ -132,6 +159,14 @@ mod tests {
         message.set_header("i", HeaderValue::Int(i64::MIN));
         message.set_header("f", HeaderValue::Float(f64::INFINITY));
         message.set_header("b", HeaderValue::Bool(true));
+        for (name, value) in [
+            ("at", ForeignValue::Timestamp(u64::MAX)),
+            ("raw", ForeignValue::Bytes(vec![0, 255].into())),
+            ("price", ForeignValue::Decimal { scale: 2, value: 199 }),
+            ("x-garenne-batch", ForeignValue::Nested),
+        ] {
+            message.set_header(name, HeaderValue::Foreign(value));
+        }
         let envelope = seal_envelope(&message).unwrap();
         assert!(envelope.starts_with("{\"version\":\"1\""), "{envelope}");
         assert_eq!(open_envelope(&envelope, message.body.clone()).unwrap(), message);

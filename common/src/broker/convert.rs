@@ -3,10 +3,10 @@
 use bytes::Bytes;
 use lapin::BasicProperties;
 use lapin::protocol::basic::parse_properties;
-use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::types::{AMQPValue, DecimalValue, FieldTable, ShortString};
 
 use super::BrokerError;
-use crate::wire::{HeaderName, HeaderValue, Message, Properties};
+use crate::wire::{ForeignValue, HeaderName, HeaderValue, Message, Properties, is_defined_header};
 
 const PERSISTENT: u8 = 2;
 /// RabbitMQ replaces this `reply_to` by an address of the publishing channel, and closes the channel if it
@@ -67,6 +67,15 @@ fn to_value(value: &HeaderValue) -> AMQPValue {
         HeaderValue::Int(number) => AMQPValue::LongLongInt(*number),
         HeaderValue::Float(number) => AMQPValue::Double(*number),
         HeaderValue::Bool(truth) => AMQPValue::Boolean(*truth),
+        HeaderValue::Foreign(foreign) => match foreign {
+            ForeignValue::Timestamp(seconds) => AMQPValue::Timestamp(*seconds),
+            ForeignValue::Bytes(bytes) => AMQPValue::ByteArray(bytes.to_vec().into()),
+            ForeignValue::Decimal { scale, value } => {
+                AMQPValue::DecimalValue(DecimalValue { scale: *scale, value: *value })
+            }
+            // Without its content, and still of a wrong type for whoever reads it next.
+            ForeignValue::Nested => AMQPValue::FieldTable(FieldTable::default()),
+        },
     }
 }
 
@@ -88,8 +97,7 @@ pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message 
     let mut headers = vec![];
     if let Some(table) = from.headers() {
         for (key, value) in table.inner() {
-            // A header of ours of a type that we have no use for is a mistake, and not an absent header.
-            let value = from_value(value).or_else(|| misplaced(key.as_str(), value));
+            let value = from_value(value).or_else(|| nested(key.as_str(), value));
             headers.extend(value.map(|value| (key.as_str().to_owned().into(), value)));
         }
         headers.extend(last_death(table));
@@ -111,16 +119,18 @@ fn last_death(table: &FieldTable) -> Vec<(HeaderName, HeaderValue)> {
         .collect()
 }
 
-/// What no number and no text of ours is read from; a client that has no value to send may send void.
-fn misplaced(name: &str, value: &AMQPValue) -> Option<HeaderValue> {
-    let ours = name.starts_with("x-garenne-") && *value != AMQPValue::Void;
-    ours.then_some(HeaderValue::Bool(false))
+/// A table or array in a header that Garenne reads: kept, so that it is refused and not taken for an
+/// absent header. Void counts as absent, since some clients send it for a value that they lack.
+fn nested(name: &str, value: &AMQPValue) -> Option<HeaderValue> {
+    let is_nested = *value != AMQPValue::Void && is_defined_header(name);
+    is_nested.then_some(HeaderValue::Foreign(ForeignValue::Nested))
 }
 
-/// `None` for tables, arrays and the like: Garenne has no use for them.
+/// `None` for tables, arrays and void. Every other type keeps its value and its meaning: a timestamp
+/// does not become an integer, nor do bytes become text.
 #[expect(
     clippy::wildcard_enum_match_arm,
-    reason = "a foreign enum; what is not listed has no use here"
+    reason = "a foreign enum; the types that are not listed are dropped"
 )]
 fn from_value(value: &AMQPValue) -> Option<HeaderValue> {
     Some(match value {
@@ -132,18 +142,24 @@ fn from_value(value: &AMQPValue) -> Option<HeaderValue> {
         AMQPValue::LongInt(number) => HeaderValue::Int((*number).into()),
         AMQPValue::LongUInt(number) => HeaderValue::Int((*number).into()),
         AMQPValue::LongLongInt(number) => HeaderValue::Int(*number),
-        AMQPValue::Timestamp(seconds) => HeaderValue::Int(i64::try_from(*seconds).ok()?),
+        AMQPValue::Timestamp(seconds) => HeaderValue::Foreign(ForeignValue::Timestamp(*seconds)),
+        AMQPValue::DecimalValue(DecimalValue { scale, value }) => {
+            HeaderValue::Foreign(ForeignValue::Decimal { scale: *scale, value: *value })
+        }
         AMQPValue::Float(number) => HeaderValue::Float((*number).into()),
         AMQPValue::Double(number) => HeaderValue::Float(*number),
         AMQPValue::ShortString(text) => HeaderValue::Text(text.as_str().to_owned()),
-        AMQPValue::LongString(text) => {
-            HeaderValue::Text(String::from_utf8_lossy(text.as_bytes()).into_owned())
-        }
-        AMQPValue::ByteArray(bytes) => {
-            HeaderValue::Text(String::from_utf8_lossy(bytes.as_slice()).into_owned())
-        }
+        AMQPValue::LongString(text) => match std::str::from_utf8(text.as_bytes()) {
+            Ok(text) => HeaderValue::Text(text.to_owned()),
+            Err(_) => bytes(text.as_bytes()),
+        },
+        AMQPValue::ByteArray(array) => bytes(array.as_slice()),
         _ => return None,
     })
+}
+
+fn bytes(bytes: &[u8]) -> HeaderValue {
+    HeaderValue::Foreign(ForeignValue::Bytes(Bytes::copy_from_slice(bytes)))
 }
 
 /// What a delivery with this content header becomes; for those who try whether any bytes break it.
@@ -155,4 +171,50 @@ pub fn parse_message(header: &[u8], body: Vec<u8>) -> Option<Message> {
     // Class, weight and the size of the body stand before the properties.
     let (rest, properties) = parse_properties(header.get(12..)?).ok()?;
     rest.is_empty().then(|| from_properties(&properties, body))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn received(headers: &[(&str, AMQPValue)]) -> Message {
+        let mut table = FieldTable::default();
+        for (name, value) in headers {
+            table.insert((*name).into(), value.clone());
+        }
+        from_properties(&BasicProperties::default().with_headers(table), vec![])
+    }
+
+    #[test]
+    fn foreign_types_keep_their_value_when_a_message_is_published_again() {
+        let headers = [
+            ("b", AMQPValue::ByteArray(vec![0xff, 0x41].into())),
+            ("d", AMQPValue::DecimalValue(DecimalValue { scale: 2, value: 199 })),
+            ("t", AMQPValue::Timestamp(1_795_422_431)),
+        ];
+        let published = to_properties(&received(&headers)).unwrap();
+        let table = published.headers().as_ref().unwrap();
+        for (name, value) in headers {
+            assert_eq!(table.inner().get(name), Some(&value));
+        }
+    }
+
+    #[test]
+    fn a_long_string_that_is_not_utf_8_is_bytes_and_not_text() {
+        let message = received(&[("x", AMQPValue::LongString(vec![0xff, 0x41].into()))]);
+        assert_eq!(message.header("x"), Some(&bytes(&[0xff, 0x41])));
+    }
+
+    #[test]
+    fn tables_are_kept_in_headers_that_garenne_reads_and_void_is_absent() {
+        let table = AMQPValue::FieldTable(FieldTable::default());
+        let names = ["x-garenne-batch", "traceparent", "x-mine", "CC"];
+        let message = received(&names.map(|name| (name, table.clone())));
+        let mut kept: Vec<_> = message.headers.iter().map(|(name, _)| name.as_ref()).collect();
+        kept.sort_unstable();
+        assert_eq!(kept, ["traceparent", "x-garenne-batch"]);
+        let published = to_properties(&message).unwrap();
+        assert_eq!(published.headers().as_ref().unwrap().inner()["traceparent"], table);
+        assert_eq!(received(&[("x-garenne-batch", AMQPValue::Void)]).headers, []);
+    }
 }

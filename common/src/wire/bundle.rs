@@ -92,6 +92,7 @@ pub fn is_one(message: &Message) -> bool {
 /// ends. JSON arguments are not looked into here, see [`task::check_args`].
 pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, Malformed> {
     within("a bundle of tasks", &message.body, MAX_BODY_BYTES)?;
+    headers::check(message)?;
     let mut from = Cursor { rest: &message.body };
     match from.byte() {
         Some(VERSION_1) => {}

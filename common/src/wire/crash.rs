@@ -74,10 +74,10 @@ pub fn is_returned(message: &Message) -> bool {
 
 /// How often the broker has delivered this very message before.
 ///
-/// Up to RabbitMQ 4.2 this counts what was handed back as well, from 4.3 only what a lost connection
-/// brought back.
+/// Up to RabbitMQ 4.2 this also counts deliveries that a worker has returned, from 4.3 on only those
+/// that came back with a lost connection. For decoded tasks: [`task::decode`] refuses a header of the
+/// wrong type, which counts as 0 here.
 pub fn deliveries(message: &Message) -> u64 {
-    // The broker writes it; whatever else is there is no reason to refuse a task.
     number(message, headers::DELIVERY_COUNT).ok().flatten().unwrap_or_default()
 }
 
@@ -120,9 +120,11 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_count_is_malformed() {
-        let mut message = Message::default();
-        message.set_header(headers::CRASHES, HeaderValue::Text("many".to_owned()));
-        assert!(CrashRecord::read(&message).unwrap_err().0.contains(headers::CRASHES));
+    fn a_count_that_is_not_a_number_is_malformed() {
+        for value in [HeaderValue::Text("many".to_owned()), HeaderValue::Float(1.0)] {
+            let mut message = Message::default();
+            message.set_header(headers::CRASHES, value);
+            assert!(CrashRecord::read(&message).unwrap_err().0.contains(headers::CRASHES));
+        }
     }
 }

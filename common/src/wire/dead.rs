@@ -1,6 +1,6 @@
 //! Dead letters: a message that was given up, kept whole, with the reason beside it in headers.
 
-use super::headers::{self, number, text};
+use super::headers::{self, flag, number, text};
 use super::message::{HeaderValue, Message, header_bytes};
 use super::{MAX_HEADER_BYTES, Malformed};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
@@ -83,28 +83,45 @@ impl DeadLetter {
         message.header(headers::DEAD_REASON).is_some()
     }
 
-    /// Reads what arrived in the dead-letter queue, from a worker or by the broker's own path.
+    /// Decodes what arrived in the dead-letter queue, published by a worker or dead-lettered by the
+    /// broker.
     ///
-    /// Nothing is refused here: a dead letter that cannot be read would have no place left to go.
+    /// Nothing is refused here, since a dead letter that is refused would have no place left to go. A
+    /// letter whose own headers (`x-garenne-dead-*`) have a wrong type or value gets the reason
+    /// `malformed` and an error that names the header.
     pub fn decode(message: &Message) -> Self {
-        let reason = text(message, headers::DEAD_REASON).ok().flatten();
-        match reason.and_then(DeadReason::from_code) {
-            Some(reason) => Self::from_worker(message, reason),
-            None => Self::from_broker(message),
+        if !Self::is_one(message) {
+            return Self::from_broker(message);
         }
+        Self::from_worker(message)
+            .unwrap_or_else(|malformed| Self::of_malformed(message, &malformed))
     }
 
-    fn from_worker(message: &Message, reason: DeadReason) -> Self {
+    fn from_worker(message: &Message) -> Result<Self, Malformed> {
+        let word = |name| text(message, name).map(Option::unwrap_or_default);
+        let time = |name| number(message, name).map(|at| at.map(Timestamp::from_millis));
+        let code = word(headers::DEAD_REASON)?;
+        let reason = DeadReason::from_code(code).ok_or_else(|| {
+            Malformed::new(format_args!("header {} is {code:?}", headers::DEAD_REASON))
+        })?;
+        let (queue, error) = (word(headers::DEAD_QUEUE)?, word(headers::DEAD_ERROR)?);
+        Ok(Self {
+            started_at: time(headers::DEAD_STARTED_AT)?,
+            at: time(headers::DEAD_AT)?.unwrap_or_else(Timestamp::now),
+            redelivered: flag(message, headers::DEAD_REDELIVERED)?.unwrap_or(false),
+            ..Self::new(message, queue, reason, error, word(headers::DEAD_BY)?)
+        })
+    }
+
+    /// A letter whose own headers cannot be decoded. It keeps those that can.
+    fn of_malformed(message: &Message, malformed: &Malformed) -> Self {
         let word = |name| text(message, name).ok().flatten().unwrap_or_default();
-        let time = |name| number(message, name).ok().flatten().map(Timestamp::from_millis);
-        let (queue, error) = (word(headers::DEAD_QUEUE), word(headers::DEAD_ERROR));
-        let redelivered = message.header(headers::DEAD_REDELIVERED);
-        Self {
-            started_at: time(headers::DEAD_STARTED_AT),
-            at: time(headers::DEAD_AT).unwrap_or_else(Timestamp::now),
-            redelivered: redelivered == Some(&HeaderValue::Bool(true)),
-            ..Self::new(message, queue, reason, error, word(headers::DEAD_BY))
-        }
+        let error = match word(headers::DEAD_ERROR) {
+            "" => format!("invalid dead letter: {malformed}"),
+            error => format!("invalid dead letter: {malformed}; its error: {error}"),
+        };
+        let (queue, by) = (word(headers::DEAD_QUEUE), word(headers::DEAD_BY));
+        Self::new(message, queue, DeadReason::Malformed, &error, by)
     }
 
     /// The broker's account is in `x-last-death-*`: the queue's full name and why.
@@ -197,7 +214,7 @@ fn drop_oversize_headers(message: &mut Message) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::Properties;
+    use crate::wire::{ForeignValue, Properties};
 
     fn message() -> Message {
         let properties = Properties {
@@ -230,6 +247,30 @@ mod tests {
         assert!(letter.error.contains("delivery_limit"));
         assert_eq!(letter.message, message());
         assert!(letter.to_result().is_some());
+    }
+
+    /// A timestamp that is read as milliseconds would put the letter into 1970, where retention
+    /// deletes it.
+    #[test]
+    fn a_letter_whose_own_headers_are_wrong_is_kept_as_malformed() {
+        for (name, value) in [
+            (headers::DEAD_AT, HeaderValue::Foreign(ForeignValue::Timestamp(1_795_422_431))),
+            (headers::DEAD_REDELIVERED, HeaderValue::Int(1)),
+            (headers::DEAD_REASON, HeaderValue::Text("unheard_of".to_owned())),
+            (headers::DEAD_REASON, HeaderValue::Foreign(ForeignValue::Nested)),
+            (headers::DEAD_BY, HeaderValue::Foreign(ForeignValue::Bytes(vec![0xff].into()))),
+        ] {
+            let before = Timestamp::now();
+            let mut encoded =
+                DeadLetter::new(&message(), "cpu", DeadReason::Fatal, "no", "w").encode();
+            encoded.set_header(name, value);
+            let letter = DeadLetter::decode(&encoded);
+            assert_eq!((letter.reason, &*letter.queue), (DeadReason::Malformed, "cpu"), "{name}");
+            assert!(letter.error.contains(name), "{letter:?}");
+            assert!(letter.error.ends_with("its error: no"), "{letter:?}");
+            assert!(letter.at >= before && letter.to_result().is_some());
+            assert_eq!(letter.message, message());
+        }
     }
 
     #[test]

@@ -101,6 +101,7 @@ impl Lease {
 
     /// Reads one.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
+        headers::check(message)?;
         let missing = |name: &str| Malformed::new(format_args!("a lease without {name}"));
         let word =
             |name: &str| text(message, name)?.map(str::to_owned).ok_or_else(|| missing(name));
@@ -145,13 +146,14 @@ pub fn mark_lapsed(message: &mut Message) {
     message.set_header(headers::LAPSES, lapses);
 }
 
-/// How often in a row an execution of this attempt under a lease fell silent.
+/// How many executions of this attempt under a lease lapsed in a row. For decoded tasks:
+/// [`task::decode`] refuses a header of the wrong type, which counts as 0 here.
 pub fn lapses(message: &Message) -> u64 {
-    // The collector writes it; whatever else is there is no reason to refuse a task.
     number(message, headers::LAPSES).ok().flatten().unwrap_or_default()
 }
 
-/// The execution whose worker has sent a message on (a dead letter, a next attempt), if it had a lease.
+/// The execution under a lease that produced this message (a dead letter or the next attempt), if
+/// there was one. `None` also if its headers have a wrong type: a malformed task never had a lease.
 pub fn execution_of(message: &Message) -> Option<Fence> {
     let execution = text(message, headers::LEASE_EXECUTION).ok().flatten()?.to_owned();
     Some(Fence { number: fence_of(message).ok()?, execution })
@@ -220,11 +222,17 @@ mod tests {
     }
 
     #[test]
-    fn terms_that_are_missing_or_wrong_are_named() {
+    fn terms_that_are_missing_or_of_the_wrong_type_are_named() {
         let mut encoded = lease().encode();
-        encoded.headers.retain(|(name, _)| name != "x-garenne-lease-term-ms");
+        encoded.headers.retain(|(name, _)| name != headers::LEASE_TERM);
         let error = Lease::decode(&encoded).unwrap_err();
         assert_eq!(error.0, "a lease without x-garenne-lease-term-ms");
+        encoded.set_header(headers::LEASE_TERM, HeaderValue::Bool(true));
+        let error = Lease::decode(&encoded).unwrap_err();
+        assert!(error.0.contains("x-garenne-lease-term-ms is the boolean true"), "{error}");
+        let mut encoded = lease().encode();
+        encoded.set_header(headers::RETURNED, HeaderValue::Int(1));
+        assert!(Lease::decode(&encoded).unwrap_err().0.contains(headers::RETURNED));
     }
 
     #[test]

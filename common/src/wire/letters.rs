@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, Payload};
 use super::headers;
-use super::message::{HeaderValue, Message, Properties};
+use super::message::{ForeignValue, HeaderValue, Message, Properties};
 use crate::names::{BatchId, QueueName, TaskId};
 use crate::outcome::DeadReason;
 use crate::timestamp::Timestamp;
@@ -229,11 +229,12 @@ fn shown(name: &str, value: &HeaderValue) -> serde_json::Value {
         HeaderValue::Text(_)
         | HeaderValue::Int(_)
         | HeaderValue::Float(_)
-        | HeaderValue::Bool(_) => json(value),
+        | HeaderValue::Bool(_)
+        | HeaderValue::Foreign(_) => json(value),
     }
 }
 
-/// JSON has no infinities; they become text.
+/// A header as JSON. Infinities become text, and a type that JSON lacks an object with its name.
 fn json(value: &HeaderValue) -> serde_json::Value {
     match value {
         HeaderValue::Text(text) => text.clone().into(),
@@ -241,6 +242,17 @@ fn json(value: &HeaderValue) -> serde_json::Value {
         HeaderValue::Float(number) if !number.is_finite() => number.to_string().into(),
         HeaderValue::Float(number) => (*number).into(),
         HeaderValue::Bool(truth) => (*truth).into(),
+        HeaderValue::Foreign(foreign) => match foreign {
+            ForeignValue::Timestamp(seconds) => serde_json::json!({ "timestamp": seconds }),
+            ForeignValue::Bytes(bytes) => {
+                let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+                serde_json::json!({ "bytes": hex })
+            }
+            ForeignValue::Decimal { scale, value } => {
+                serde_json::json!({ "decimal": { "scale": scale, "value": value } })
+            }
+            ForeignValue::Nested => serde_json::json!({ "nested": null }),
+        },
     }
 }
 
@@ -370,8 +382,13 @@ mod tests {
         message.properties.kind = Some("a.b".to_owned());
         message.set_header("f", HeaderValue::Float(f64::NAN));
         message.set_header("i", HeaderValue::Int(7));
+        message.set_header("t", HeaderValue::Foreign(ForeignValue::Timestamp(8)));
+        message.set_header("b", HeaderValue::Foreign(ForeignValue::Bytes(vec![255].into())));
         let shown = serde_json::to_value(LetterMessage::without_body(&message)).unwrap();
-        let expected = serde_json::json!({ "properties": { "type": "a.b" }, "headers": { "f": "NaN", "i": 7 } });
+        let headers = serde_json::json!({
+            "f": "NaN", "i": 7, "t": { "timestamp": 8 }, "b": { "bytes": "ff" }
+        });
+        let expected = serde_json::json!({ "properties": { "type": "a.b" }, "headers": headers });
         assert_eq!(shown, expected);
     }
 }

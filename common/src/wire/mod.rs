@@ -27,7 +27,7 @@ pub mod task;
 pub use codec::{Codec, CodecError, Payload};
 pub use collector::CollectorHeartbeat;
 pub use control::{CancelRequest, CancelTarget, Control};
-pub(crate) use headers::DELAY_MARK;
+pub(crate) use headers::{DELAY_MARK, is_defined as is_defined_header};
 
 pub use crash::CrashRecord;
 pub use dead::DeadLetter;
@@ -38,7 +38,7 @@ pub use letters::{
     DeadCursor, DeadFilter, DeadPage, DeadSummary, LetterMessage, LetterState, Purged, ReplayItem,
     ReplayOutcome, ReplayPlan, Replayed,
 };
-pub use message::{HeaderName, HeaderValue, Message, Properties};
+pub use message::{ForeignValue, HeaderName, HeaderValue, Message, Properties};
 pub use notice::{BatchState, BatchSummary, Notice, TaskSummary};
 pub use query::{BatchStatus, CancelState, Cancelled, Query, Response, TaskState};
 pub use report::{Report, RetryNote};

@@ -10,7 +10,7 @@ use super::codec::Codec;
 use super::headers::{self, number};
 use super::letters::ReplayPlan;
 use super::message::{HeaderValue, Message};
-use super::{DeadLetter, MAX_BODY_BYTES, task};
+use super::{DeadLetter, MAX_BODY_BYTES, Malformed, task};
 use crate::names::{QueueName, TaskId};
 use crate::timestamp::Timestamp;
 
@@ -50,13 +50,17 @@ pub struct Replay {
     pub message: Message,
 }
 
-/// How often the work in this message was replayed before.
+/// How often the work in this message was replayed, for display: 0 if the header has a wrong type.
 pub fn replays(message: &Message) -> u32 {
-    let replays = number(message, headers::REPLAYS).ok().flatten().unwrap_or(0);
-    u32::try_from(replays).unwrap_or(u32::MAX)
+    count_replays(message).unwrap_or(0)
 }
 
-/// The task that this message is a replay of.
+fn count_replays(message: &Message) -> Result<u32, Malformed> {
+    let replays = number(message, headers::REPLAYS)?.unwrap_or(0);
+    Ok(u32::try_from(replays).unwrap_or(u32::MAX))
+}
+
+/// The task that this message is a replay of, for display: `None` if the header is invalid.
 pub fn replay_of(message: &Message) -> Option<TaskId> {
     let id = headers::text(message, headers::REPLAY_OF).ok().flatten()?;
     TaskId::new(id).ok()
@@ -71,7 +75,9 @@ pub fn replay(
     plan: &ReplayPlan,
     new_id: TaskId,
 ) -> Result<Replay, CannotReplay> {
-    let replays = replays(&letter.message);
+    // A header of a wrong type must not be replaced by a count from zero.
+    let replays =
+        count_replays(&letter.message).map_err(|malformed| CannotReplay::Malformed(malformed.0))?;
     if replays >= plan.max_replays {
         return Err(CannotReplay::TooOften { replays });
     }
@@ -220,6 +226,14 @@ mod tests {
         assert_eq!(&*task.reply.unwrap().queue, "r");
         assert_eq!(replay_of(&replay.message), None);
         assert_eq!(replays(&replay.message), 1);
+    }
+
+    #[test]
+    fn a_replay_count_of_the_wrong_type_is_not_reset_to_zero() {
+        let mut letter = letter(DeadReason::Fatal);
+        letter.message.set_header(headers::REPLAYS, HeaderValue::Float(3.0));
+        let refused = replay(&letter, &plan(), id("new")).unwrap_err();
+        assert!(refused.to_string().contains(headers::REPLAYS), "{refused}");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::codec::{Codec, Payload};
 use super::depth::is_too_deep;
-use super::headers::{self, float, millis, number, text};
+use super::headers::{self, decimal, millis, number, text};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
 use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed};
 use crate::failpoints::Protection;
@@ -92,6 +92,7 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage
         kind.ok_or_else(|| Malformed::new("the property type (the task name) is missing"))?;
     let name = TaskName::new(name)?;
     let args = decode_args(message)?;
+    headers::check(message)?;
     let attempt = number(message, headers::ATTEMPT)?.unwrap_or(1);
     let attempt = u32::try_from(attempt).unwrap_or(u32::MAX).max(1);
     let batch = text(message, headers::BATCH)?.map(BatchId::new).transpose()?;
@@ -172,8 +173,8 @@ pub fn next_attempt(message: &Message, attempt: u32) -> Message {
     message
 }
 
-/// When the first attempt began, on a message that asks for a later one. What cannot be read counts as
-/// absent.
+/// When the first attempt started, on the message of a later attempt. For decoded tasks: [`decode`]
+/// refuses a header of the wrong type, which counts as absent here.
 pub fn first_attempt_at(message: &Message) -> Option<Timestamp> {
     number(message, headers::FIRST_ATTEMPT_AT).ok().flatten().map(Timestamp::from_millis)
 }
@@ -271,7 +272,7 @@ fn decode_options(message: &Message) -> Result<Options, Malformed> {
     let retry = RetryPolicy {
         max_attempts: max_attempts.max(1),
         base: millis(message, headers::RETRY_BASE)?.unwrap_or(usual.base),
-        factor: float(message, headers::RETRY_FACTOR)?.unwrap_or(usual.factor),
+        factor: decimal(message, headers::RETRY_FACTOR)?.unwrap_or(usual.factor),
         max: millis(message, headers::RETRY_MAX)?.unwrap_or(usual.max),
     };
     Ok(Options {
@@ -298,6 +299,7 @@ pub(super) fn as_millis(value: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::{DeadLetter, ForeignValue};
     use proptest::prelude::*;
 
     fn minimal() -> Message {
@@ -358,6 +360,54 @@ mod tests {
         assert!(reason(&header).contains("x-garenne-timeout-ms"));
         header.set_header(headers::TIMEOUT, HeaderValue::Int(-1));
         assert!(reason(&header).contains("x-garenne-timeout-ms"));
+    }
+
+    /// A client that sends a date as AMQP's timestamp means seconds. Read as milliseconds, every such
+    /// task would have expired in 1970.
+    #[test]
+    fn a_timestamp_in_place_of_milliseconds_is_malformed() {
+        let mut message = minimal();
+        let timestamp = HeaderValue::Foreign(ForeignValue::Timestamp(1_795_422_431));
+        message.set_header(headers::EXPIRES_AT, timestamp);
+        let expected = "header x-garenne-expires-at-ms is the timestamp 1795422431, \
+                        expected a whole number from 0 on";
+        assert_eq!(reason(&message), expected);
+    }
+
+    #[test]
+    fn a_wrong_type_is_malformed_also_in_headers_that_workers_and_the_broker_write() {
+        for name in [
+            headers::FIRST_ATTEMPT_AT,
+            headers::FENCE,
+            headers::LAPSES,
+            headers::CRASHES,
+            headers::CRASH_LOG,
+            headers::REPLAYS,
+            headers::REPLAY_OF,
+            headers::RETURNED,
+            headers::DELIVERY_COUNT,
+            "garenne-delay-03",
+        ] {
+            let mut message = minimal();
+            message.set_header(name, HeaderValue::Float(1.0));
+            assert!(reason(&message).contains(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn foreign_headers_stay_unchanged_when_a_task_is_published_again() {
+        let mut message = minimal();
+        for (name, value) in [
+            ("x-date", ForeignValue::Timestamp(7)),
+            ("x-bytes", ForeignValue::Bytes(vec![0xff, 0x41].into())),
+            ("x-price", ForeignValue::Decimal { scale: 2, value: 199 }),
+        ] {
+            message.set_header(name, HeaderValue::Foreign(value));
+        }
+        assert!(decode(&message, &queue()).is_ok());
+        assert_eq!(for_republish(&message).headers, message.headers);
+        let letter = DeadLetter::new(&message, "cpu", crate::DeadReason::Fatal, "failed", "w");
+        assert_eq!(DeadLetter::decode(&letter.encode()).message.headers, message.headers);
     }
 
     #[test]
@@ -432,6 +482,7 @@ mod tests {
             any::<i64>().prop_map(HeaderValue::Int),
             any::<f64>().prop_map(HeaderValue::Float),
             any::<bool>().prop_map(HeaderValue::Bool),
+            any::<u64>().prop_map(|at| HeaderValue::Foreign(ForeignValue::Timestamp(at))),
         ]
     }
 

@@ -101,6 +101,9 @@ fn each_breach_has_its_own_reason() {
     assert!(reason(&encode(&unprintable, "test").unwrap()).contains("reply_to"));
     unprintable[0].reply.as_mut().unwrap().queue = "q".repeat(256).into();
     assert!(reason(&encode(&unprintable, "test").unwrap()).contains("longer"));
+    let mut message = encode(&some(), "test").unwrap();
+    message.set_header(headers::HANDED_ON, HeaderValue::Int(1));
+    assert!(reason(&message).contains("x-garenne-handed-on is the integer 1"));
 }
 
 #[test]

@@ -252,6 +252,7 @@ fn value_json(value: &HeaderValue) -> Value {
         HeaderValue::Int(number) => json!(number),
         HeaderValue::Float(number) => json!(number),
         HeaderValue::Bool(truth) => json!(truth),
+        HeaderValue::Foreign(_) => json!(value.to_string()),
     }
 }
 
@@ -264,9 +265,10 @@ fn own_arguments(arguments: &[(&'static str, HeaderValue)]) -> String {
 fn plain(value: &HeaderValue) -> String {
     match value {
         HeaderValue::Text(text) => text.clone(),
-        HeaderValue::Int(_) | HeaderValue::Float(_) | HeaderValue::Bool(_) => {
-            value_json(value).to_string()
-        }
+        HeaderValue::Int(_)
+        | HeaderValue::Float(_)
+        | HeaderValue::Bool(_)
+        | HeaderValue::Foreign(_) => value_json(value).to_string(),
     }
 }
 
