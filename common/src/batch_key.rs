@@ -1,9 +1,10 @@
-//! Batches that count members with a key only.
+//! Batches whose members must present a key.
 //!
-//! The opener of such a batch draws a key, which travels in the place of the batch's id: in the header
-//! of its tasks, in their results, in the reports that open and seal the batch. The id, which everybody
-//! may know, is the hash of the key, so whoever knows the id can look and cannot add, and the collector
-//! needs no word about a member but the member's own. Any other id is open: who knows it can add members.
+//! The producer that opens such a batch generates a key. The key replaces the id of the batch in the
+//! header of its tasks, in their results, and in the reports that open and seal the batch. The id is a
+//! hash of the key and may be public: a client that knows only the id can query the batch and cannot
+//! add members. The collector verifies a member by the key in its report alone. Any other id is open:
+//! every client that knows it can add members.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -12,14 +13,14 @@ use sha2::{Digest, Sha256};
 
 use crate::names::BatchId;
 
-/// What a key begins with; 32 hexadecimal digits follow.
+/// Prefix of a key; 32 hexadecimal digits follow.
 const KEY: &str = "key-";
-/// What the id of a batch with a key begins with; 32 hexadecimal digits follow.
+/// Prefix of the id of a batch with a key; 32 hexadecimal digits follow.
 const ID: &str = "bk1-";
 const BYTES: usize = 16;
 
 impl BatchId {
-    /// A fresh key: 128 bits that nobody can guess.
+    /// Generates a key with 128 random bits.
     pub fn generate_key() -> Self {
         // A UUID of version 4 has 122 random bits.
         let (one, other) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
@@ -27,8 +28,8 @@ impl BatchId {
         Self::tagged(KEY, &digest)
     }
 
-    /// The batch that a sender's word belongs to: that of its key, or the open batch that it names.
-    /// `None` if it names a batch by the id alone that takes no word without the key.
+    /// The batch that a report with this id or key belongs to: the batch of the key, or the open batch
+    /// with the id. `None` for the id of a batch that requires its key.
     pub fn membership(&self) -> Option<Self> {
         match (self.is_key(), self.has_key()) {
             (true, _) => Some(self.public().into_owned()),
@@ -37,7 +38,7 @@ impl BatchId {
         }
     }
 
-    /// What may be shown: the id in the place of a key.
+    /// The id of the batch, which may be shown, also if this is a key.
     pub fn public(&self) -> Cow<'_, Self> {
         if !self.is_key() {
             return Cow::Borrowed(self);
@@ -45,7 +46,7 @@ impl BatchId {
         Cow::Owned(Self::tagged(ID, &Sha256::digest(self.as_str())))
     }
 
-    /// Whether this is the id of a batch that counts members with its key only.
+    /// Whether this is the id of a batch that requires its key.
     pub fn has_key(&self) -> bool {
         is_tagged(self.as_str(), ID)
     }
@@ -65,12 +66,13 @@ impl BatchId {
     }
 }
 
-/// [`BatchId::membership`] with a memory of one: the reports of a message mostly belong to one batch.
+/// [`BatchId::membership`] with a cache of one entry, since the reports in one message usually belong
+/// to the same batch.
 #[derive(Debug, Default)]
 pub struct Memberships(Option<(BatchId, Option<BatchId>)>);
 
 impl Memberships {
-    /// The batch that a sender's word belongs to.
+    /// The batch that a report with this id or key belongs to; see [`BatchId::membership`].
     pub fn of(&mut self, sent: &BatchId) -> Option<BatchId> {
         if let Some((known, belongs_to)) = &self.0
             && known == sent
@@ -95,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_key_leads_to_the_id_and_not_back() {
+    fn the_id_follows_from_the_key_and_does_not_grant_membership() {
         let (key, other) = (BatchId::generate_key(), BatchId::generate_key());
         assert_ne!(key, other);
         let id = key.public().into_owned();
@@ -112,7 +114,7 @@ mod tests {
         assert_eq!(BatchId::generate_key().as_str().len(), BatchId::generate().as_str().len());
     }
 
-    /// docs/protocol.md shows it.
+    /// As documented in docs/protocol.md.
     #[test]
     fn the_hash_is_sha_256_of_the_whole_key() {
         let key = BatchId::new("key-000102030405060708090a0b0c0d0e0f").unwrap();

@@ -1,46 +1,47 @@
-//! How large bundles of tasks are: a small slice of work, by the times that tasks were seen to take.
+//! Divides tasks into bundles by how long tasks of their name took before.
 //!
-//! A bundle goes to one worker, so a large one of slow tasks would keep that worker busy while others
-//! have nothing to do. What is not known to be quick travels in smaller bundles, what is slow alone.
-//! Pure arithmetic over what was measured; whoever sends bundles does the measuring.
+//! A bundle is delivered to one worker, so a large bundle of slow tasks keeps that worker busy while
+//! others are idle. Tasks that are not known to be fast are sent in smaller bundles, slow tasks alone.
+//! Pure arithmetic over measured durations; the producer measures, and chooses the bundle size for task
+//! names whose duration has not been measured yet.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use foldhash::fast::RandomState;
+use parking_lot::Mutex;
 
 use crate::names::TaskName;
 use crate::task::TaskMessage;
 use crate::wire::bundle;
 
-/// More bytes do not make a message cheaper, but a bundle is held in memory whole; below the 128 KiB
-/// that RabbitMQ takes in one frame.
+/// Largest bundle in bytes, below the 128 KiB of one frame in RabbitMQ. Larger messages are not cheaper,
+/// and a bundle is held in memory as a whole.
 const MAX_BYTES: usize = 96 * 1024;
-/// Names whose times are kept; beyond that all are learnt anew.
+/// Most task names whose durations are kept; beyond that all are measured again.
 const MOST_NAMES: usize = 10_000;
-/// Of how many tasks a mean is the memory, roughly.
-const MEMORY: f64 = 16.0;
+/// Approximate number of recent tasks that a mean reflects.
+const MEAN_OVER: f64 = 16.0;
 
-/// What bounds a bundle.
+/// The limits of a bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// How many tasks it may hold.
+    /// Most tasks in a bundle.
     pub tasks: usize,
-    /// How long one worker, running one after the other, should take for it.
+    /// Longest estimated time in which one worker runs all tasks of a bundle one after the other.
     pub work: Duration,
 }
 
-/// How long tasks of each name take, on average; recent ones count more.
+/// Mean durations of tasks by name; recent tasks have more weight.
 #[derive(Debug, Default)]
 pub struct DurationEstimates(Mutex<HashMap<TaskName, f64, RandomState>>);
 
 impl DurationEstimates {
-    /// A task took so long.
+    /// Records the duration of a task.
     pub fn note(&self, name: &TaskName, took: Duration) {
-        let (mut means, took) = (self.lock(), took.as_secs_f64());
+        let (mut means, took) = (self.0.lock(), took.as_secs_f64());
         if let Some(mean) = means.get_mut(name) {
-            *mean += (took - *mean) / MEMORY;
+            *mean += (took - *mean) / MEAN_OVER;
             return;
         }
         if means.len() >= MOST_NAMES {
@@ -49,19 +50,15 @@ impl DurationEstimates {
         means.insert(name.clone(), took);
     }
 
-    /// How long a task of this name is likely to take, if any was seen.
+    /// The estimated duration of a task of this name; `None` if no such task has been measured.
     pub fn estimate(&self, name: &TaskName) -> Option<Duration> {
-        self.lock().get(name).copied().map(Duration::from_secs_f64)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<TaskName, f64, RandomState>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().get(name).copied().map(Duration::from_secs_f64)
     }
 }
 
 impl Limits {
-    /// Divides tasks into bundles, in their order, by how long each is likely to take. A task that
-    /// alone is too much for a bundle is alone in one.
+    /// Divides tasks into bundles, in their order, by their estimated durations. A task that exceeds a
+    /// limit alone is the only one in its bundle.
     pub fn divide<T>(
         self,
         tasks: Vec<T>,
@@ -83,7 +80,7 @@ impl Limits {
     ) -> Vec<usize> {
         let mut sizes: Vec<usize> = vec![];
         let (mut work, mut bytes) = (Duration::ZERO, 0);
-        // Bundles mostly hold one kind of tasks, so one name is looked up once.
+        // Neighbours usually have the same name, so the last estimate is kept.
         let mut known: Option<(&TaskName, Duration)> = None;
         for task in tasks {
             let takes = match known {
@@ -142,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bundle_is_a_slice_of_work() {
+    fn bundles_are_limited_by_number_and_duration() {
         assert_eq!(sizes(alike(250), |_| 0), [100, 100, 50]);
         assert_eq!(sizes(alike(50), |_| 1_000), [20, 20, 10]);
         assert_eq!(sizes(alike(3), |_| 5_000_000), [1, 1, 1]);
@@ -150,34 +147,34 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_task_among_quick_ones_gets_no_company_after_it() {
+    fn a_slow_task_among_fast_ones_is_alone() {
         let mixed = [task("a", 0), task("slow", 0), task("a", 0), task("a", 0)];
         let takes = |name: &str| if name == "slow" { 1_000_000 } else { 10 };
         assert_eq!(sizes(mixed.into(), takes), [1, 1, 2]);
     }
 
     #[test]
-    fn bytes_bound_it_too() {
+    fn bundles_are_limited_by_bytes() {
         assert_eq!(sizes((0..4).map(|_| task("a", 40_000)).collect(), |_| 0), [2, 2]);
         assert_eq!(sizes(vec![task("a", 900_000), task("a", 1)], |_| 0), [1, 1]);
     }
 
     #[test]
-    fn the_pace_follows_what_is_measured() {
-        let (pace, name) = (DurationEstimates::default(), TaskName::new("a").unwrap());
-        assert_eq!(pace.estimate(&name), None);
-        pace.note(&name, Duration::from_secs(1));
-        assert_eq!(pace.estimate(&name), Some(Duration::from_secs(1)));
-        (0..100).for_each(|_| pace.note(&name, Duration::ZERO));
-        assert!(pace.estimate(&name) < Some(Duration::from_millis(5)));
+    fn estimates_follow_recent_durations() {
+        let (estimates, name) = (DurationEstimates::default(), TaskName::new("a").unwrap());
+        assert_eq!(estimates.estimate(&name), None);
+        estimates.note(&name, Duration::from_secs(1));
+        assert_eq!(estimates.estimate(&name), Some(Duration::from_secs(1)));
+        (0..100).for_each(|_| estimates.note(&name, Duration::ZERO));
+        assert!(estimates.estimate(&name) < Some(Duration::from_millis(5)));
     }
 
     #[test]
-    fn the_names_that_are_kept_are_bounded() {
-        let pace = DurationEstimates::default();
+    fn the_number_of_names_is_bounded() {
+        let estimates = DurationEstimates::default();
         for number in 0..=MOST_NAMES {
-            pace.note(&TaskName::new(&format!("n{number}")).unwrap(), Duration::ZERO);
+            estimates.note(&TaskName::new(&format!("n{number}")).unwrap(), Duration::ZERO);
         }
-        assert_eq!(pace.lock().len(), 1);
+        assert_eq!(estimates.0.lock().len(), 1);
     }
 }

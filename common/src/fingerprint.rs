@@ -1,8 +1,8 @@
-//! Fingerprints of tasks whose id their sender has chosen.
+//! Fingerprints of tasks with ids chosen by their sender.
 //!
-//! A sender may use an id twice by mistake, for two different tasks. The first final record of an id counts,
-//! so the second task would get the output of the first. Its fingerprint, which travels from the task to the
-//! final record, shows that. Generated ids are unique and carry none.
+//! A sender may use an id twice by mistake, for two different tasks. The first final record of an id
+//! counts, so the second task would get the output of the first. The fingerprint, which is copied from
+//! the task to its final record, reveals that. Generated ids are unique and need no fingerprint.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -16,14 +16,14 @@ use crate::wire::Payload;
 
 /// Identifies the name and arguments of a task: the first 64 bits of a SHA-256 hash, 0 replaced by 1.
 ///
-/// The hash is that of the name, a zero byte, the content type, a zero byte, and the body. As text it has 16
-/// hexadecimal digits.
+/// The hash is that of the name, a zero byte, the content type, a zero byte, and the body. As text it
+/// has 16 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fingerprint(NonZeroU64);
 
 /// A text that is not a fingerprint.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("a fingerprint has 16 hexadecimal digits, and {0:?} is none")]
+#[error("{0:?} is not a fingerprint, which has 16 hexadecimal digits")]
 pub struct InvalidFingerprint(String);
 
 impl Fingerprint {
@@ -41,12 +41,12 @@ impl Fingerprint {
         Self::from_u64(u64::from_be_bytes(first))
     }
 
-    /// The fingerprint with this number; 0 becomes 1. For storage.
+    /// The fingerprint stored as this number; 0 becomes 1.
     pub fn from_u64(number: u64) -> Self {
         Self(NonZeroU64::new(number).unwrap_or(NonZeroU64::MIN))
     }
 
-    /// Its number. For storage.
+    /// The fingerprint as a number, for storage.
     pub fn as_u64(self) -> u64 {
         self.0.get()
     }
@@ -92,16 +92,16 @@ mod tests {
         Fingerprint::of(&TaskName::new(name).unwrap(), &args)
     }
 
-    /// docs/protocol.md shows it, for clients in other languages.
+    /// The sample of docs/protocol.md, for clients in other languages.
     #[test]
-    fn the_golden_fingerprint() {
+    fn the_fingerprint_is_the_documented_one() {
         let fingerprint = of("garenne.echo", "{\"x\":1}");
         assert_eq!(fingerprint.to_string(), "5b6d47c3355032c5");
         assert_eq!(fingerprint.to_string().parse(), Ok(fingerprint));
     }
 
     #[test]
-    fn name_and_arguments_tell_tasks_apart() {
+    fn tasks_with_another_name_or_arguments_have_another_fingerprint() {
         let one = of("a.b", "1");
         assert_eq!(one, of("a.b", "1"));
         assert!(one != of("a.b", "2") && one != of("a.c", "1"));

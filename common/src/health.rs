@@ -1,35 +1,36 @@
-//! What is wrong with this process right now, in one place: parts of the process raise and clear
-//! problems here; heartbeats, `garenne doctor` and health checks read them.
+//! The current problems of this process. Its parts raise and clear them; heartbeats, `garenne doctor`
+//! and health checks read them.
 //!
-//! A problem is a state, not an event. It is logged once when it begins, again at intervals while it
+//! A problem is a state and not an event. It is logged once when it begins, at intervals while it
 //! lasts, and once when it ends.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::timestamp::Timestamp;
 
-/// How long something that could go on may stand still before it is a problem.
+/// How long pending work may make no progress before that is a problem.
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How often a problem that lasts is logged again.
+/// How often a lasting problem is logged again.
 const REMINDER_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Something that keeps a process from doing its work. Travels in heartbeats.
+/// A condition that keeps a process from doing its work. Part of heartbeats.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
-    /// Stable name of the kind of problem, for machines: `settling_stalled`, `store_failing`, ….
+    /// Stable name of the kind of problem: `settling_stalled`, `store_failing`, ….
     pub code: String,
-    /// What is stuck, since when, and what it waits for; one sentence for people.
+    /// One sentence for people: what is blocked, since when, and what it waits for.
     pub detail: String,
-    /// When the problem began, by this process's wall clock.
+    /// When the problem began, by the wall clock of the process.
     pub since: Timestamp,
 }
 
-/// The problems of one process. Clones share them.
+/// The current problems of one process. Clones share them.
 #[derive(Debug, Clone, Default)]
 pub struct ProcessHealth(Arc<Mutex<BTreeMap<&'static str, Raised>>>);
 
@@ -41,10 +42,10 @@ struct Raised {
 }
 
 impl ProcessHealth {
-    /// Reports a problem, or updates the detail of one that is known. At most one per code.
+    /// Raises a problem, or updates the detail of the current one with this code.
     pub fn raise(&self, code: &'static str, detail: impl Into<String>) {
         let (detail, now) = (detail.into(), Instant::now());
-        let mut problems = self.problems_mut();
+        let mut problems = self.0.lock();
         let Some(raised) = problems.get_mut(code) else {
             tracing::warn!(problem = code, "unhealthy: {detail}");
             problems.insert(code, Raised { detail, since: Timestamp::now(), logged: now });
@@ -57,14 +58,14 @@ impl ProcessHealth {
         }
     }
 
-    /// The problem is over. Does nothing if there was none.
+    /// Clears a problem. Does nothing if there is none with this code.
     pub fn clear(&self, code: &'static str) {
-        if let Some(raised) = self.problems_mut().remove(code) {
+        if let Some(raised) = self.0.lock().remove(code) {
             tracing::info!(problem = code, since = %raised.since, "healthy again");
         }
     }
 
-    /// [`raise`](Self::raise) if there is a detail, else [`clear`](Self::clear).
+    /// [Raises](Self::raise) a problem if there is a detail, [clears](Self::clear) it otherwise.
     pub fn set(&self, code: &'static str, detail: Option<String>) {
         match detail {
             Some(detail) => self.raise(code, detail),
@@ -72,23 +73,19 @@ impl ProcessHealth {
         }
     }
 
-    /// All problems, in the order of their codes.
+    /// The current problems in the order of their codes.
     pub fn problems(&self) -> Vec<Problem> {
         let problem = |(code, raised): (&&'static str, &Raised)| Problem {
             code: (*code).to_owned(),
             detail: raised.detail.clone(),
             since: raised.since,
         };
-        self.problems_mut().iter().map(problem).collect()
+        self.0.lock().iter().map(problem).collect()
     }
 
     /// Whether there is no problem.
     pub fn is_healthy(&self) -> bool {
-        self.problems_mut().is_empty()
-    }
-
-    fn problems_mut(&self) -> MutexGuard<'_, BTreeMap<&'static str, Raised>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().is_empty()
     }
 }
 
@@ -97,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_problem_lasts_until_it_is_cleared_and_keeps_its_beginning() {
+    fn a_problem_lasts_until_it_is_cleared_and_keeps_its_start() {
         let health = ProcessHealth::default();
         health.raise("b", "first");
         health.raise("a", "other");

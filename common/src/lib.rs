@@ -1,10 +1,10 @@
-//! What a Garenne task is and how it travels.
+//! The model of a Garenne task, and how it is transported.
 //!
-//! The pure half ([`batch_key`], [`bundling`], [`fingerprint`], [`names`], [`task`], [`outcome`], [`printable`],
-//! [`reply_gate`], [`retry`], [`topology`], [`wire`]) does no IO and knows neither tokio nor lapin. The
-//! other half ([`broker`], [`config`], [`health`], and the module `service` with its feature) is how every
-//! Garenne process meets the outside world, and [`failpoints`] is for the tests of the tests. Nothing lives
-//! here that only one crate needs.
+//! The pure half ([`batch_key`], [`bundling`], [`fingerprint`], [`names`], [`outcome`], [`printable`],
+//! [`reply_gate`], [`retry`], [`task`], [`timestamp`], [`topology`], [`wire`]) does no IO and depends on
+//! neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`], and `service` with the
+//! feature of that name) is what every Garenne process needs at run time. [`failpoints`] serves the tests
+//! only. Code that only one crate needs is not here.
 
 pub mod batch_key;
 pub mod broker;
@@ -35,5 +35,5 @@ pub use task::{Options, ReplyFormat, ReplyTo, Task, TaskMessage};
 pub use timestamp::Timestamp;
 pub use wire::{Codec, Payload};
 
-/// The version of this build, as `--version`, reports and client properties show it.
+/// The version of this build, as shown by `--version`, in heartbeats and in client properties.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

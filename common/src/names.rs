@@ -1,7 +1,8 @@
-//! Checked names: what may be called what, decided once, where text enters the system.
+//! Validated names and ids.
 //!
-//! Every name ends up in an AMQP short string (255 bytes), in RabbitMQ's management UI and in logs,
-//! so the alphabets are small on purpose. Ids are freer, because foreign producers choose their own.
+//! Comes in: text from configuration, callers and messages. Goes out: a name that is valid everywhere.
+//! Every name ends up in an AMQP short string (255 bytes), in RabbitMQ's management UI and in logs, so
+//! the alphabets are small. Ids are less restricted, because foreign producers choose their own.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -12,10 +13,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::printable::is_printable;
 
-/// The queue that every process declares and that a task goes to when it names no other.
+/// The queue of tasks that name no other queue. Every process declares it.
 pub const DEFAULT_QUEUE: &str = "default";
 
-/// A name or id that broke its rules; the message says which rule.
+/// An invalid name or id; the message states the rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} {given:?} is not valid: {rule}")]
 pub struct InvalidName {
@@ -26,7 +27,7 @@ pub struct InvalidName {
 
 impl InvalidName {
     fn new(kind: &'static str, given: &str, rule: &'static str) -> Self {
-        // An id of a megabyte must not become a log line of a megabyte.
+        // Ids can be of any length; log lines must not be.
         let given = given.chars().take(80).collect();
         Self { kind, given, rule }
     }
@@ -39,7 +40,7 @@ macro_rules! checked_name {
         pub struct $name(Arc<str>);
 
         impl $name {
-            #[doc = concat!("Checks `text` against the rule: ", $rule, ".")]
+            #[doc = concat!("Validates `text` against the rule: ", $rule, ".")]
             pub fn new(text: &str) -> Result<Self, InvalidName> {
                 let valid: fn(&str) -> bool = $valid;
                 if valid(text) {
@@ -102,7 +103,7 @@ macro_rules! checked_name {
 }
 
 checked_name!(
-    /// The name of a task, dotted by custom: `text.count_words`.
+    /// The name of a task, by convention with dots: `text.count_words`.
     TaskName,
     "task name",
     "1 to 128 characters out of A-Z a-z 0-9 . _ - :",
@@ -118,7 +119,7 @@ checked_name!(
 );
 
 checked_name!(
-    /// What every broker object of one installation starts with; two namespaces never meet.
+    /// The prefix of every broker object of one installation. Namespaces share no objects.
     Namespace,
     "namespace",
     "1 to 64 characters out of A-Z a-z 0-9 . _ -",
@@ -126,7 +127,7 @@ checked_name!(
 );
 
 checked_name!(
-    /// The identity of a task. Garenne makes UUIDv7; a foreign producer may choose anything printable.
+    /// The id of a task. Garenne generates UUIDv7; foreign producers may choose any printable text.
     TaskId,
     "task id",
     "1 to 128 printable characters",
@@ -134,7 +135,7 @@ checked_name!(
 );
 
 checked_name!(
-    /// The identity of a batch.
+    /// The id of a batch, or its [key](Self::generate_key).
     BatchId,
     "batch id",
     "1 to 128 printable characters",
@@ -142,19 +143,20 @@ checked_name!(
 );
 
 impl TaskId {
-    /// A new id: UUIDv7, so ids sort by the time they were made.
+    /// Generates an id: a UUIDv7, so that ids sort by the time of their generation.
     pub fn generate() -> Self {
         Self(uuid_text())
     }
 }
 
 impl BatchId {
-    /// A new id: UUIDv7. Whoever knows it can add members; see [`generate_key`](Self::generate_key).
+    /// Generates an id: a UUIDv7. Every client that knows the id can add members to the batch; see
+    /// [`generate_key`](Self::generate_key).
     pub fn generate() -> Self {
         Self(uuid_text())
     }
 
-    /// For text that is known to be valid.
+    /// An id of text that is known to be valid.
     pub(crate) fn of_text(text: &str) -> Self {
         Self(Arc::from(text))
     }
@@ -175,13 +177,13 @@ fn word_byte(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-')
 }
 
-/// What an id holds reaches terminals and log files; everything printable is the sender's choice.
+/// Whether text is a valid id. Ids are shown in terminals and log files, so they must be printable.
 fn id_text(text: &str) -> bool {
-    // Nearly every id is plain; each result has one, so the question is asked often.
+    // The fast path: nearly every id is plain ASCII, and every result has one.
     if (1..=128).contains(&text.len()) && text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         return true;
     }
-    // 128 characters of four bytes each would pass AMQP's 255 bytes, so both are bounded.
+    // 128 characters of four bytes each would exceed AMQP's 255 bytes, so both are limited.
     !text.is_empty()
         && text.len() <= 255
         && text.chars().count() <= 128
@@ -193,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn task_names_keep_to_their_alphabet() {
+    fn task_names_are_limited_to_their_alphabet() {
         for good in ["text.count_words", "a", "A-b:c.9"] {
             assert!(TaskName::new(good).is_ok(), "{good}");
         }
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_take_what_foreign_producers_use_but_no_control_characters() {
+    fn ids_may_have_any_printable_characters() {
         for good in ["order 17/2026", "été", "{\"a\":1}"] {
             assert!(TaskId::new(good).is_ok(), "{good}");
         }
@@ -222,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_says_the_rule_and_stays_short() {
+    fn the_error_states_the_rule_and_is_short() {
         let error = QueueName::new(&"q!".repeat(500)).unwrap_err().to_string();
         assert!(error.contains("1 to 100 characters"), "{error}");
         assert!(error.len() < 250, "{error}");

@@ -1,7 +1,7 @@
-//! How a task ends: its final status, the record that carries it, and why a task was given up.
+//! The final status of a task, its final record, and the reasons for giving a task up.
 //!
-//! What happened to one attempt, and what becomes of its message, is the worker's own vocabulary
-//! (`garenne_worker::outcome`); this is what the rest of the system hears of it.
+//! The outcome of a single attempt, and what follows from it, is defined by the worker
+//! (`garenne_worker::outcome`); these types are what the rest of the system sees.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// The word that JSON, tables and headers use.
+    /// The name of the status in JSON, tables and the store.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Succeeded => "succeeded",
@@ -34,33 +34,34 @@ impl Status {
         }
     }
 
-    /// Every status; the store keeps the word and reads it back by this list.
+    /// Every status.
     pub const ALL: [Self; 3] = [Self::Succeeded, Self::Failed, Self::Cancelled];
 }
 
-/// Why a task was given up. The code is what the dead letter carries in `x-garenne-dead-reason`.
+/// Why a task was given up. Dead letters carry the code in `x-garenne-dead-reason`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeadReason {
-    /// The handler failed and no attempt was left.
+    /// The handler failed in the last attempt.
     RetriesExhausted,
-    /// The handler said that trying again cannot help.
+    /// The handler reported that a retry cannot help.
     Fatal,
-    /// The last attempt ran past its time limit.
+    /// The last attempt exceeded its time limit.
     TimedOut,
     /// The last attempt panicked.
     Panicked,
-    /// The process that ran it died, as often as its crash budget allows.
+    /// The process that ran the task died as often as the crash budget allows.
     Crashed,
-    /// `expires` had passed before the task could start.
+    /// The task had not started by its expiry.
     Expired,
-    /// The message is not a task: a property, a header or the body breaks the protocol.
+    /// The message is not a valid task: a property, a header or the body violates the protocol.
     Malformed,
-    /// No handler of that name; kept without a final record until a worker that knows it appears.
+    /// The worker has no handler for the task; parked without a final record until a worker that has
+    /// one appears.
     UnknownTask,
-    /// Its queue did not exist when the broker took the message.
+    /// The queue did not exist when the broker accepted the message.
     Unrouted,
-    /// The broker itself gave it up (its delivery limit, a length policy); the error says which.
+    /// The broker dead-lettered the message (delivery limit, length policy); the error states why.
     Broker,
 }
 
@@ -79,7 +80,7 @@ impl DeadReason {
         Self::Broker,
     ];
 
-    /// The word that headers, JSON and tables use.
+    /// The code of the reason in headers, JSON and tables.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::RetriesExhausted => "retries_exhausted",
@@ -100,44 +101,45 @@ impl DeadReason {
         Self::ALL.into_iter().find(|reason| reason.as_str() == code)
     }
 
-    /// Whether the task has ended. An unknown task has not: a worker that knows it may still come.
+    /// Whether this reason ends the task. An unknown task has not ended: a worker that has a handler
+    /// for it may still appear.
     pub const fn is_final(self) -> bool {
         !matches!(self, Self::UnknownTask)
     }
 }
 
-/// The final record of a task: what its waiting producer, its batch and the store hear.
+/// The final record of a task, which goes to the producer, the batch and the store.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TaskResult {
-    /// Which task.
+    /// The id of the task.
     pub id: TaskId,
-    /// What kind of task.
+    /// The name of the task.
     pub name: TaskName,
-    /// The queue it was taken from.
+    /// The queue of the task.
     pub queue: QueueName,
-    /// The batch it belongs to.
+    /// The batch of the task: its id, or its key on the way to the collector.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub batch: Option<BatchId>,
-    /// How it ended.
+    /// The final status.
     pub status: Status,
-    /// What the handler returned; present exactly when it succeeded.
+    /// The output of the handler; present only if the task succeeded.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub output: Option<Payload>,
-    /// What went wrong last; present exactly when it did not succeed.
+    /// The last error; present only if the task did not succeed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// Why it was given up; present exactly when it failed.
+    /// Why the task was given up; present only if it failed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<DeadReason>,
-    /// The attempt that ended it; 1 is the first, 0 means that none was made.
+    /// The number of the last attempt; the first is 1, and 0 means that none was made.
     pub attempt: u32,
-    /// Whether the broker had delivered this attempt before (a worker or connection was lost).
+    /// Whether the last delivery was a redelivery, after a lost worker or connection.
     pub redelivered: bool,
-    /// Who ran it, or who gave it up.
+    /// The name of the worker that ran the task, or of the process that gave it up.
     pub worker: Arc<str>,
     /// When the last attempt started.
     pub started_at: Timestamp,
-    /// When it ended.
+    /// When the task ended.
     pub finished_at: Timestamp,
     /// The fingerprint of the task, if its sender has chosen the id.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -149,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn codes_are_the_same_in_json_and_in_headers() {
+    fn codes_are_equal_in_json_and_in_headers() {
         for reason in DeadReason::ALL {
             assert_eq!(serde_json::to_value(reason).unwrap(), reason.as_str());
             assert_eq!(DeadReason::from_code(reason.as_str()), Some(reason));

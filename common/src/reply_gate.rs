@@ -1,42 +1,45 @@
-//! Which queues a reply may be published to. Senders choose the queue, so the choice is checked.
+//! Decides which queues replies may be published to, since any sender can name a queue.
 //!
-//! [`ReplyRule::admits`] is pure and is the only rule: workers and collectors ask it before they publish
-//! anything to a queue that a message names. [`ReplyGate`] counts and logs what the rule refuses. It
-//! does not publish.
+//! [`ReplyRule::admits`] is pure and is the only rule: workers and collectors check it before they
+//! publish to a queue that a message names. [`ReplyGate`] counts and logs refusals. Nothing is
+//! published here.
 
 use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+
+use parking_lot::Mutex;
 
 use crate::names::Namespace;
 use crate::printable::neutral;
 
-/// Names that RabbitMQ makes up; no client can declare a queue with such a name.
+/// Prefix of queue names that RabbitMQ generates; clients cannot declare a queue with such a name.
 const SERVER_NAMED: &str = "amq.gen-";
-/// Direct reply-to: RabbitMQ puts an address behind this that leads to the channel of the sender alone.
+/// Prefix of direct reply-to addresses, which RabbitMQ generates and which lead to the sender's channel
+/// only.
 const DIRECT: &str = "amq.rabbitmq.reply-to.";
-/// Refused queues that are logged by name. Senders choose the names, so there may be any number.
+/// Most refused queues that are logged by name. Senders choose the names, so there may be any number.
 const MOST_LOGGED: usize = 1_000;
 
-/// A queue, or all queues whose names begin alike: `orders.replies`, `orders.*`.
+/// A queue, or all queues with a prefix: `orders.replies`, `orders.*`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum QueuePattern {
-    /// This queue.
+    /// The queue with this name.
     Name(String),
-    /// Every queue whose name begins like this.
+    /// Every queue whose name starts with this prefix.
     Prefix(String),
 }
 
 impl QueuePattern {
-    /// Reads a pattern; the only special character is a `*` at the end.
+    /// Parses a pattern. The only special character is a `*` at the end.
     pub fn parse(text: &str) -> Result<Self, String> {
         let (stem, is_prefix) = text.strip_suffix('*').map_or((text, false), |stem| (stem, true));
         if text.is_empty() || text.len() > 255 {
             return Err("a queue name has 1 to 255 bytes".to_owned());
         }
         if stem.contains('*') {
-            return Err(format!("{text:?}: a `*` may stand at the end only"));
+            return Err(format!("{text:?}: `*` is allowed at the end only"));
         }
         Ok(if is_prefix { Self::Prefix(stem.to_owned()) } else { Self::Name(stem.to_owned()) })
     }
@@ -49,7 +52,7 @@ impl QueuePattern {
     }
 }
 
-/// Which queues take replies.
+/// The rule which queues may receive replies.
 #[derive(Debug, Clone)]
 pub struct ReplyRule {
     namespace: Namespace,
@@ -57,15 +60,16 @@ pub struct ReplyRule {
 }
 
 impl ReplyRule {
-    /// The rule of a namespace, with what the configuration allows besides (`worker.reply_queues`).
+    /// The rule of a namespace; `allowed` are the additional queues of `worker.reply_queues`.
     pub fn new(namespace: &Namespace, allowed: &[QueuePattern]) -> Self {
         Self { namespace: namespace.clone(), allowed: allowed.to_vec() }
     }
 
-    /// Whether a reply may go there: to the namespace's reply queues, to queues named by the server, to
-    /// the sender's own channel by direct reply-to, and to what the configuration allows. The shared
-    /// queues of the namespace are never among them: a reply there would be read as a task, a report
-    /// or a dead letter.
+    /// Whether replies may be published to this queue.
+    ///
+    /// Allowed are the reply queues of the namespace, queues named by the server, direct reply-to
+    /// addresses, and the additional queues. The shared queues of the namespace are never allowed: a
+    /// reply there would be read as a task, a report or a dead letter.
     pub fn admits(&self, queue: &str) -> bool {
         let own = queue.strip_prefix(self.namespace.as_str());
         match own.and_then(|rest| rest.strip_prefix('.')) {
@@ -79,7 +83,7 @@ impl ReplyRule {
     }
 }
 
-/// The rule, and the account of what it refused. Clones share the account.
+/// A [`ReplyRule`] that counts and logs its refusals. Clones share the count.
 #[derive(Debug, Clone)]
 pub struct ReplyGate(Arc<Gate>);
 
@@ -87,19 +91,19 @@ pub struct ReplyGate(Arc<Gate>);
 struct Gate {
     rule: ReplyRule,
     refused: AtomicU64,
-    /// Hashes of the queues that were logged.
+    /// Hashes of the names of logged queues.
     logged: Mutex<HashSet<u64>>,
     hashes: RandomState,
 }
 
 impl ReplyGate {
-    /// A gate that has refused nothing yet.
+    /// A gate for this rule.
     pub fn new(rule: ReplyRule) -> Self {
         let (refused, logged) = (AtomicU64::default(), Mutex::default());
         Self(Arc::new(Gate { rule, refused, logged, hashes: RandomState::new() }))
     }
 
-    /// [`ReplyRule::admits`]; a refusal is counted, and logged the first time that a queue is named.
+    /// [`ReplyRule::admits`]; a refusal is counted, and logged the first time for each queue.
     pub fn admits(&self, queue: &str) -> bool {
         let admitted = self.0.rule.admits(queue);
         if !admitted {
@@ -108,28 +112,28 @@ impl ReplyGate {
         admitted
     }
 
-    /// Replies that were not sent because of their queue.
+    /// Number of replies that were not sent because of their queue.
     pub fn refused(&self) -> u64 {
         self.0.refused.load(Ordering::Relaxed)
     }
 
     fn refuse(&self, queue: &str) {
         let refused = self.0.refused.fetch_add(1, Ordering::Relaxed) + 1;
-        let mut logged = self.0.logged.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logged = self.0.logged.lock();
         if logged.len() > MOST_LOGGED || !logged.insert(self.0.hashes.hash_one(queue)) {
             return;
         }
         if logged.len() > MOST_LOGGED {
             return tracing::warn!(
                 refused,
-                "more queues in reply_to are ignored, and not logged any more"
+                "ignoring reply_to of more queues; further ones are not logged"
             );
         }
         let queue = neutral(queue);
         tracing::warn!(
             refused,
-            "ignoring reply_to: {queue:?} is not a reply queue; if it is meant to be one, \
-             list it in worker.reply_queues"
+            "ignoring reply_to: {queue:?} is not a reply queue; to allow it, \
+             add it to worker.reply_queues"
         );
     }
 }
@@ -145,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn replies_go_to_reply_queues_and_to_nothing_else() {
+    fn only_reply_queues_are_allowed() {
         let rule = rule(&[]);
         for queue in ["g.reply.p.1", "amq.gen-x", "amq.rabbitmq.reply-to.g1h2AA"] {
             assert!(rule.admits(queue), "{queue}");
@@ -170,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn the_configuration_allows_more_but_no_shared_queue_of_the_namespace() {
+    fn the_configuration_cannot_allow_a_shared_queue_of_the_namespace() {
         let rule = rule(&["orders", "shop.*"]);
         assert!(rule.admits("orders") && rule.admits("shop.1") && !rule.admits("orders.1"));
         let rule = self::rule(&["*"]);
@@ -179,12 +183,12 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_counted_in_bounded_memory() {
+    fn refusals_are_counted_within_bounded_memory() {
         let gate = ReplyGate::new(rule(&[]));
         for number in 0..5_000 {
             assert!(!gate.admits(&format!("q{}", number / 2)));
         }
         assert_eq!(gate.refused(), 5_000);
-        assert_eq!(gate.0.logged.lock().unwrap().len(), MOST_LOGGED + 1);
+        assert_eq!(gate.0.logged.lock().len(), MOST_LOGGED + 1);
     }
 }

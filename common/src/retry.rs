@@ -1,28 +1,28 @@
-//! How often a failed task is tried again, and how long it waits before: pure arithmetic.
+//! The retry policy: how often a failed task is tried again, and after which delays.
 //!
-//! What counts as a failure is the worker's decision; where the wait happens is the broker's
-//! (delay queues). Crashes of a worker are not failures and never draw on this budget.
+//! Pure arithmetic. The worker decides what counts as a failure, and the broker's delay queues hold the
+//! task. Crashes of a worker are not failures and do not count against this policy.
 
 use std::time::Duration;
 
-/// The retry policy of a task: a budget of attempts and an exponential back-off with jitter.
+/// The retry policy of a task: a number of attempts, and exponential back-off with jitter.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RetryPolicy {
-    /// Attempts in all, the first included; 1 means "never retry". At least 1.
+    /// Number of attempts, including the first; at least 1, which means no retry.
     pub max_attempts: u32,
-    /// The wait before the second attempt, before jitter.
+    /// Delay before the second attempt, without jitter.
     pub base: Duration,
-    /// What each further wait is multiplied by. At least 1.
+    /// Factor by which each further delay is multiplied. Less than 1 counts as 1.
     pub factor: f64,
-    /// No wait is longer than this.
+    /// Longest delay.
     pub max: Duration,
 }
 
 impl RetryPolicy {
-    /// Never retry.
+    /// A single attempt without retries.
     pub const NONE: Self = Self { max_attempts: 1, ..Self::DEFAULT };
 
-    /// What a task gets that says nothing: 4 attempts, about 1, 2 and 4 seconds apart.
+    /// The default policy: 4 attempts, about 1, 2 and 4 seconds apart.
     pub const DEFAULT: Self = Self {
         max_attempts: 4,
         base: Duration::from_secs(1),
@@ -30,31 +30,31 @@ impl RetryPolicy {
         max: Duration::from_mins(10),
     };
 
-    /// The default policy with `retries` further attempts after the first.
+    /// The default policy with `retries` attempts after the first.
     pub fn retries(retries: u32) -> Self {
         Self { max_attempts: retries.saturating_add(1), ..Self::DEFAULT }
     }
 
-    /// Whether another attempt may follow attempt number `attempt` (the first is 1).
+    /// Whether another attempt may follow attempt number `attempt`; the first is 1.
     pub fn allows_another(&self, attempt: u32) -> bool {
         attempt < self.max_attempts
     }
 
-    /// The wait after failed attempt number `attempt`.
+    /// The delay after the failed attempt number `attempt`.
     ///
-    /// `jitter` in `0.0..=1.0` spreads it over the upper half of the interval, so that tasks which
-    /// failed together do not come back together, and yet none comes back at once.
+    /// `jitter` in `0.0..=1.0` spreads the delay over the upper half of the interval, so that tasks
+    /// that failed at the same time are not retried at the same time, and none is retried at once.
     pub fn delay_after(&self, attempt: u32, jitter: f64) -> Duration {
-        // Zero times infinity is no number.
+        // Zero times infinity is NaN.
         if self.base.is_zero() {
             return Duration::ZERO;
         }
         let exponent = i32::try_from(attempt.saturating_sub(1)).unwrap_or(i32::MAX);
         let full = self.base.as_secs_f64() * self.factor.max(1.0).powi(exponent);
-        // `powi` may reach infinity; `min` brings it back before it becomes a Duration.
+        // `powi` may reach infinity; `min` limits it before the conversion to a Duration.
         let capped = full.min(self.max.as_secs_f64());
         let wait = capped * (0.5 + 0.5 * jitter.clamp(0.0, 1.0));
-        // The largest Duration is no f64: rounded up it is too large for one.
+        // The largest Duration has no exact f64; rounded up, it does not fit a Duration.
         Duration::try_from_secs_f64(wait).unwrap_or(self.max)
     }
 }
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_counts_the_first_attempt() {
+    fn the_number_of_attempts_includes_the_first() {
         let policy = RetryPolicy::retries(2);
         assert!(policy.allows_another(1) && policy.allows_another(2));
         assert!(!policy.allows_another(3));
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn absurd_policies_still_wait_for_a_time() {
+    fn extreme_policies_still_delay() {
         for factor in [f64::NAN, f64::INFINITY, -1.0, f64::MAX] {
             let (base, max) = (Duration::MAX, Duration::MAX);
             let policy = RetryPolicy { max_attempts: u32::MAX, base, factor, max };
@@ -98,7 +98,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_wait_stays_between_half_and_all_of_its_step(
+        fn a_delay_is_between_half_and_all_of_its_interval(
             attempt in any::<u32>(), jitter in any::<f64>(), factor in 0.0..1e9_f64,
             base in 0..u64::from(u32::MAX), max in 0..u64::from(u32::MAX),
         ) {

@@ -1,4 +1,4 @@
-//! A task: the contract that both ends share, and the unit of work that travels.
+//! The trait that producer and worker share, and the task as it is transported.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,9 @@ use crate::retry::RetryPolicy;
 use crate::timestamp::Timestamp;
 use crate::wire::Payload;
 
-/// The contract between the two ends of a task: one struct holds the arguments, and names the rest.
+/// A typed task: the struct holds the arguments, and the trait defines name, queue and output.
+///
+/// Producer and worker share the type.
 ///
 /// ```
 /// use garenne_common::Task;
@@ -29,37 +31,37 @@ use crate::wire::Payload;
 /// }
 /// ```
 ///
-/// Keep the types plain when they travel as bincode: no recursion, no `#[serde(untagged)]`,
-/// `flatten` or `skip_serializing_if`, which that format cannot carry. JSON carries them all.
+/// Types that are encoded as bincode must not be recursive, nor use `#[serde(untagged)]`, `flatten` or
+/// `skip_serializing_if`, which that format does not support. JSON supports them all.
 pub trait Task: Serialize + DeserializeOwned + Send + 'static {
-    /// The name that producers publish under and workers register. See [`TaskName`] for the alphabet.
+    /// The name under which producers publish and workers register the task; see [`TaskName`].
     const NAME: &'static str;
-    /// The queue it goes to unless the submission names another.
+    /// The queue of the task unless the submission names another.
     const QUEUE: &'static str = DEFAULT_QUEUE;
     /// What the handler returns.
     type Output: Serialize + DeserializeOwned + Send + 'static;
 }
 
-/// One task on its way: identity, arguments and how to treat it.
+/// One task: its id, arguments and options.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TaskMessage {
-    /// Identity; the same over all attempts.
+    /// The id; the same in all attempts.
     pub id: TaskId,
-    /// Which handler runs it.
+    /// The name, which selects the handler.
     pub name: TaskName,
-    /// The queue it travels through; on the wire this is the routing key.
+    /// The queue; on the wire this is the routing key.
     pub queue: QueueName,
     /// The arguments.
     pub args: Payload,
-    /// Which attempt this message asks for; the first is 1.
+    /// The number of the attempt to run; the first is 1.
     pub attempt: u32,
-    /// The batch that counts it.
+    /// The batch that the task is a member of: its id or key.
     pub batch: Option<BatchId>,
-    /// Who wants the result itself.
+    /// Where the reply goes, if one is wanted.
     pub reply: Option<ReplyTo>,
-    /// How to treat it.
+    /// The options.
     pub options: Options,
-    /// When its producer submitted it.
+    /// When the producer submitted the task, by its clock.
     pub submitted_at: Option<Timestamp>,
     /// W3C trace context of the submission.
     pub traceparent: Option<Arc<str>>,
@@ -67,38 +69,38 @@ pub struct TaskMessage {
     pub fingerprint: Option<Fingerprint>,
 }
 
-/// How a task wants to be treated. Everything has a default.
+/// Options of a task. Every option has a default.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Options {
-    /// How often and how fast it is tried again.
+    /// How often and after which delays the task is tried again.
     pub retry: RetryPolicy,
-    /// The longest one attempt may run; the worker's default when absent.
+    /// Longest time that one attempt may run; `None` for the worker's default.
     pub timeout: Option<Duration>,
-    /// When the attempt is told to come to an end; it may still return until `timeout` is over.
+    /// How long after its start an attempt is asked to stop. It may still return until `timeout`.
     pub soft_timeout: Option<Duration>,
-    /// A task that has not started by then is given up.
+    /// The task is given up unless an attempt has started by then.
     pub expires_at: Option<Timestamp>,
-    /// Higher goes first where the broker knows priorities (quorum queues from RabbitMQ 4.0).
+    /// Tasks with a higher priority are delivered first, on quorum queues from RabbitMQ 4.0 on.
     pub priority: Option<u8>,
 }
 
-/// Where a copy of the result goes, beside the collector.
+/// Where a copy of the result is sent, in addition to the collector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplyTo {
-    /// The queue, reached through the default exchange.
+    /// The queue, published to through the default exchange.
     pub queue: Arc<str>,
-    /// The sender's own mark, echoed in the reply.
+    /// The sender's own identifier, echoed in the reply.
     pub correlation_id: Option<String>,
-    /// What the sender can read.
+    /// The format of the reply.
     pub format: ReplyFormat,
 }
 
-/// What a reply looks like.
+/// The format of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ReplyFormat {
-    /// One JSON message per task, for any client.
+    /// One JSON message per task, which any client can read.
     #[default]
     Plain,
-    /// Garenne's own report bundles, many results in a message.
+    /// Report bundles with many results per message.
     Bundle,
 }

@@ -1,7 +1,7 @@
-//! Points in time as they travel: whole milliseconds since 1970, in UTC.
+//! Points in time as they are transported: whole milliseconds since 1970, in UTC.
 //!
-//! Wall clocks of different machines disagree, so a timestamp is for people, for `expires` and for
-//! retention. Nothing that must be right (delays, order of attempts) is decided by comparing two.
+//! The wall clocks of different machines disagree. Timestamps are for people, for expiry and for
+//! retention; nothing whose correctness matters (delays, the order of attempts) compares two of them.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -12,18 +12,18 @@ use time::format_description::well_known::Rfc3339;
 
 /// Milliseconds since 1970-01-01T00:00:00Z.
 ///
-/// Human-readable formats write it as RFC 3339 text, binary ones as a number.
+/// Human-readable formats encode it as RFC 3339 text, binary ones as a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(u64);
 
 impl Timestamp {
-    /// The present moment by this machine's wall clock.
+    /// The current time by this machine's wall clock.
     pub fn now() -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Self(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
     }
 
-    /// From milliseconds since 1970.
+    /// The point in time this many milliseconds after 1970.
     pub const fn from_millis(millis: u64) -> Self {
         Self(millis)
     }
@@ -33,13 +33,13 @@ impl Timestamp {
         self.0
     }
 
-    /// This moment plus `span`, at most the last representable moment.
+    /// This time plus `span`, at most the last representable time.
     pub fn plus(self, span: Duration) -> Self {
         let span = u64::try_from(span.as_millis()).unwrap_or(u64::MAX);
         Self(self.0.saturating_add(span))
     }
 
-    /// How long before this moment `earlier` was; zero if it was not.
+    /// The time from `earlier` to this time; zero if `earlier` is later.
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(self.0.saturating_sub(earlier.0))
     }
@@ -51,7 +51,7 @@ impl fmt::Display for Timestamp {
             .checked_mul(1_000_000)
             .and_then(|nanos| OffsetDateTime::from_unix_timestamp_nanos(nanos).ok())
             .and_then(|at| at.format(&Rfc3339).ok());
-        // Past the year 9999 there is no RFC 3339 text; the number still says which moment is meant.
+        // RFC 3339 ends with the year 9999; the number stands for any later time.
         match text {
             Some(text) => f.write_str(&text),
             None => write!(f, "{}ms", self.0),
@@ -80,7 +80,7 @@ impl Timestamp {
     }
 }
 
-/// Text that is not an RFC 3339 date and time after 1970.
+/// Text that is not an RFC 3339 date and time in or after 1970.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a point in time such as 2026-11-23T09:00:00Z")]
 pub struct InvalidTimestamp(String);
@@ -107,7 +107,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn reads_as_rfc_3339() {
+    fn text_is_rfc_3339() {
         let at = Timestamp::from_millis(1_795_424_400_123);
         assert_eq!(at.to_string(), "2026-11-23T09:00:00.123Z");
         assert_eq!(at.to_string().parse(), Ok(at));
@@ -115,7 +115,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn text_and_back(millis in any::<u64>()) {
+        fn text_survives_a_round_trip(millis in any::<u64>()) {
             let at = Timestamp::from_millis(millis);
             prop_assert_eq!(at.to_string().parse(), Ok(at));
         }

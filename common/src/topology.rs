@@ -1,8 +1,8 @@
-//! The broker objects of one namespace, as data: every name and every argument comes from here.
+//! The broker objects of one namespace as data: the only source of their names and arguments.
 //!
-//! Declaring them is `broker`'s business. The arguments are the same on every RabbitMQ version and
-//! not configurable, because any difference is a 406 on a broker that already has the queue; what an
-//! operator may tune (lengths, timeouts) stays free for policies. docs/topology.md explains each.
+//! `broker` declares them. The arguments are the same for every RabbitMQ version and not configurable,
+//! because the broker refuses a declaration that differs from an existing queue (406). Operators set
+//! lengths and timeouts by policies instead. docs/topology.md explains every object.
 
 use std::time::Duration;
 
@@ -10,53 +10,53 @@ use crate::failpoints::Protection;
 use crate::names::{Namespace, QueueName};
 use crate::wire::{DELAY_MARK, HeaderValue};
 
-/// The step in which the broker counts delays.
+/// Delays are multiples of this.
 pub const DELAY_UNIT: Duration = Duration::from_millis(100);
-/// One delay level per binary digit; 2^25 units are 38 days.
+/// Number of delay levels, one per binary digit. 2^25 units are 38 days.
 pub const DELAY_LEVELS: u32 = 25;
-/// The longest delay that the levels can hold.
+/// The longest possible delay.
 pub const MAX_DELAY: Duration = Duration::from_millis(100 * ((1 << DELAY_LEVELS) - 1));
-/// A delay is rounded up to so many binary digits: at most 1/16 late, at most five hops.
+/// A delay is rounded up to this many binary digits: at most 1/16 late, and at most five hops.
 const DELAY_DIGITS: u32 = 5;
-/// A safety net only: from 4.0 on RabbitMQ drops a message after 20 returns unless told otherwise.
+/// Effectively unlimited: from 4.0 on RabbitMQ dead-letters a message after 20 returns by default.
 const DELIVERY_LIMIT: i64 = 1_000_000;
 
-/// Names and declarations of one namespace.
+/// The names and declarations of one namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
     ns: Namespace,
 }
 
-/// One object to declare.
+/// An object to declare.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Declaration {
     /// An exchange.
     Exchange {
-        /// Its name.
+        /// The name of the exchange.
         name: String,
         /// How it routes.
         kind: ExchangeKind,
-        /// Where it sends what it cannot route.
+        /// The exchange that receives messages which match no binding.
         alternate: Option<String>,
     },
-    /// A durable quorum queue, or an exclusive queue that dies with its connection.
+    /// A durable quorum queue, or an exclusive queue that is deleted with its connection.
     Queue {
-        /// Its name.
+        /// The name of the queue.
         name: String,
-        /// `true` for a queue that belongs to the declaring connection alone.
+        /// Whether the queue belongs to the declaring connection only.
         exclusive: bool,
         /// The `x-` arguments.
         arguments: Vec<(&'static str, HeaderValue)>,
     },
     /// A binding of a queue to an exchange.
     Binding {
-        /// From where.
+        /// The exchange.
         exchange: String,
-        /// To where.
+        /// The queue.
         queue: String,
-        /// With which key.
+        /// The routing key or pattern.
         routing_key: String,
-        /// For a headers exchange: what must match.
+        /// The headers that must match, for a headers exchange.
         arguments: Vec<(String, HeaderValue)>,
     },
 }
@@ -74,14 +74,14 @@ pub enum ExchangeKind {
     Headers,
 }
 
-/// How a message gets its delay: publish to `exchange` with these marks as headers.
+/// How a message is delayed: it is published to `exchange` with the marks as headers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DelayRoute {
-    /// The exchange of the highest level that the delay needs.
+    /// The exchange of the highest level of the delay.
     pub exchange: String,
-    /// One header per level that the message waits in; each is set to `true`.
+    /// Names of the headers, one per level in which the message waits. Each is set to `true`.
     pub marks: Vec<String>,
-    /// What the delay became by rounding up.
+    /// The delay after rounding up.
     pub delay: Duration,
 }
 
@@ -96,34 +96,33 @@ impl Topology {
         &self.ns
     }
 
-    /// Direct exchange; the routing key is the queue's short name.
+    /// Direct exchange for tasks; the routing key is the short name of the queue.
     pub fn tasks_exchange(&self) -> String {
         format!("{}.tasks", self.ns)
     }
 
-    /// The quorum queue behind a short name.
+    /// Full name of the queue of tasks with this short name.
     pub fn task_queue(&self, queue: &QueueName) -> String {
         format!("{}.tasks.{queue}", self.ns)
     }
 
-    /// Exchange and queue for what workers and producers tell the collector.
+    /// Exchange and queue for reports of workers and producers to the collector.
     pub fn results(&self) -> String {
         format!("{}.results", self.ns)
     }
 
-    /// Exchange and queue for tasks that were given up.
+    /// Exchange and queue for dead letters.
     pub fn dead(&self) -> String {
         format!("{}.dead", self.ns)
     }
 
-    /// Exchange and queue for what no queue wanted.
+    /// Exchange and queue for tasks whose queue does not exist.
     pub fn unrouted(&self) -> String {
         format!("{}.unrouted", self.ns)
     }
 
-    /// Exchange and queue for dead letters and reports that the broker itself gave up.
-    ///
-    /// Nobody consumes it; a person looks at it.
+    /// Exchange and queue for dead letters and reports that the broker dead-letters, by a policy for
+    /// instance. No process consumes it; an operator inspects it.
     pub fn unreadable(&self) -> String {
         format!("{}.unreadable", self.ns)
     }
@@ -133,22 +132,22 @@ impl Topology {
         format!("{}.notices", self.ns)
     }
 
-    /// Fanout exchange for what workers say of themselves. Nobody may be listening.
+    /// Fanout exchange for heartbeats of workers and collectors. It may have no bindings.
     pub fn heartbeats(&self) -> String {
         format!("{}.heartbeats", self.ns)
     }
 
-    /// Topic exchange for what all workers must hear. Nobody may be listening.
+    /// Topic exchange for control messages to all workers. It may have no bindings.
     pub fn control(&self) -> String {
         format!("{}.control", self.ns)
     }
 
-    /// The queue of questions to the collector, reached through the default exchange.
+    /// The queue of queries to the collector, published to through the default exchange.
     pub fn queries(&self) -> String {
         format!("{}.queries", self.ns)
     }
 
-    /// A fresh name for the reply queue of one connection epoch.
+    /// A new, unique name for the reply queue of one connection.
     pub fn reply_queue(&self, owner: &str) -> String {
         format!("{}.reply.{owner}.{}", self.ns, uuid::Uuid::now_v7().simple())
     }
@@ -157,15 +156,15 @@ impl Topology {
         format!("{}.delay.{level:02}", self.ns)
     }
 
-    /// Where a level hands on: the next lower level, and behind the last one the tasks exchange.
+    /// The exchange below a level: that of the next lower level, or the tasks exchange.
     fn below(&self, level: u32) -> String {
         level.checked_sub(1).map_or_else(|| self.tasks_exchange(), |next| self.delay(next))
     }
 
     /// How to delay a message by at least `delay`: rounded up to 100 ms and to five binary digits.
     ///
-    /// `None` for no delay at all. More than [`MAX_DELAY`] is cut to it; callers who take delays from
-    /// users refuse such a delay first.
+    /// `None` for a delay of zero. A delay of more than [`MAX_DELAY`] is reduced to it; callers that
+    /// accept delays from users refuse such a delay before.
     pub fn delay_route(&self, delay: Duration) -> Option<DelayRoute> {
         let units = delay.as_millis().div_ceil(DELAY_UNIT.as_millis());
         let units = u64::try_from(units).unwrap_or(u64::MAX).min((1 << DELAY_LEVELS) - 1);
@@ -181,7 +180,7 @@ impl Topology {
         })
     }
 
-    /// What every process that publishes declares: all but the queues that particular workers serve.
+    /// What every publishing process declares: all objects except the queues of particular workers.
     pub fn core(&self) -> Vec<Declaration> {
         let mut all = self.task_intake(&QueueName::default());
         all.extend(self.inbox_of_collector(self.results(), ExchangeKind::Direct));
@@ -191,18 +190,18 @@ impl Topology {
         all.push(Declaration::Queue {
             name: self.queries(),
             exclusive: false,
-            // Questions carry their asker's deadline as expiration; the bound holds if they do not.
+            // Queries expire with the deadline of their sender; the limit is for those that do not.
             arguments: quorum(vec![("x-max-length", HeaderValue::Int(10_000))]),
         });
         all.extend((0..DELAY_LEVELS).flat_map(|level| self.delay_level(level)));
         all
     }
 
-    /// What a consumer of a queue of tasks declares: the queue, the way to it, and where tasks go that
-    /// miss it or that the broker takes out of it.
+    /// What a consumer of a queue of tasks declares: the queue, its exchange, and the objects that
+    /// receive unrouted and dead-lettered tasks.
     ///
-    /// Much less than [`core`](Self::core), because each object costs a round trip, whenever a worker
-    /// starts or comes back; the worker's publisher declares the rest.
+    /// Much less than [`core`](Self::core), because each object costs a round trip whenever a worker
+    /// connects. The worker's publisher declares the rest.
     pub fn task_intake(&self, queue: &QueueName) -> Vec<Declaration> {
         let mut all = Self::last_resort(self.unrouted(), dead_lettering(self.dead())).to_vec();
         all.extend(Self::last_resort(self.unreadable(), vec![]));
@@ -212,7 +211,7 @@ impl Topology {
         all
     }
 
-    /// [`core`](Self::core) and these queues of tasks, each object once.
+    /// [`core`](Self::core) and these queues of tasks, without duplicates.
     pub fn with_queues(&self, queues: &[QueueName]) -> Vec<Declaration> {
         let mut all = self.core();
         for declaration in queues.iter().flat_map(|queue| self.task_queue_declarations(queue)) {
@@ -223,12 +222,12 @@ impl Topology {
         all
     }
 
-    /// What of [`core`](Self::core) has this name: an exchange, a queue, its bindings.
+    /// The objects of [`core`](Self::core) with this name: an exchange, a queue, its bindings.
     pub fn named(&self, name: &str) -> Vec<Declaration> {
         self.core().into_iter().filter(|declaration| declaration.name() == name).collect()
     }
 
-    /// The queue of tasks behind a short name, with its binding.
+    /// The queue of tasks with this short name, and its binding.
     pub fn task_queue_declarations(&self, queue: &QueueName) -> [Declaration; 2] {
         let name = self.task_queue(queue);
         let arguments = quorum(dead_lettering(self.dead()));
@@ -239,8 +238,8 @@ impl Topology {
         ]
     }
 
-    /// A durable queue that keeps every done notice for `garenne verify`, through outages too, and
-    /// its binding. Nobody else may declare it: what nobody reads fills the broker.
+    /// A durable queue that keeps every done notice for `garenne verify`, also during outages, and its
+    /// binding. For that command only, since a queue without a consumer fills the broker.
     pub fn notice_keeper(&self) -> [Declaration; 2] {
         let name = format!("{}.verify.notices", self.ns);
         [
@@ -249,13 +248,13 @@ impl Topology {
         ]
     }
 
-    /// Where an exchange sends what no queue wants.
+    /// The alternate exchange of exchanges that carry tasks, results or dead letters.
     fn last_stop(&self) -> Option<String> {
         Protection::AlternateExchange.is_enabled().then(|| self.unrouted())
     }
 
-    /// A queue for what found no other. The unrouted one dead-letters, since a message that brought a
-    /// TTL of its own must not vanish there either.
+    /// A fanout exchange with a queue. The queue for unrouted tasks dead-letters, so that a message with
+    /// a TTL of its own is not deleted there.
     fn last_resort(
         name: String,
         dead_lettering: Vec<(&'static str, HeaderValue)>,
@@ -284,7 +283,8 @@ impl Topology {
         ]
     }
 
-    /// One level: an exchange that keeps what is marked for it and passes the rest on by its alternate.
+    /// One delay level: a headers exchange that routes messages with its mark to its queue, and others
+    /// to the level below, its alternate exchange.
     fn delay_level(&self, level: u32) -> [Declaration; 3] {
         let name = self.delay(level);
         let ttl = i64::try_from(DELAY_UNIT.as_millis()).unwrap_or(i64::MAX) << level;
@@ -311,12 +311,12 @@ impl Topology {
 }
 
 impl Declaration {
-    /// A queue that belongs to the declaring connection and vanishes with it.
+    /// A queue that belongs to the declaring connection and is deleted with it.
     pub fn exclusive_queue(name: String) -> Self {
         Self::Queue { name, exclusive: true, arguments: vec![] }
     }
 
-    /// The object's name; a binding has none of its own and answers its queue's.
+    /// The name of the object; for a binding, that of its queue.
     pub fn name(&self) -> &str {
         match self {
             Self::Exchange { name, .. } | Self::Queue { name, .. } => name,
@@ -347,8 +347,9 @@ fn quorum(mut more: Vec<(&'static str, HeaderValue)>) -> Vec<(&'static str, Head
     more
 }
 
-/// Dead-lettering that waits for the target's confirm. The default strategy loses confirmed
-/// messages when the broker is killed, and this one needs `reject-publish` to be in force.
+/// Arguments for dead-lettering that waits for the confirm of the target queue. The default strategy
+/// loses confirmed messages when the broker is killed. RabbitMQ falls back to it unless the queue has
+/// the overflow behaviour `reject-publish`.
 fn dead_lettering(target: String) -> Vec<(&'static str, HeaderValue)> {
     if !Protection::AtLeastOnceDeadLettering.is_enabled() {
         return vec![("x-dead-letter-exchange", HeaderValue::Text(target))];
@@ -371,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn every_target_is_declared_with_what_names_it() {
+    fn every_referenced_exchange_is_declared() {
         targets_are_declared(&topology().core());
         targets_are_declared(&topology().task_intake(&QueueName::new("cpu").unwrap()));
     }
@@ -403,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_dead_letters_does_so_at_least_once() {
+    fn queues_that_dead_letter_do_so_at_least_once() {
         for declaration in topology().core() {
             let Declaration::Queue { name, arguments, .. } = declaration else { continue };
             let has = |key: &str| arguments.iter().any(|(k, _)| *k == key);
@@ -414,7 +415,7 @@ mod tests {
     }
 
     #[test]
-    fn a_delay_enters_at_its_highest_level() {
+    fn a_delay_starts_at_its_highest_level() {
         let route = topology().delay_route(Duration::from_millis(550)).unwrap();
         assert_eq!(route.exchange, "g.delay.02");
         assert_eq!(route.marks, ["garenne-delay-02", "garenne-delay-01"]);
@@ -424,11 +425,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_delay_is_never_short_and_at_most_a_sixteenth_long(millis in 1..=2_592_000_000_u64) {
-            let asked = Duration::from_millis(millis);
-            let route = topology().delay_route(asked).unwrap();
-            prop_assert!(route.delay >= asked);
-            prop_assert!(route.delay <= asked + asked / 16 + DELAY_UNIT);
+        fn a_delay_is_never_too_short_and_at_most_a_sixteenth_too_long(
+            millis in 1..=2_592_000_000_u64,
+        ) {
+            let delay = Duration::from_millis(millis);
+            let route = topology().delay_route(delay).unwrap();
+            prop_assert!(route.delay >= delay);
+            prop_assert!(route.delay <= delay + delay / 16 + DELAY_UNIT);
             prop_assert!(route.marks.len() <= 5);
             let mut seen = HashSet::new();
             prop_assert!(route.marks.iter().all(|mark| seen.insert(mark)), "a level twice");
