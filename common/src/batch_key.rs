@@ -1,10 +1,10 @@
 //! Batches whose members must present a key.
 //!
-//! The producer that opens such a batch generates a key. The key replaces the id of the batch in the
-//! header of its tasks, in their results, and in the reports that open and seal the batch. The id is a
-//! hash of the key and may be public: a client that knows only the id can query the batch and cannot
-//! add members. The collector verifies a member by the key in its report alone. Any other id is open:
-//! every client that knows it can add members.
+//! The producer that opens such a batch generates a key. The key replaces the id of the batch in
+//! the header of its tasks, in their results, and in the reports that open and seal the batch. The
+//! id is a hash of the key and may be public: a client that knows only the id can query the batch
+//! and cannot add members. The collector verifies a member by the key in its report alone. Any
+//! other id is open: every client that knows it can add members.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -28,8 +28,8 @@ impl BatchId {
         Self::tagged(KEY, &digest)
     }
 
-    /// The batch that a report with this id or key belongs to: the batch of the key, or the open batch
-    /// with the id. `None` for the id of a batch that requires its key.
+    /// The batch that a report with this id or key belongs to: the batch of the key, or the open
+    /// batch with the id. `None` for the id of a batch that requires its key.
     pub fn membership(&self) -> Option<Self> {
         match (self.is_key(), self.has_key()) {
             (true, _) => Some(self.public().into_owned()),
@@ -66,8 +66,8 @@ impl BatchId {
     }
 }
 
-/// [`BatchId::membership`] with a cache of one entry, since the reports in one message usually belong
-/// to the same batch.
+/// [`BatchId::membership`] with a cache of one entry, since the reports in one message usually
+/// belong to the same batch.
 #[derive(Debug, Default)]
 pub struct Memberships(Option<(BatchId, Option<BatchId>)>);
 

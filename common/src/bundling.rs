@@ -1,9 +1,9 @@
 //! Divides tasks into bundles by how long tasks of their name took before.
 //!
-//! A bundle is delivered to one worker, so a large bundle of slow tasks keeps that worker busy while
-//! others are idle. Tasks that are not known to be fast are sent in smaller bundles, slow tasks alone.
-//! Pure arithmetic over measured durations; the producer measures, and chooses the bundle size for task
-//! names whose duration has not been measured yet.
+//! A bundle is delivered to one worker, so a large bundle of slow tasks keeps that worker busy
+//! while others are idle. Tasks that are not known to be fast are sent in smaller bundles, slow
+//! tasks alone. Pure arithmetic over measured durations; the producer measures, and chooses the
+//! bundle size for task names whose duration has not been measured yet.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use crate::names::TaskName;
 use crate::task::TaskMessage;
 use crate::wire::bundle;
 
-/// Largest bundle in bytes, below the 128 KiB of one frame in RabbitMQ. Larger messages are not cheaper,
-/// and a bundle is held in memory as a whole.
+/// Largest bundle in bytes, below the 128 KiB of one frame in RabbitMQ. Larger messages are not
+/// cheaper, and a bundle is held in memory as a whole.
 const MAX_BYTES: usize = 96 * 1024;
 /// Most task names whose durations are kept; beyond that all are measured again.
 const MOST_NAMES: usize = 10_000;
@@ -57,8 +57,8 @@ impl DurationEstimates {
 }
 
 impl Limits {
-    /// Divides tasks into bundles, in their order, by their estimated durations. A task that exceeds a
-    /// limit alone is the only one in its bundle.
+    /// Divides tasks into bundles, in their order, by their estimated durations. A task that
+    /// exceeds a limit alone is the only one in its bundle.
     pub fn divide<T>(
         self,
         tasks: Vec<T>,

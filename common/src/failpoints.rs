@@ -1,10 +1,10 @@
 //! The protections that a test build can disable, one at a time.
 //!
 //! A test that has never failed proves nothing. `make test-failpoints` builds everything with the
-//! feature `failpoints`, disables one protection at a time (`GARENNE_FAILPOINTS`, a comma-separated list
-//! of names), and requires a test to fail (docs/testing.md, decision 0016). Without the feature every
-//! protection is enabled, as a constant, and the code that replaces it is not compiled. No manifest
-//! enables the feature, and a build without debug assertions refuses it.
+//! feature `failpoints`, disables one protection at a time (`GARENNE_FAILPOINTS`, a comma-separated
+//! list of names), and requires a test to fail (docs/testing.md, decision 0016). Without the
+//! feature every protection is enabled, as a constant, and the code that replaces it is not
+//! compiled. No manifest enables the feature, and a build without debug assertions refuses it.
 
 #[cfg(all(feature = "failpoints", not(debug_assertions)))]
 compile_error!("the feature `failpoints` can disable protections; it is for test builds only");

@@ -1,8 +1,9 @@
 //! Fingerprints of tasks with ids chosen by their sender.
 //!
-//! A sender may use an id twice by mistake, for two different tasks. The first final record of an id
-//! counts, so the second task would get the output of the first. The fingerprint, which is copied from
-//! the task to its final record, reveals that. Generated ids are unique and need no fingerprint.
+//! A sender may use an id twice by mistake, for two different tasks. The first final record of an
+//! id counts, so the second task would get the output of the first. The fingerprint, which is
+//! copied from the task to its final record, reveals that. Generated ids are unique and need no
+//! fingerprint.
 
 use std::fmt;
 use std::num::NonZeroU64;
@@ -14,10 +15,11 @@ use sha2::{Digest, Sha256};
 use crate::names::TaskName;
 use crate::wire::Payload;
 
-/// Identifies the name and arguments of a task: the first 64 bits of a SHA-256 hash, 0 replaced by 1.
+/// Identifies the name and arguments of a task: the first 64 bits of a SHA-256 hash, 0 replaced by
+/// 1.
 ///
-/// The hash is that of the name, a zero byte, the content type, a zero byte, and the body. As text it
-/// has 16 hexadecimal digits.
+/// The hash is that of the name, a zero byte, the content type, a zero byte, and the body. As text
+/// it has 16 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Fingerprint(NonZeroU64);
 

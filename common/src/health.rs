@@ -1,5 +1,5 @@
-//! The current problems of this process. Its parts raise and clear them; heartbeats, `garenne doctor`
-//! and health checks read them.
+//! The current problems of this process. Its parts raise and clear them; heartbeats, `garenne
+//! doctor` and health checks read them.
 //!
 //! A problem is a state and not an event. It is logged once when it begins, at intervals while it
 //! lasts, and once when it ends.
@@ -54,7 +54,8 @@ impl ProcessHealth {
         raised.detail = detail;
         if now.duration_since(raised.logged) >= REMINDER_INTERVAL {
             raised.logged = now;
-            tracing::warn!(problem = code, since = %raised.since, "still unhealthy: {}", raised.detail);
+            let Raised { detail, since, .. } = raised;
+            tracing::warn!(problem = code, %since, "still unhealthy: {detail}");
         }
     }
 

@@ -1,10 +1,10 @@
 //! The model of a Garenne task, and how it is transported.
 //!
-//! The pure half ([`batch_key`], [`bundling`], [`fingerprint`], [`names`], [`outcome`], [`printable`],
-//! [`reply_gate`], [`retry`], [`task`], [`timestamp`], [`topology`], [`wire`]) does no IO and depends on
-//! neither tokio nor lapin. The other half ([`broker`], [`config`], [`health`], and `service` with the
-//! feature of that name) is what every Garenne process needs at run time. [`failpoints`] serves the tests
-//! only. Code that only one crate needs is not here.
+//! The pure half ([`batch_key`], [`bundling`], [`fingerprint`], [`names`], [`outcome`],
+//! [`printable`], [`reply_gate`], [`retry`], [`task`], [`timestamp`], [`topology`], [`wire`]) does
+//! no IO and depends on neither tokio nor lapin. The other half ([`broker`], [`config`],
+//! [`health`], and `service` with the feature of that name) is what every Garenne process needs at
+//! run time. [`failpoints`] serves the tests only. Code that only one crate needs is not here.
 
 pub mod batch_key;
 pub mod broker;

@@ -1,8 +1,9 @@
 //! Validated names and ids.
 //!
-//! Comes in: text from configuration, callers and messages. Goes out: a name that is valid everywhere.
-//! Every name ends up in an AMQP short string (255 bytes), in RabbitMQ's management UI and in logs, so
-//! the alphabets are small. Ids are less restricted, because foreign producers choose their own.
+//! Comes in: text from configuration, callers and messages. Goes out: a name that is valid
+//! everywhere. Every name ends up in an AMQP short string (255 bytes), in RabbitMQ's management UI
+//! and in logs, so the alphabets are small. Ids are less restricted, because foreign producers
+//! choose their own.
 
 use std::borrow::Borrow;
 use std::fmt;

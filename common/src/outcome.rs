@@ -56,8 +56,8 @@ pub enum DeadReason {
     Expired,
     /// The message is not a valid task: a property, a header or the body violates the protocol.
     Malformed,
-    /// The worker has no handler for the task; parked without a final record until a worker that has
-    /// one appears.
+    /// The worker has no handler for the task; parked without a final record until a worker that
+    /// has one appears.
     UnknownTask,
     /// The queue did not exist when the broker accepted the message.
     Unrouted,
@@ -101,8 +101,8 @@ impl DeadReason {
         Self::ALL.into_iter().find(|reason| reason.as_str() == code)
     }
 
-    /// Whether this reason ends the task. An unknown task has not ended: a worker that has a handler
-    /// for it may still appear.
+    /// Whether this reason ends the task. An unknown task has not ended: a worker that has a
+    /// handler for it may still appear.
     pub const fn is_final(self) -> bool {
         !matches!(self, Self::UnknownTask)
     }

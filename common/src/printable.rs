@@ -1,7 +1,8 @@
 //! Escapes unprintable characters in text that foreign clients may have written.
 //!
-//! A control sequence in an error text can move the cursor, hide other output or type into a terminal;
-//! a character that changes the direction of writing can make an id look like another one.
+//! A control sequence in an error text can move the cursor, hide other output or type into a
+//! terminal; a character that changes the direction of writing can make an id look like another
+//! one.
 
 use std::borrow::Cow;
 
@@ -14,7 +15,8 @@ pub fn is_printable(c: char) -> bool {
     !(c.is_control() || turns || c == '\u{feff}')
 }
 
-/// The text with every unprintable character escaped, such as `\u{1b}`. Line feeds and tabs are kept.
+/// The text with every unprintable character escaped, such as `\u{1b}`. Line feeds and tabs are
+/// kept.
 pub fn neutral(text: &str) -> Cow<'_, str> {
     let harmless = |c| is_printable(c) || matches!(c, '\n' | '\t');
     if text.chars().all(harmless) {
@@ -31,8 +33,8 @@ pub fn neutral(text: &str) -> Cow<'_, str> {
     Cow::Owned(neutral)
 }
 
-/// [`neutral`] on one line: line feeds and tabs are escaped as well, so that one text cannot look like
-/// several.
+/// [`neutral`] on one line: line feeds and tabs are escaped as well, so that one text cannot look
+/// like several.
 pub fn one_line(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_printable) {
         return Cow::Borrowed(text);

@@ -16,10 +16,11 @@ use crate::printable::neutral;
 
 /// Prefix of queue names that RabbitMQ generates; clients cannot declare a queue with such a name.
 const SERVER_NAMED: &str = "amq.gen-";
-/// Prefix of direct reply-to addresses, which RabbitMQ generates and which lead to the sender's channel
-/// only.
+/// Prefix of direct reply-to addresses, which RabbitMQ generates and which lead to the sender's
+/// channel only.
 const DIRECT: &str = "amq.rabbitmq.reply-to.";
-/// Most refused queues that are logged by name. Senders choose the names, so there may be any number.
+/// Most refused queues that are logged by name. Senders choose the names, so there may be any
+/// number.
 const MOST_LOGGED: usize = 1_000;
 
 /// A queue, or all queues with a prefix: `orders.replies`, `orders.*`.
@@ -68,8 +69,8 @@ impl ReplyRule {
     /// Whether replies may be published to this queue.
     ///
     /// Allowed are the reply queues of the namespace, queues named by the server, direct reply-to
-    /// addresses, and the additional queues. The shared queues of the namespace are never allowed: a
-    /// reply there would be read as a task, a report or a dead letter.
+    /// addresses, and the additional queues. The shared queues of the namespace are never allowed:
+    /// a reply there would be read as a task, a report or a dead letter.
     pub fn admits(&self, queue: &str) -> bool {
         let own = queue.strip_prefix(self.namespace.as_str());
         match own.and_then(|rest| rest.strip_prefix('.')) {

@@ -1,7 +1,7 @@
 //! The retry policy: how often a failed task is tried again, and after which delays.
 //!
-//! Pure arithmetic. The worker decides what counts as a failure, and the broker's delay queues hold the
-//! task. Crashes of a worker are not failures and do not count against this policy.
+//! Pure arithmetic. The worker decides what counts as a failure, and the broker's delay queues hold
+//! the task. Crashes of a worker are not failures and do not count against this policy.
 
 use std::time::Duration;
 

@@ -31,8 +31,8 @@ use crate::wire::Payload;
 /// }
 /// ```
 ///
-/// Types that are encoded as bincode must not be recursive, nor use `#[serde(untagged)]`, `flatten` or
-/// `skip_serializing_if`, which that format does not support. JSON supports them all.
+/// Types that are encoded as bincode must not be recursive, nor use `#[serde(untagged)]`, `flatten`
+/// or `skip_serializing_if`, which that format does not support. JSON supports them all.
 pub trait Task: Serialize + DeserializeOwned + Send + 'static {
     /// The name under which producers publish and workers register the task; see [`TaskName`].
     const NAME: &'static str;

@@ -1,7 +1,8 @@
 //! Points in time as they are transported: whole milliseconds since 1970, in UTC.
 //!
 //! The wall clocks of different machines disagree. Timestamps are for people, for expiry and for
-//! retention; nothing whose correctness matters (delays, the order of attempts) compares two of them.
+//! retention; nothing whose correctness matters (delays, the order of attempts) compares two of
+//! them.
 
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

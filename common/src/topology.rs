@@ -1,8 +1,9 @@
 //! The broker objects of one namespace as data: the only source of their names and arguments.
 //!
-//! `broker` declares them. The arguments are the same for every RabbitMQ version and not configurable,
-//! because the broker refuses a declaration that differs from an existing queue (406). Operators set
-//! lengths and timeouts by policies instead. docs/topology.md explains every object.
+//! `broker` declares them. The arguments are the same for every RabbitMQ version and not
+//! configurable, because the broker refuses a declaration that differs from an existing queue
+//! (406). Operators set lengths and timeouts by policies instead. docs/topology.md explains every
+//! object.
 
 use std::time::Duration;
 
@@ -121,8 +122,8 @@ impl Topology {
         format!("{}.unrouted", self.ns)
     }
 
-    /// Exchange and queue for dead letters and reports that the broker dead-letters, by a policy for
-    /// instance. No process consumes it; an operator inspects it.
+    /// Exchange and queue for dead letters and reports that the broker dead-letters, by a policy
+    /// for instance. No process consumes it; an operator inspects it.
     pub fn unreadable(&self) -> String {
         format!("{}.unreadable", self.ns)
     }
@@ -163,8 +164,8 @@ impl Topology {
 
     /// How to delay a message by at least `delay`: rounded up to 100 ms and to five binary digits.
     ///
-    /// `None` for a delay of zero. A delay of more than [`MAX_DELAY`] is reduced to it; callers that
-    /// accept delays from users refuse such a delay before.
+    /// `None` for a delay of zero. A delay of more than [`MAX_DELAY`] is reduced to it; callers
+    /// that accept delays from users refuse such a delay before.
     pub fn delay_route(&self, delay: Duration) -> Option<DelayRoute> {
         let units = delay.as_millis().div_ceil(DELAY_UNIT.as_millis());
         let units = u64::try_from(units).unwrap_or(u64::MAX).min((1 << DELAY_LEVELS) - 1);
@@ -200,8 +201,8 @@ impl Topology {
     /// What a consumer of a queue of tasks declares: the queue, its exchange, and the objects that
     /// receive unrouted and dead-lettered tasks.
     ///
-    /// Much less than [`core`](Self::core), because each object costs a round trip whenever a worker
-    /// connects. The worker's publisher declares the rest.
+    /// Much less than [`core`](Self::core), because each object costs a round trip whenever a
+    /// worker connects. The worker's publisher declares the rest.
     pub fn task_intake(&self, queue: &QueueName) -> Vec<Declaration> {
         let mut all = Self::last_resort(self.unrouted(), dead_lettering(self.dead())).to_vec();
         all.extend(Self::last_resort(self.unreadable(), vec![]));
@@ -238,8 +239,8 @@ impl Topology {
         ]
     }
 
-    /// A durable queue that keeps every done notice for `garenne verify`, also during outages, and its
-    /// binding. For that command only, since a queue without a consumer fills the broker.
+    /// A durable queue that keeps every done notice for `garenne verify`, also during outages, and
+    /// its binding. For that command only, since a queue without a consumer fills the broker.
     pub fn notice_keeper(&self) -> [Declaration; 2] {
         let name = format!("{}.verify.notices", self.ns);
         [
@@ -253,8 +254,8 @@ impl Topology {
         Protection::AlternateExchange.is_enabled().then(|| self.unrouted())
     }
 
-    /// A fanout exchange with a queue. The queue for unrouted tasks dead-letters, so that a message with
-    /// a TTL of its own is not deleted there.
+    /// A fanout exchange with a queue. The queue for unrouted tasks dead-letters, so that a message
+    /// with a TTL of its own is not deleted there.
     fn last_resort(
         name: String,
         dead_lettering: Vec<(&'static str, HeaderValue)>,
@@ -283,8 +284,8 @@ impl Topology {
         ]
     }
 
-    /// One delay level: a headers exchange that routes messages with its mark to its queue, and others
-    /// to the level below, its alternate exchange.
+    /// One delay level: a headers exchange that routes messages with its mark to its queue, and
+    /// others to the level below, its alternate exchange.
     fn delay_level(&self, level: u32) -> [Declaration; 3] {
         let name = self.delay(level);
         let ttl = i64::try_from(DELAY_UNIT.as_millis()).unwrap_or(i64::MAX) << level;
@@ -347,9 +348,9 @@ fn quorum(mut more: Vec<(&'static str, HeaderValue)>) -> Vec<(&'static str, Head
     more
 }
 
-/// Arguments for dead-lettering that waits for the confirm of the target queue. The default strategy
-/// loses confirmed messages when the broker is killed. RabbitMQ falls back to it unless the queue has
-/// the overflow behaviour `reject-publish`.
+/// Arguments for dead-lettering that waits for the confirm of the target queue. The default
+/// strategy loses confirmed messages when the broker is killed. RabbitMQ falls back to it unless
+/// the queue has the overflow behaviour `reject-publish`.
 fn dead_lettering(target: String) -> Vec<(&'static str, HeaderValue)> {
     if !Protection::AtLeastOnceDeadLettering.is_enabled() {
         return vec![("x-dead-letter-exchange", HeaderValue::Text(target))];

@@ -1,5 +1,5 @@
-//! What is wrong with a configuration, in words that quote no value: any value may be a secret, or one
-//! in the wrong place.
+//! Errors of the configuration, which quote no values: any value may be a secret, or a secret may
+//! be in the wrong place.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -7,13 +7,11 @@ use std::path::Path;
 
 use config::ConfigError as Cause;
 
-use super::ConfigError;
-
 const NOT_UTF_8: &str = "is not UTF-8; percent-encode what is not in a URL";
 const HIDDEN: &str = "…";
-/// The login of the URL that our own help shows.
+/// The login in the URL that help texts show.
 const EXAMPLE: &str = "://user:password";
-/// How messages begin whose values are quoted; others may hold one anywhere.
+/// The messages whose values are quoted, by their beginnings. Others may contain a value anywhere.
 const SERDE: [&str; 5] = [
     "unknown field `",
     "invalid type: ",
@@ -22,7 +20,21 @@ const SERDE: [&str; 5] = [
     "unknown variant `",
 ];
 
-/// The problem of a layer, without values.
+/// An invalid configuration, with every problem.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the configuration cannot be used: {}", problems.join("; "))]
+pub struct ConfigError {
+    /// One sentence for each problem.
+    pub problems: Vec<String>,
+}
+
+impl ConfigError {
+    fn one(problem: &impl fmt::Display) -> Self {
+        Self { problems: vec![problem.to_string()] }
+    }
+}
+
+/// Describes the problem of a layer, without values.
 pub(super) fn sentence(cause: &Cause) -> String {
     let named = |key: &Option<String>, text: String, origin: &Option<String>| {
         let key = key.as_deref().map(|key| format!("{}: ", name(key))).unwrap_or_default();
@@ -40,9 +52,9 @@ pub(super) fn sentence(cause: &Cause) -> String {
     }
     if let Cause::Message(text) = cause {
         let known = SERDE.iter().any(|start| text.starts_with(start));
-        return if known { without_values(text) } else { "a value that it cannot have".to_owned() };
+        return if known { without_values(text) } else { "invalid value".to_owned() };
     }
-    "the layers of the configuration do not fit together".to_owned()
+    "the layers of the configuration cannot be merged".to_owned()
 }
 
 impl ConfigError {
@@ -52,23 +64,24 @@ impl ConfigError {
     }
 }
 
-/// Whether a file can be read at all, which is told with its path.
+/// Checks that a file can be read. The error names its path.
 pub(super) fn check_file(path: &Path) -> Result<(), ConfigError> {
     let cannot = |error| ConfigError::one(&format!("cannot read {}: {error}", path.display()));
     std::fs::read_to_string(path).map(drop).map_err(cannot)
 }
 
-/// A variable as text, which is refused by its name if it is none.
+/// The value of a variable as text. The error names the variable.
 pub(super) fn text(name: &str, value: OsString) -> Result<String, ConfigError> {
     value.into_string().map_err(|_| ConfigError::one(&format!("{name}: {NOT_UTF_8}")))
 }
 
-/// What was found, without the value that is quoted behind it.
+/// The type that was found, without the value that is quoted behind it.
 fn kind(found: &impl fmt::Display) -> String {
     found.to_string().split(['`', '"']).next().unwrap_or_default().trim().to_owned()
 }
 
-/// The parser says where, quotes the line below that, and says at last what it expected.
+/// Removes the quoted line from an error of the TOML parser, which consists of the position, the
+/// line, and what was expected.
 fn not_toml(text: &str) -> String {
     let mut lines = text.lines();
     let place = lines.next().and_then(|first| first.strip_prefix("TOML parse error at "));
@@ -77,7 +90,8 @@ fn not_toml(text: &str) -> String {
     format!("{place}: not valid TOML: {}", expected.join("; "))
 }
 
-/// A message of serde's kind: what it quotes before "expected" is a value, except for a field's name.
+/// Removes values from a message of serde: what it quotes before "expected", except for the name of
+/// a field.
 fn without_values(text: &str) -> String {
     let (found, expected) = match text.find(", expected ") {
         Some(place) => text.split_at(place),
@@ -86,7 +100,7 @@ fn without_values(text: &str) -> String {
     if let Some(field) = found.strip_prefix("unknown field `") {
         return format!("unknown field `{}`{expected}", name(field.trim_end_matches('`')));
     }
-    // serde writes strings with escapes, so a quotation mark in one does not end it.
+    // serde escapes strings, so an escaped quotation mark does not end one.
     let (mut shown, mut closing, mut escaped) = (String::new(), None, false);
     for c in found.chars() {
         match closing {
@@ -105,14 +119,14 @@ fn without_values(text: &str) -> String {
     shown + expected
 }
 
-/// A key is shown if it looks like one.
+/// A key, if it looks like one.
 fn name(key: &str) -> &str {
     let fine = |c: char| c.is_ascii_alphanumeric() || "_-.[]/".contains(c);
     if key.chars().all(fine) { key } else { "(a key that is not shown)" }
 }
 
-/// The text without what may be the login of a URL: in each word what stands before its last `@`, if a
-/// colon is in it. For messages that repeat what somebody has typed.
+/// Hides possible logins in text: in each word everything before the last `@`, if it contains a
+/// colon. For messages that repeat user input.
 pub fn without_logins(text: &str) -> String {
     let is_end = |c: char| c.is_whitespace() || ['"', '\'', '`', '<', '>', ','].contains(&c);
     let hide = |word: &str| match word.rsplit_once('@') {
@@ -130,7 +144,7 @@ pub fn without_logins(text: &str) -> String {
         .collect()
 }
 
-/// What a parser says of command-line arguments, without those that may hold a login.
+/// Hides possible logins in the message of a parser of command-line arguments.
 pub fn without_arguments(text: &str, arguments: impl IntoIterator<Item = OsString>) -> String {
     let mut text = text.to_owned();
     for argument in arguments {
@@ -148,7 +162,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_keep_names_and_lose_values() {
+    fn messages_keep_names_and_hide_values() {
         for (text, shown) in [
             (
                 "unknown field `concurency`, expected `concurrency`",
@@ -169,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn logins_are_cut_out_of_any_text() {
+    fn logins_are_hidden_in_any_text() {
         for (text, shown) in [
             ("argument 'amqp://me:p@ss@host/v' found", "argument 'amqp://…@host/v' found"),
             ("me:pw@host", "…@host"),

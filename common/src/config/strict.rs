@@ -1,8 +1,9 @@
-//! How single values are read: as they were written, or not at all.
+//! Strict deserialisation of single values: as written, or refused.
 //!
-//! The configuration library turns a number into text, a fraction into a whole number and `yes` into a
-//! number where a field asks for one, so `0042` would become `42`, `1.10` `1.1` and `3.7` `4`. The
-//! environment has nothing but text, so text is taken for every kind that it spells exactly.
+//! The configuration library converts values to the type of a field: numbers to text, fractions to
+//! whole numbers, `yes` to a number. So `0042` would become `42`, `1.10` would become `1.1`, and
+//! `3.7` would become `4`. The environment contains text only, so text that is exactly a value of
+//! another type is accepted as one.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -38,17 +39,17 @@ pub(super) fn flag<'de, D: Deserializer<'de>>(from: D) -> Result<bool, D::Error>
     from.deserialize_any(Flag)
 }
 
-/// A list of text; text with commas is one too.
+/// A list of text, or one text with items separated by commas.
 pub(super) fn list<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     from.deserialize_any(List { commas: true })
 }
 
-/// A list of text that may hold commas.
+/// A list of text whose items may contain commas.
 pub(super) fn words<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     from.deserialize_any(List { commas: false })
 }
 
-/// One value that must be text, for lists and tables.
+/// A value that must be text, in lists and tables.
 #[derive(Debug)]
 pub(super) struct Word(pub(super) String);
 

@@ -1,9 +1,10 @@
-//! What a program does as process 1 of a container, where it is the parent of every orphan.
+//! Runs a service as process 1 of a container, which is the parent of every orphan.
 //!
-//! The kernel hands each process whose parent is gone to process 1, which must collect its exit status,
-//! or a zombie stays. A service cannot do that itself, since it would take away the exit statuses that
-//! its own children's owners wait for. So process 1 starts the service as its child and does nothing but
-//! pass signals on and collect, like `tini`. It ends with the service and with the same exit code.
+//! The kernel reparents every orphaned process to process 1, which must collect its exit status, or
+//! the process stays as a zombie. A service cannot do that itself, since it would also collect the
+//! exit statuses that other parts of it wait for. So process 1 starts the service as its child,
+//! forwards signals and collects exit statuses, like `tini`. It exits with the exit code of the
+//! service.
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -14,7 +15,7 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getpid, tcsetpgrp};
 
-/// Signals that process 1 passes on.
+/// Signals that process 1 forwards.
 const FORWARDED: [Signal; 8] = [
     Signal::SIGTERM,
     Signal::SIGINT,
@@ -26,16 +27,16 @@ const FORWARDED: [Signal; 8] = [
     Signal::SIGCONT,
 ];
 
-/// Runs the service: as a child of this process if this is process 1, else right here.
+/// Runs the service: in a child process if this is process 1, in this process otherwise.
 ///
-/// To be called first of all, before there is any thread.
+/// Call it first of all, before any thread exists.
 pub fn run(service: impl FnOnce() -> ExitCode) -> ExitCode {
     let signals = signals();
     if getpid().as_raw() != 1 {
-        // A child of process 1 inherits what that has blocked.
+        // A child of process 1 inherits its blocked signals.
         return if signals.thread_unblock().is_ok() { service() } else { ExitCode::FAILURE };
     }
-    // Blocked before there is a child, so that none gets lost.
+    // Blocked before the child exists, so that no signal is lost.
     match signals.thread_block().map_err(io::Error::from).and_then(|()| start()) {
         Ok(child) => serve(child, &signals),
         Err(error) => {
@@ -47,23 +48,23 @@ pub fn run(service: impl FnOnce() -> ExitCode) -> ExitCode {
 
 fn signals() -> SigSet {
     let mut signals: SigSet = FORWARDED.into_iter().collect();
-    // So that process 1 may give the terminal away, and hears of its children.
+    // SIGTTOU, so that process 1 can hand the terminal over; SIGCHLD, to be told of ended children.
     signals.add(Signal::SIGTTOU);
     signals.add(Signal::SIGCHLD);
     signals
 }
 
-/// This program again, with the same arguments.
+/// Starts this program again as a child, with the same arguments.
 fn start() -> io::Result<Pid> {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_else(|| OsString::from("garenne"));
     let mut command = Command::new("/proc/self/exe");
-    // A group of its own: Ctrl-C reaches it once, from the terminal.
+    // In its own process group, so that Ctrl-C reaches it once, from the terminal.
     command.arg0(name).args(arguments).process_group(0);
     let child = command.spawn()?;
     let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
     if io::stdin().is_terminal() {
-        // A service without the terminal works as well.
+        // The service also works without the terminal.
         tcsetpgrp(io::stdin(), pid).unwrap_or_default();
     }
     Ok(pid)
@@ -78,13 +79,14 @@ fn serve(service: Pid, signals: &SigSet) -> ExitCode {
                 }
             }
             Ok(Signal::SIGTTOU) | Err(_) => {}
-            // It may just have ended.
+            // The service may just have ended.
             Ok(signal) => kill(service, signal).unwrap_or_default(),
         }
     }
 }
 
-/// Collects all children that have ended; the exit code of the service if it is one of them.
+/// Collects the exit statuses of all ended children. Returns that of the service if it is among
+/// them.
 fn collect(service: Pid) -> Option<ExitCode> {
     let mut code = None;
     loop {
@@ -97,7 +99,7 @@ fn collect(service: Pid) -> Option<ExitCode> {
                 code = u8::try_from(128 + signal as i32).ok().map(ExitCode::from);
             }
             Ok(WaitStatus::StillAlive) | Err(_) => return code,
-            // Another one, which the service or one of its commands left behind.
+            // An orphan of the service or of one of its commands.
             Ok(_) => {}
         }
     }

@@ -1,8 +1,8 @@
-//! A process that must not outlive the one that started it.
+//! Ties a process to its parent: it ends when the parent does.
 //!
-//! Linux only, by a signal of the kernel's: it comes even when the parent was killed and could tell
-//! nobody. For the commands that start whole clusters (`demo`, `bench`, `verify`); services that a
-//! person or a process manager starts are not tied to anybody.
+//! Linux only. The kernel sends the signal, so it also comes when the parent is killed. Used by the
+//! commands that start whole clusters (`demo`, `bench`, `verify`). Services started by a person or
+//! a process manager are not tied to their parent.
 
 use std::fs::File;
 use std::io;
@@ -12,35 +12,35 @@ use std::os::unix::fs::MetadataExt;
 use nix::sys::signal::Signal;
 use nix::unistd::{Pid, getppid};
 
-/// Kills this process when its parent, which must be `parent`, is gone.
+/// Lets the kernel kill this process when its parent ends. Fails unless the parent is `parent`.
 ///
-/// The kernel watches the *thread* that started this process. Call it before anything is begun that
-/// would need an orderly end.
+/// The kernel watches the *thread* that started this process. Call this function before starting
+/// anything that needs an orderly shutdown.
 pub fn die_with(parent: u32) -> Result<(), LostParent> {
     let expected = i32::try_from(parent).map(Pid::from_raw);
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(|_| LostParent(parent))?;
-    // Asked after the order to the kernel: a parent that died before it would go unnoticed.
+    // Checked after the request, since the kernel sends nothing for a parent that ended before it.
     if expected == Ok(getppid()) { Ok(()) } else { Err(LostParent(parent)) }
 }
 
-/// Whether a worker started this process to run isolated attempts: if its standard input is the line
-/// of which the environment speaks. What such a process starts inherits the environment only.
+/// Whether a worker started this process to run isolated attempts: its standard input is the socket
+/// named in the environment. Its own children inherit the environment, but not the socket.
 ///
-/// Not by its parent, which may be dead already: a child that then took itself for a worker would be
-/// one that nobody knows of and nobody ends.
+/// The parent process does not tell, since it may have died already; a child that then started as a
+/// worker would be one that nothing stops.
 pub fn is_isolated() -> bool {
-    let line = crate::config::isolated_on();
-    line.is_some() && line == inode(io::stdin()).ok()
+    let socket = crate::config::isolated_on();
+    socket.is_some() && socket == inode(io::stdin()).ok()
 }
 
-/// The number by which the kernel knows what an open file, or socket, refers to.
+/// The inode of an open file or socket.
 pub fn inode(file: impl AsFd) -> io::Result<u64> {
     Ok(File::from(file.as_fd().try_clone_to_owned()?).metadata()?.ino())
 }
 
-/// The process that this one was tied to is not its parent, or not any more.
+/// The expected parent of this process is not, or no longer, its parent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("process {0}, which started this one, is gone")]
+#[error("the parent process {0} has ended")]
 pub struct LostParent(u32);
 
 #[cfg(test)]
@@ -48,9 +48,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stranger_is_no_parent() {
-        // Ourselves: certainly not our own parent, and nothing is ordered that outlasts the test's
-        // real parent in a harmful way.
+    fn another_process_than_the_parent_is_refused() {
+        // This process is certainly not its own parent. The kernel then also kills the test when
+        // its real parent ends, which does no harm.
         let me = std::process::id();
         assert_eq!(die_with(me), Err(LostParent(me)));
     }

@@ -1,9 +1,9 @@
-//! Log lines as they reach a terminal or a file: one event is one line, and nothing in it is obeyed.
+//! Escapes log lines: one event is one line, without control characters.
 //!
-//! Task names, error texts and queue names are chosen by senders. Everything that is logged passes here,
-//! so no call site needs to think of it. The formatter of tracing-subscriber escapes some control
-//! characters by itself; line breaks, carriage returns and characters that turn the direction of
-//! writing it leaves as they are.
+//! Senders choose task names, error texts and queue names. Every log line passes through here, so
+//! call sites need not escape anything. The formatter of tracing-subscriber escapes some control
+//! characters, but no line breaks, carriage returns and characters that change the direction of
+//! writing.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -14,7 +14,7 @@ use tracing_subscriber::fmt::MakeWriter;
 use crate::config::LogFormat;
 use crate::printable::is_printable;
 
-/// Makes writers whose lines are harmless.
+/// Makes writers that escape lines.
 pub(crate) struct HarmlessLines<M> {
     writers: M,
     format: LogFormat,
@@ -38,7 +38,7 @@ impl<'w, M: MakeWriter<'w>> MakeWriter<'w> for HarmlessLines<M> {
     }
 }
 
-/// A writer of whole lines that makes each harmless.
+/// A writer that escapes lines. Every write must be a whole line.
 pub(crate) struct LogLines<W> {
     to: W,
     format: LogFormat,
@@ -52,8 +52,8 @@ impl<W: Write> LogLines<W> {
 
 impl<W: Write> Write for LogLines<W> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        // All of it or an error: half of an escaped line says nothing about how much was taken.
-        self.to.write_all(harmless(line, self.format).as_bytes())?;
+        // All of it or an error, since a part of an escaped line has no length in the original.
+        self.to.write_all(escaped(line, self.format).as_bytes())?;
         Ok(line.len())
     }
 
@@ -62,9 +62,9 @@ impl<W: Write> Write for LogLines<W> {
     }
 }
 
-/// The line with every character spelled out that does not show as itself, but for its last line break
-/// and our own colours.
-fn harmless(line: &[u8], format: LogFormat) -> Cow<'_, str> {
+/// The line with its unprintable characters escaped, except the last line feed and the colours of
+/// the formatter.
+fn escaped(line: &[u8], format: LogFormat) -> Cow<'_, str> {
     let line = String::from_utf8_lossy(line);
     let text = line.strip_suffix('\n').unwrap_or(&line);
     if text.chars().all(|c| is_printable(c) || c == '\t') {
@@ -75,28 +75,29 @@ fn harmless(line: &[u8], format: LogFormat) -> Cow<'_, str> {
         if is_printable(c) || c == '\t' || (c == '\u{1b}' && is_colour(&text[place + 1..])) {
             shown.push(c);
         } else {
-            spell_out(c, format, &mut shown);
+            escape(c, format, &mut shown);
         }
     }
     shown.push_str(&line[text.len()..]);
     Cow::Owned(shown)
 }
 
-/// In JSON such a character can only stand in a string, where this spelling means the same.
-fn spell_out(c: char, format: LogFormat, to: &mut String) {
+/// Escapes a character. In JSON it is part of a string, where the escape has the same meaning.
+fn escape(c: char, format: LogFormat, to: &mut String) {
     match (format, c) {
         (LogFormat::Human, '\n') => to.push_str("\\n"),
         (LogFormat::Human, '\r') => to.push_str("\\r"),
         (LogFormat::Human, c) => to.extend(c.escape_unicode()),
         (LogFormat::Json, c) => {
-            // Writing into a string does not fail.
+            // Writing to a string does not fail.
             let written = write!(to, "\\u{:04x}", u32::from(c));
             debug_assert!(written.is_ok());
         }
     }
 }
 
-/// Whether what follows an ESC sets a colour, as the formatter does; in fields it escapes the ESC.
+/// Whether the text behind an ESC sets a colour. Only the formatter writes such sequences: it
+/// escapes every ESC in fields and messages.
 fn is_colour(rest: &str) -> bool {
     let code = rest.strip_prefix('[').and_then(|rest| rest.split_once('m'));
     code.is_some_and(|(code, _)| {
@@ -109,20 +110,20 @@ mod tests {
     use super::*;
 
     fn human(line: &str) -> String {
-        harmless(line.as_bytes(), LogFormat::Human).into_owned()
+        escaped(line.as_bytes(), LogFormat::Human).into_owned()
     }
 
     #[test]
-    fn an_event_is_one_line_and_moves_no_cursor() {
+    fn an_event_is_one_line_without_control_characters() {
         assert_eq!(human("\u{1b}[2mtime\u{1b}[0m été\n"), "\u{1b}[2mtime\u{1b}[0m été\n");
         assert_eq!(human("a\nINFO forged\n"), "a\\nINFO forged\n");
         assert_eq!(human("a\r\u{1b}[2J\u{9b}1m\u{202e}b\n"), "a\\r\\u{1b}[2J\\u{9b}1m\\u{202e}b\n");
     }
 
     #[test]
-    fn json_stays_json_and_means_the_same() {
+    fn json_stays_valid_and_keeps_its_value() {
         let line = serde_json::json!({ "error": "a\u{9b}2J\u{202e}\u{7f}é" }).to_string() + "\n";
-        let shown = harmless(line.as_bytes(), LogFormat::Json);
+        let shown = escaped(line.as_bytes(), LogFormat::Json);
         assert!(shown.trim_end().chars().all(is_printable), "{shown}");
         let (shown, line): (serde_json::Value, serde_json::Value) =
             (serde_json::from_str(&shown).unwrap(), serde_json::from_str(&line).unwrap());
@@ -130,13 +131,14 @@ mod tests {
     }
 
     #[test]
-    fn the_formatter_itself_escapes_what_begins_a_colour() {
-        use std::sync::{Arc, Mutex};
+    fn the_formatter_escapes_colours_in_fields_and_messages() {
+        use parking_lot::Mutex;
+        use std::sync::Arc;
         #[derive(Clone, Default)]
         struct Buffer(Arc<Mutex<Vec<u8>>>);
         impl Write for Buffer {
             fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                self.0.lock().unwrap().extend(bytes);
+                self.0.lock().extend(bytes);
                 Ok(bytes.len())
             }
             fn flush(&mut self) -> io::Result<()> {
@@ -152,7 +154,7 @@ mod tests {
         tracing::subscriber::with_default(subscriber, || {
             tracing::warn!(field = "x\u{1b}[31mred", "y\u{1b}[8mhidden\nforged");
         });
-        let line = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+        let line = String::from_utf8(buffer.0.lock().clone()).unwrap();
         assert!(!line.contains("\u{1b}[31m") && !line.contains("\u{1b}[8m"), "{line:?}");
         assert_eq!(line.matches('\n').count(), 1, "{line:?}");
     }

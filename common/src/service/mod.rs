@@ -1,7 +1,8 @@
-//! What every long-running Garenne process needs of its operating system: logs, signals, process 1 of a
-//! container, and ties to the process that started it.
+//! The operating-system side of long-running Garenne processes: logs, signals, running as process 1
+//! of a container, and the tie to the parent process.
 //!
-//! Behind the feature `service`, so that a program which only submits tasks does without.
+//! Behind the feature `service`, which programs that only submit tasks do not need. Nothing here
+//! knows about tasks or the broker.
 
 pub mod init;
 pub mod lifeline;

@@ -1,27 +1,28 @@
-//! The signals of a service: which stop it, which make it log its state, and which change nothing.
+//! Signal handling of a service: signals that stop it, log its state, or are ignored.
 //!
-//! Every signal that would end the process by default and may come without meaning that is caught:
-//! a closing terminal (SIGHUP), a slip of the keyboard (SIGUSR2), a timer (SIGALRM). SIGQUIT, SIGABRT
-//! and SIGKILL still end the process at once.
+//! Signals that end a process by default and may be sent without that intention are caught: a
+//! closed terminal (SIGHUP), a typing error (SIGUSR2), a timer (SIGALRM). SIGQUIT, SIGABRT and
+//! SIGKILL still end the process at once.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal as Number;
+use parking_lot::Mutex;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 
-/// How long a report may take, which may have to ask a disk.
+/// Longest time that a state report may take; it may need disk access.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Signals that are logged each time: somebody sent them.
+/// Ignored signals that are logged every time, since a person sends them.
 const IGNORED: [Number; 2] = [Number::SIGHUP, Number::SIGUSR2];
 
-/// Signals that are logged once: a timer or the kernel may send them again and again. SIGXFSZ makes
-/// the write that exceeds the limit fail, which whoever writes deals with.
+/// Ignored signals that are logged once, since a timer or the kernel may repeat them. With SIGXFSZ
+/// ignored, the write that exceeds the limit fails, and its caller handles the error.
 const IGNORED_AFTER_FIRST: &[Number] = &[
     Number::SIGALRM,
     Number::SIGVTALRM,
@@ -37,19 +38,20 @@ const IGNORED_AFTER_FIRST: &[Number] = &[
 type StateReport = Pin<Box<dyn Future<Output = ()> + Send>>;
 type Reporter = Box<dyn Fn() -> StateReport + Send>;
 
-/// The signals of a service, caught as long as this lives.
+/// Catches the signals of a service for as long as it exists.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// The soft limit of processor time, a while before the hard one.
+    /// Sent at the soft limit of processor time, before the hard limit kills the process.
     time_limit: Signal,
     reporter: Arc<Mutex<Option<Reporter>>>,
-    /// Ends with this.
+    /// The tasks end when this is dropped.
     _listeners: JoinSet<()>,
 }
 
 impl Signals {
-    /// Catches the signals from now on; to be called before connecting, on a tokio runtime.
+    /// Starts catching signals. Call it before connecting, on a tokio runtime. Fails if the
+    /// operating system refuses a handler.
     pub fn catch() -> io::Result<Self> {
         let reporter = Arc::<Mutex<Option<Reporter>>>::default();
         let mut listeners = JoinSet::new();
@@ -69,23 +71,22 @@ impl Signals {
         })
     }
 
-    /// Waits until the process is told to stop.
+    /// Waits for a signal that stops the process.
     pub async fn stop(&mut self) {
         let signal = tokio::select! {
             _ = self.terminate.recv() => Number::SIGTERM,
             _ = self.interrupt.recv() => Number::SIGINT,
             _ = self.time_limit.recv() => Number::SIGXCPU,
         };
-        tracing::info!(signal = signal.as_str(), "told to stop");
+        tracing::info!(signal = signal.as_str(), "stopping on a signal");
     }
 
-    /// What SIGUSR1 does from now on: `reporter` logs the state of the process.
+    /// Sets what SIGUSR1 does: `reporter` logs the state of the process.
     pub fn on_state<F>(&self, reporter: impl Fn() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        *self.reporter.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Box::new(move || Box::pin(reporter())));
+        *self.reporter.lock() = Some(Box::new(move || Box::pin(reporter())));
     }
 }
 
@@ -98,7 +99,7 @@ async fn ignore(number: Number, mut signal: Signal, most: usize) {
     while signal.recv().await.is_some() {
         received = received.saturating_add(1);
         if received <= most {
-            tracing::info!(signal = number.as_str(), "signal ignored; the process goes on");
+            tracing::info!(signal = number.as_str(), "signal ignored; the process continues");
         }
     }
 }
@@ -106,16 +107,13 @@ async fn ignore(number: Number, mut signal: Signal, most: usize) {
 async fn report(mut signal: Signal, reporter: Arc<Mutex<Option<Reporter>>>) {
     while signal.recv().await.is_some() {
         let lost_log_lines = super::telemetry::lost_lines();
-        let report = {
-            let reporter = reporter.lock().unwrap_or_else(PoisonError::into_inner);
-            reporter.as_ref().map(|reporter| reporter())
-        };
+        let report = reporter.lock().as_ref().map(|reporter| reporter());
         let Some(report) = report else {
-            tracing::info!(lost_log_lines, "state: starting; it waits for the broker");
+            tracing::info!(lost_log_lines, "state: starting, waiting for the broker");
             continue;
         };
         if tokio::time::timeout(REPORT_TIMEOUT, report).await.is_err() {
-            tracing::warn!("state: no more is known; what was asked did not answer in time");
+            tracing::warn!("state: incomplete; the store or broker did not respond in time");
         }
     }
 }

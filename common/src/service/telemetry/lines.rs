@@ -1,7 +1,9 @@
-//! Log lines on their way to standard error, which may be slow, full, closed, or a pipe that is never
-//! read: a thread of its own writes, and what it cannot take in time is dropped and counted.
+//! Writes log lines to standard error from a thread of its own. Lines that it cannot write in time
+//! are dropped and counted, since standard error may be slow, full, closed, or a pipe without a
+//! reader.
 //!
-//! Not `tracing-appender`, which prints to standard output when its queue is full at the end.
+//! `tracing-appender` is not used, because it prints to standard output when its queue is full at
+//! exit.
 
 use std::io::{ErrorKind, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,40 +15,39 @@ use tracing_subscriber::fmt::MakeWriter;
 use crate::config::LogFormat;
 use crate::timestamp::Timestamp;
 
-/// How many lines wait for a slow reader before further ones are dropped.
+/// Most queued lines; further ones are dropped.
 const QUEUED_LINES: usize = 4_096;
-/// How long the end of the process waits for the last lines.
-const FLUSH: Duration = Duration::from_secs(1);
+/// How long the process waits for the last lines when it exits.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Lines that were lost and of which no line has told yet.
+/// Lost lines that have not been reported yet.
+static UNREPORTED: AtomicU64 = AtomicU64::new(0);
+/// Lost lines since the start of the process.
 static LOST: AtomicU64 = AtomicU64::new(0);
-/// Lines lost since the start.
-static LOST_EVER: AtomicU64 = AtomicU64::new(0);
 
 enum LineMessage {
     Line(Vec<u8>),
-    /// Answered once everything before it is written.
+    /// Confirmed when every line before it is written.
     Flush(SyncSender<()>),
 }
 
-/// Queues lines for the thread that writes them. Never blocks and never fails.
+/// Queues lines for the writing thread. Never blocks and never fails.
 #[derive(Clone)]
 pub(super) struct Lines(SyncSender<LineMessage>);
 
-/// Keeps the last log lines from being lost: dropping it waits until they are written, for a second at
-/// most.
+/// Ensures that the last log lines are written: dropping it waits for them, at most a second.
 #[must_use = "the last log lines are lost unless this is dropped at the end of the process"]
 pub struct LogGuard(Option<Lines>);
 
-/// How many log lines this process has lost, because standard error took them too slowly or not at all.
+/// Number of log lines that this process has lost because standard error was too slow or failed.
 pub fn lost_lines() -> u64 {
-    LOST_EVER.load(Ordering::Relaxed)
+    LOST.load(Ordering::Relaxed)
 }
 
-fn lose(lines: u64) {
-    LOST.fetch_add(lines, Ordering::Relaxed);
-    LOST_EVER.fetch_add(lines, Ordering::Relaxed);
+fn count_lost_line() {
+    UNREPORTED.fetch_add(1, Ordering::Relaxed);
+    LOST.fetch_add(1, Ordering::Relaxed);
 }
 
 impl Lines {
@@ -54,7 +55,8 @@ impl Lines {
     pub(super) fn start(to: impl Write + Send + 'static, format: LogFormat) -> Self {
         let (queue, lines) = sync_channel(QUEUED_LINES);
         let writer = std::thread::Builder::new().name("log".to_owned());
-        // Without a thread every line counts as lost; a process that cannot start one has other worries.
+        // Without a thread every line counts as lost. Threads are exhausted then, and logging must
+        // not end the process.
         drop(writer.spawn(move || write_all(to, &lines, format)));
         Self(queue)
     }
@@ -65,9 +67,9 @@ impl Lines {
 
     fn flush(&self) {
         let (done, flushed) = sync_channel(1);
-        let deadline = Instant::now() + FLUSH;
+        let deadline = Instant::now() + FLUSH_TIMEOUT;
         let mut message = LineMessage::Flush(done);
-        // A full queue is being written, or nobody reads.
+        // While the queue is full, the thread writes it, or is blocked.
         while let Err(TrySendError::Full(back)) = self.0.try_send(message) {
             if Instant::now() >= deadline {
                 return;
@@ -75,7 +77,7 @@ impl Lines {
             std::thread::sleep(RETRY_INTERVAL);
             message = back;
         }
-        // Too late, or the thread is gone: either way there is nothing more to wait for.
+        // On a timeout, or without the thread, the remaining lines are lost.
         let left = deadline.saturating_duration_since(Instant::now());
         flushed.recv_timeout(left).unwrap_or_default();
     }
@@ -84,7 +86,7 @@ impl Lines {
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
         if self.0.try_send(LineMessage::Line(line.to_vec())).is_err() {
-            lose(1);
+            count_lost_line();
         }
         Ok(line.len())
     }
@@ -103,7 +105,7 @@ impl<'a> MakeWriter<'a> for Lines {
 }
 
 impl LogGuard {
-    /// For a process whose log lines need no guard.
+    /// A guard without effect, for a process in which another subscriber was installed before.
     pub(super) fn none() -> Self {
         Self(None)
     }
@@ -122,8 +124,8 @@ fn write_all(mut to: impl Write, lines: &Receiver<LineMessage>, format: LogForma
         match message {
             LineMessage::Line(line) => write_line(&mut to, &line, format),
             LineMessage::Flush(done) => {
-                tell_of_lost(&mut to, format);
-                // The other side may have stopped waiting.
+                report_lost_lines(&mut to, format);
+                // The receiver may have stopped waiting.
                 done.send(()).unwrap_or_default();
             }
         }
@@ -131,24 +133,24 @@ fn write_all(mut to: impl Write, lines: &Receiver<LineMessage>, format: LogForma
 }
 
 fn write_line(to: &mut impl Write, line: &[u8], format: LogFormat) {
-    if put(to, line) { tell_of_lost(to, format) } else { lose(1) }
+    if put(to, line) { report_lost_lines(to, format) } else { count_lost_line() }
 }
 
-fn tell_of_lost(to: &mut impl Write, format: LogFormat) {
-    let lost = LOST.swap(0, Ordering::Relaxed);
-    if lost > 0 && !put(to, notice(lost, Timestamp::now(), format).as_bytes()) {
-        LOST.fetch_add(lost, Ordering::Relaxed);
+fn report_lost_lines(to: &mut impl Write, format: LogFormat) {
+    let lost = UNREPORTED.swap(0, Ordering::Relaxed);
+    if lost > 0 && !put(to, lost_notice(lost, Timestamp::now(), format).as_bytes()) {
+        UNREPORTED.fetch_add(lost, Ordering::Relaxed);
     }
 }
 
-/// Writes a whole line; `false` if that failed.
+/// Writes a whole line. Returns `false` if that fails.
 fn put(to: &mut impl Write, mut line: &[u8]) -> bool {
     while !line.is_empty() {
         match to.write(line) {
             Ok(0) => return false,
             Ok(count) => line = &line[count..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Somebody who shares standard error has made it non-blocking.
+            // Another process that shares standard error has made it non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 std::thread::sleep(RETRY_INTERVAL);
             }
@@ -158,8 +160,8 @@ fn put(to: &mut impl Write, mut line: &[u8]) -> bool {
     true
 }
 
-/// The line that tells of lost ones; it does not pass through the subscriber, whose queue was full.
-fn notice(lost: u64, at: Timestamp, format: LogFormat) -> String {
+/// The line that reports lost lines. It bypasses the subscriber, whose queue was full.
+fn lost_notice(lost: u64, at: Timestamp, format: LogFormat) -> String {
     let message = format!("{lost} log lines were lost: standard error did not take them");
     match format {
         LogFormat::Human => format!("{at}  WARN {message}\n"),
@@ -174,7 +176,7 @@ fn notice(lost: u64, at: Timestamp, format: LogFormat) -> String {
     }
 }
 
-/// Writes one sentence to standard error, waiting at most a second for one that takes nothing.
+/// Writes one sentence to standard error, and waits at most a second for it.
 pub(super) fn write_within_limit(sentence: String) {
     let (done, written) = sync_channel(1);
     let writer = std::thread::Builder::new().spawn(move || {
@@ -182,22 +184,23 @@ pub(super) fn write_within_limit(sentence: String) {
         done.send(()).unwrap_or_default();
     });
     if writer.is_ok() {
-        written.recv_timeout(FLUSH).unwrap_or_default();
+        written.recv_timeout(FLUSH_TIMEOUT).unwrap_or_default();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, Mutex, PoisonError};
+    use parking_lot::Mutex;
+    use std::sync::Arc;
 
-    /// Takes nothing while the test holds the lock, and refuses on request.
+    /// A writer that blocks while the test holds the lock, and fails if the flag is set.
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<(Vec<u8>, bool)>>);
 
     impl Write for Sink {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.0.lock();
             if state.1 {
                 return Err(ErrorKind::StorageFull.into());
             }
@@ -212,11 +215,11 @@ mod tests {
 
     // One test, since the counters belong to the process.
     #[test]
-    fn lines_that_are_not_taken_are_dropped_counted_and_told_of_later() {
+    fn lines_that_cannot_be_written_are_dropped_counted_and_reported_later() {
         let sink = Sink::default();
         let mut lines = Lines::start(sink.clone(), LogFormat::Human);
-        let held = sink.0.lock().unwrap();
-        // One more than fits, and one that the thread may have taken out already.
+        let held = sink.0.lock();
+        // One more than fits, and one that the thread may have taken from the queue already.
         for n in 0..QUEUED_LINES + 2 {
             lines.write_all(format!("line {n}\n").as_bytes()).unwrap();
         }
@@ -224,29 +227,29 @@ mod tests {
         assert!((1..=2).contains(&dropped), "{dropped}");
         drop(held);
         drop(lines.guard());
-        let text = String::from_utf8(sink.0.lock().unwrap().0.clone()).unwrap();
+        let text = String::from_utf8(sink.0.lock().0.clone()).unwrap();
         assert!(text.starts_with("line 0\n"), "{text}");
         let notice = format!("WARN {dropped} log lines were lost");
         assert!(text.contains(&notice) && text.contains("line 4000\n"), "{notice}: {text}");
 
-        sink.0.lock().unwrap().1 = true;
+        sink.0.lock().1 = true;
         lines.write_all(b"refused\n").unwrap();
         drop(lines.guard());
         assert_eq!(lost_lines(), dropped + 1);
-        sink.0.lock().unwrap().1 = false;
+        sink.0.lock().1 = false;
         lines.write_all(b"taken\n").unwrap();
         drop(lines.guard());
-        let text = String::from_utf8(sink.0.lock().unwrap().0.clone()).unwrap();
+        let text = String::from_utf8(sink.0.lock().0.clone()).unwrap();
         assert!(text.ends_with("standard error did not take them\n"), "{text}");
         assert!(text.contains("taken\n") && !text.contains("refused"), "{text}");
     }
 
     #[test]
-    fn the_notice_is_a_line_of_either_format() {
+    fn the_report_of_lost_lines_is_a_line_in_both_formats() {
         let at = Timestamp::from_millis(0);
-        let line = notice(3, at, LogFormat::Json);
+        let line = lost_notice(3, at, LogFormat::Json);
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!((&value["lost"], &value["level"]), (&3.into(), &"WARN".into()));
-        assert!(notice(3, at, LogFormat::Human).contains(" WARN 3 log lines"));
+        assert!(lost_notice(3, at, LogFormat::Human).contains(" WARN 3 log lines"));
     }
 }

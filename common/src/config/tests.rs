@@ -1,12 +1,14 @@
-//! Layers, checks, and what is refused.
+//! Precedence of the layers, validation, and refused values.
 
 use super::*;
+use crate::names::{QueueName, TaskName};
 use std::io::Write;
+use std::time::Duration;
 
-fn environment(pairs: &[(&str, &str)]) -> Surroundings {
+fn environment(pairs: &[(&str, &str)]) -> ProcessEnvironment {
     let pairs = pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
-    let environment = Environment::default().source(Some(pairs.collect()));
-    Surroundings { environment, amqp_url: None }
+    let variables = Environment::default().source(Some(pairs.collect()));
+    ProcessEnvironment { variables, amqp_url: None }
 }
 
 fn file(text: &str) -> (tempfile::NamedTempFile, Sources) {
@@ -17,7 +19,7 @@ fn file(text: &str) -> (tempfile::NamedTempFile, Sources) {
 }
 
 #[test]
-fn later_layers_win() {
+fn later_layers_take_precedence() {
     let (_file, sources) = file("[worker]\nconcurrency = 3\ngrace = \"5s\"\nqueues = [\"a\"]\n");
     let sources = sources.set("worker.grace", Some("7s"));
     let env =
@@ -30,7 +32,7 @@ fn later_layers_win() {
 }
 
 #[test]
-fn other_defaults_lie_below_every_layer() {
+fn every_layer_takes_precedence_over_other_defaults() {
     let (_file, sources) = file("[worker]\nconcurrency = 3\n");
     let defaults = [("worker.concurrency", "9"), ("log.filter", "warn")];
     let raw = RawConfig::read_over(&defaults, &sources, environment(&[])).unwrap();
@@ -39,8 +41,8 @@ fn other_defaults_lie_below_every_layer() {
 }
 
 #[test]
-fn every_duration_is_written_as_people_write_it() {
-    let text = include_str!("../raw.rs");
+fn every_duration_has_the_human_readable_format() {
+    let text = include_str!("raw.rs");
     let lines: Vec<_> = text.lines().map(str::trim).collect();
     let durations = lines.windows(2).filter(|pair| pair[1].ends_with(": Duration,"));
     let durations: Vec<_> = durations.collect();
@@ -58,7 +60,7 @@ fn unknown_keys_are_refused_by_name() {
 }
 
 #[test]
-fn all_problems_come_together() {
+fn all_problems_are_reported_together() {
     let text = "[broker]\nurl = \"http://x\"\nnamespace = \"a b\"\n[worker]\nconcurrency = 0\n";
     let (_file, sources) = file(text);
     let raw = RawConfig::read(&sources, environment(&[])).unwrap();
@@ -67,7 +69,7 @@ fn all_problems_come_together() {
 }
 
 #[test]
-fn commas_are_no_url_and_no_patience_is_no_limit() {
+fn blank_urls_and_a_zero_consumer_timeout_are_refused() {
     let (_file, sources) = file("[broker]\nurl = \" , \"\nconsumer_timeout = \"0s\"\n");
     let raw = RawConfig::read(&sources, environment(&[])).unwrap();
     let problems = raw.check().unwrap_err().problems;
@@ -96,9 +98,9 @@ fn text_in_place_of_a_section_is_refused_and_not_replaced_by_a_later_layer() {
     assert!(error.contains("broker: ") && !error.contains("s3cret"), "{error}");
 }
 
-/// What the configuration library would quietly make something else of.
+/// The configuration library alone would convert each of these values.
 #[test]
-fn values_are_read_as_they_were_written_or_refused() {
+fn values_are_read_as_written_or_refused() {
     let env = environment(&[
         ("GARENNE__BROKER__NAMESPACE", "0042"),
         ("GARENNE__WORKER__NAME", "1.10"),
@@ -137,7 +139,7 @@ fn values_are_read_as_they_were_written_or_refused() {
 }
 
 #[test]
-fn no_limit_is_zero() {
+fn limits_of_zero_are_refused() {
     for key in [
         "broker.connect_timeout",
         "broker.publish_timeout",
