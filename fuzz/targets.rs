@@ -1,9 +1,9 @@
-//! What is fuzzed: one function per decoder. A panic is a finding; what else must hold is asserted.
+//! The fuzz targets, one function per decoder. A panic is a finding; other invariants are asserted.
 //!
-//! The programs in `fuzz_targets/` call these under libFuzzer, and the tests (`tests/src/fuzz.rs`) on the
-//! corpus and on mutations of it, so that what was found once stays found without a nightly compiler.
-//! A target that decodes a whole message takes two bytes that say how long its content header is, that
-//! header, and the body.
+//! The programs in `fuzz_targets/` run them under libFuzzer. The tests (`tests/src/fuzz.rs`) run
+//! them on the corpus and on mutations of it, which needs no nightly compiler. The input of a
+//! target that decodes a whole message is the length of the content header in two bytes, the
+//! content header, and the body.
 
 use std::fmt::Debug;
 
@@ -15,10 +15,10 @@ use garenne_common::wire::{
 };
 use garenne_common::{DeadReason, QueueName};
 
-/// A target: bytes that must not make it panic.
+/// A target, which must not panic on any bytes.
 pub(crate) type Target = fn(&[u8]);
 
-/// Every target and its name; the name is also its directory in `corpus/`.
+/// Every target by name; the name is also that of its directory in `corpus/`.
 pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("properties", properties),
     ("task", task_message),
@@ -28,22 +28,22 @@ pub(crate) const TARGETS: &[(&str, Target)] = &[
     ("reports_bincode", reports_bincode),
     ("reports_json", reports_json),
     ("notice", notice),
-    ("question", question),
-    ("answer", answer),
+    ("query", query),
+    ("response", response),
     ("payload", payload),
     ("envelope", envelope),
 ];
 
 const HEADER_FRAME: u8 = 2;
 
-/// The message of such bytes, screened and parsed as on its way from the broker.
+/// The message in an input, screened and parsed like one from the broker.
 fn message(bytes: &[u8]) -> Option<Message> {
     let (length, bytes) = bytes.split_first_chunk::<2>()?;
     let (header, body) = bytes.split_at_checked(u16::from_be_bytes(*length).into())?;
     let mut header = header.to_vec();
-    let sound = frames::screen(HEADER_FRAME, &mut header);
+    let followed = frames::screen(HEADER_FRAME, &mut header);
     let message = parse_message(&header, body.to_vec());
-    assert!(message.is_some() || !sound, "what was screened to its end can be parsed");
+    assert!(message.is_some() || !followed, "a header that was screened to its end can be parsed");
     message
 }
 
@@ -53,12 +53,12 @@ fn of_body(body: &[u8], content_type: &str) -> Message {
     Message { properties, headers: vec![], body: body.to_vec().into() }
 }
 
-/// Compares by text: a header may be NaN, which is not equal to itself.
+/// Compares the debug text of two values, since a header may be NaN, which is not equal to itself.
 fn same(one: &impl Debug, other: &impl Debug) {
     assert_eq!(format!("{one:?}"), format!("{other:?}"));
 }
 
-/// Screening alone, and that the client library parses what was screened.
+/// Screening, and that the client library parses screened headers.
 pub(crate) fn properties(bytes: &[u8]) {
     if let Some((kind, frame)) = bytes.split_first() {
         frames::screen(*kind, &mut frame.to_vec());
@@ -66,14 +66,14 @@ pub(crate) fn properties(bytes: &[u8]) {
     message(bytes);
 }
 
-/// A task: what is accepted reads the same after it was written again.
+/// A task: what is accepted can be encoded and decoded again.
 pub(crate) fn task_message(bytes: &[u8]) {
     let Some(message) = message(bytes) else { return };
     let queue = QueueName::default();
     match task::decode(&message, &queue) {
         Ok(Some(task)) => {
             let again = task::decode(&task::encode(&task, "fuzz"), &queue);
-            // A policy's spans and moments go no further than AMQP's signed numbers.
+            // Times are not compared: AMQP's integers are signed, so large ones are reduced.
             assert!(matches!(again, Ok(Some(again)) if again.id == task.id));
             task.options.retry.delay_after(task.attempt, 1.0);
         }
@@ -90,18 +90,19 @@ pub(crate) fn task_message(bytes: &[u8]) {
     }
 }
 
-/// A bundle of tasks: what is accepted reads the same after it was written again, together and apart.
+/// A bundle of tasks: what is accepted can be encoded and decoded again, together and as single
+/// tasks.
 pub(crate) fn task_bundle(bytes: &[u8]) {
     let (message, queue) = (of_body(bytes, "application/x-garenne-tasks"), QueueName::default());
     let Ok(tasks) = bundle::decode(&message, &queue) else { return };
-    let Ok(again) = bundle::encode(&tasks, "fuzz") else { panic!("what was read can be written") };
+    let Ok(again) = bundle::encode(&tasks, "fuzz") else { panic!("decoded tasks can be encoded") };
     assert_eq!(bundle::decode(&again, &queue).as_ref(), Ok(&tasks));
     assert!(
         matches!(bundle::singles(&message, &queue), Ok(singles) if singles.len() == tasks.len())
     );
 }
 
-/// A dead letter: nothing is refused, and it reads the same after it was written again.
+/// A dead letter: nothing is refused, and the letter survives a round trip.
 pub(crate) fn dead_letter(bytes: &[u8]) {
     let Some(message) = message(bytes) else { return };
     let letter = DeadLetter::decode(&message);
@@ -113,7 +114,7 @@ pub(crate) fn dead_letter(bytes: &[u8]) {
     }
 }
 
-/// A task under a lease, handed over whole.
+/// A lease.
 pub(crate) fn lease(bytes: &[u8]) {
     let Some(message) = message(bytes) else { return };
     let Ok(lease) = Lease::decode(&message) else { return };
@@ -121,12 +122,12 @@ pub(crate) fn lease(bytes: &[u8]) {
     assert_eq!(again, Ok((lease.id, lease.fence.execution)));
 }
 
-/// A bundle of reports as workers send it; the version byte counts.
+/// A bundle of reports in bincode, including the version byte.
 pub(crate) fn reports_bincode(bytes: &[u8]) {
     reports(&of_body(bytes, "application/x-garenne-reports"));
 }
 
-/// A bundle of reports as other languages send it.
+/// A bundle of reports in JSON.
 pub(crate) fn reports_json(bytes: &[u8]) {
     reports(&of_body(bytes, "application/json"));
 }
@@ -153,19 +154,19 @@ pub(crate) fn notice(bytes: &[u8]) {
     same(&Notice::decode(&notice.encode("fuzz")), &Ok::<_, ()>(notice));
 }
 
-/// A question to the collector.
-pub(crate) fn question(bytes: &[u8]) {
-    let Ok(question) = Query::decode(&of_body(bytes, "application/json")) else { return };
-    same(&Query::decode(&question.encode("r", "c", 1)), &Ok::<_, ()>(question));
+/// A query to the collector.
+pub(crate) fn query(bytes: &[u8]) {
+    let Ok(query) = Query::decode(&of_body(bytes, "application/json")) else { return };
+    same(&Query::decode(&query.encode("r", "c", 1)), &Ok::<_, ()>(query));
 }
 
-/// An answer of the collector.
-pub(crate) fn answer(bytes: &[u8]) {
-    let Ok(answer) = Response::decode(&of_body(bytes, "application/json")) else { return };
-    same(&Response::decode(&answer.encode("c")), &Ok::<_, ()>(answer));
+/// A response of the collector.
+pub(crate) fn response(bytes: &[u8]) {
+    let Ok(response) = Response::decode(&of_body(bytes, "application/json")) else { return };
+    same(&Response::decode(&response.encode("c")), &Ok::<_, ()>(response));
 }
 
-/// Arguments and outputs; the first byte chooses the codec.
+/// Arguments and outputs; the first byte selects the codec.
 pub(crate) fn payload(bytes: &[u8]) {
     let Some((codec, bytes)) = bytes.split_first() else { return };
     let codec = if codec % 2 == 0 { Codec::Json } else { Codec::Bincode };
@@ -177,7 +178,7 @@ pub(crate) fn payload(bytes: &[u8]) {
     drop(serde_json::to_string(&payload));
 }
 
-/// A dead letter's message as the store keeps it.
+/// The message of a dead letter as the store keeps it.
 pub(crate) fn envelope(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let Ok(message) = open_envelope(text, some_body()) else { return };

@@ -1,6 +1,6 @@
-//! What writing and reading of messages costs: one task, bundles of tasks, bundles of reports.
+//! Measures encoding and decoding of messages: one task, bundles of tasks, bundles of reports.
 //!
-//! Without a broker: how many of them travel per second is the question of `garenne bench`.
+//! Without a broker; `garenne bench` measures the throughput of the whole system.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark fails as a test does")]
 
@@ -12,7 +12,7 @@ use garenne_common::{
     BatchId, Options, QueueName, Status, TaskId, TaskMessage, TaskName, TaskResult, Timestamp,
 };
 
-/// As many results as a worker puts into one bundle; tasks too, to compare.
+/// Size of the bundles: as many results as a worker sends in one, and as many tasks for comparison.
 const BUNDLE: usize = 500;
 
 fn one_task(batch: &BatchId) -> TaskMessage {

@@ -1,4 +1,4 @@
-//! libFuzzer's way into `targets::envelope`.
+//! Runs `targets::envelope` under libFuzzer.
 #![no_main]
 
 #[allow(dead_code, reason = "each program has one of the targets")]

@@ -1,4 +1,4 @@
-//! libFuzzer's way into `targets::reports_json`.
+//! Runs `targets::reports_json` under libFuzzer.
 #![no_main]
 
 #[allow(dead_code, reason = "each program has one of the targets")]

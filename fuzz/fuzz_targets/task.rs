@@ -1,4 +1,4 @@
-//! libFuzzer's way into `targets::task_message`.
+//! Runs `targets::task_message` under libFuzzer.
 #![no_main]
 
 #[allow(dead_code, reason = "each program has one of the targets")]

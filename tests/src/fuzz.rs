@@ -150,10 +150,10 @@ fn giants() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("reports_json", "half a million zeros", output.into_bytes()),
         ("reports_json", "many reports", sealed.into_bytes()),
         ("reports_json", "more than may be looked into", vec![b'['; most]),
-        ("question", "a quarter of a million ids", ids.into_bytes()),
-        ("question", "deep", deep.into_bytes()),
+        ("query", "a quarter of a million ids", ids.into_bytes()),
+        ("query", "deep", deep.into_bytes()),
         ("notice", "more than may be looked into", vec![b'{'; most]),
-        ("answer", "deep", vec![b'['; most]),
+        ("response", "deep", vec![b'['; most]),
         ("envelope", "fifty thousand headers", headers.into_bytes()),
     ]
 }

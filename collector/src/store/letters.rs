@@ -2,8 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use garenne_common::wire::depth::showable_payload;
-use garenne_common::wire::{DeadLetter, DeadSummary, LetterMessage, LetterState};
+use garenne_common::wire::{DeadLetter, DeadSummary, LetterMessage, LetterState, Payload};
 use garenne_common::{BatchId, DeadReason, TaskId, Timestamp};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -29,7 +28,7 @@ pub(super) fn one(connection: &Connection, id: &TaskId) -> Result<Option<DeadSum
     let mut letter = select.query_row(params![SHOWN_BODY_BYTES, id.as_str()], read).optional()?;
     if let Some(letter) = &mut letter {
         let text = letter.message.as_ref().and_then(|message| message.body_text.as_deref());
-        letter.args = text.and_then(|text| showable_payload(text.as_bytes()));
+        letter.args = text.and_then(|text| Payload::of_showable_json(text.as_bytes()));
     }
     Ok(letter)
 }
@@ -136,7 +135,7 @@ pub(super) fn summary(row: &Row<'_>, whole: bool) -> rusqlite::Result<DeadSummar
         by: row.get(5)?,
         at: time(row, 6)?,
         body_bytes: to_count(row.get(7)?),
-        args: body.filter(|_| !whole).and_then(|body| showable_payload(&body)),
+        args: body.filter(|_| !whole).and_then(|body| Payload::of_showable_json(&body)),
         batch: batch.and_then(|batch| BatchId::new(&batch).ok()),
         state: state_of(row.get(9)?, replayed_as.is_some()),
         started_at: maybe_time(row, 10)?,

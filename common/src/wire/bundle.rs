@@ -1,10 +1,10 @@
 //! Task bundles: many tasks of one queue, priority and due time in one message.
 //!
-//! A message costs the broker far more than a task costs us, so whoever submits many tasks sends them
-//! together (docs/decisions/0017). A bundle is nothing but their way to a worker: each task in it keeps
-//! its own id, options, result and end, and any of them can leave the bundle as a message of its own
-//! ([`singles`]). What tasks have in common stands once, in a list of heads; the arguments stand
-//! together at the end, so that they are sliced and not copied.
+//! A message costs the broker far more than a task costs the worker, so producers send many tasks
+//! together (docs/decisions/0017). A bundle only transports them to a worker: each task has its own
+//! id, options and result, and can leave the bundle as a message of its own ([`singles`]). Fields
+//! that tasks have in common are written once, in a list of heads. The arguments follow at the end,
+//! so that they are sliced and not copied.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +13,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use super::codec::{Codec, CodecError, Payload, append_bincode, from_bincode_prefix};
+use super::malformed::{MAX_BODY_BYTES, Malformed, within};
 use super::message::{HeaderValue, Message, Properties};
-use super::{MAX_BODY_BYTES, Malformed, headers, task, within};
+use super::{headers, task};
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::retry::RetryPolicy;
 use crate::task::{Options, ReplyFormat, ReplyTo, TaskMessage};
@@ -22,18 +23,19 @@ use crate::timestamp::Timestamp;
 
 /// AMQP `type` of a bundle of tasks. No task can have this name.
 pub const BUNDLE_KIND: &str = "garenne.tasks";
-/// No bundle of more tasks than this is taken.
+/// Most tasks in a bundle.
 pub const MAX_TASKS: usize = 1_000;
-/// What tasks have in common may be so long, as AMQP's short strings are.
+/// Longest text in a head, in bytes; the same limit as for AMQP's short strings.
 pub const MAX_TEXT_BYTES: usize = 255;
-/// How many heads are compared with a task before it gets one of its own.
-const HEADS_LOOKED_AT: usize = 8;
+/// Number of heads that are compared with a task before it gets one of its own.
+const COMPARED_HEADS: usize = 8;
 const CONTENT_TYPE: &str = "application/x-garenne-tasks";
 const VERSION_1: u8 = 1;
 
-/// Writes tasks as one message. They go to one queue, together, and are due together, at their first
-/// attempt; at most [`MAX_TASKS`], and not too large for a message, which the caller sees to by
-/// [`weight`].
+/// Encodes tasks as one message. `app_id` is the name of the publishing process.
+///
+/// The caller passes tasks of one queue, priority and due time, at their first attempt, at most
+/// [`MAX_TASKS`], and few enough for a message by their [`weight`].
 pub fn encode<'a>(
     tasks: impl IntoIterator<Item = &'a TaskMessage>,
     app_id: &str,
@@ -43,10 +45,11 @@ pub fn encode<'a>(
     let mut members = Vec::with_capacity(tasks.len() * 64);
     let mut args_bytes = 0;
     for task in &tasks {
-        // Mostly the last one. Looked for among few, because tasks with a trace each have a head each.
-        let far = heads.len().saturating_sub(HEADS_LOOKED_AT);
-        let near = heads[far..].iter().rposition(|head| have_one_head(head, task));
-        let head = near.map_or(heads.len(), |near| far + near);
+        // Usually the last one. Only a few are compared, because tasks with a trace context each
+        // have a head of their own, and there may be as many heads as tasks.
+        let first = heads.len().saturating_sub(COMPARED_HEADS);
+        let found = heads[first..].iter().rposition(|head| share_a_head(head, task));
+        let head = found.map_or(heads.len(), |place| first + place);
         if head == heads.len() {
             heads.push(task);
         }
@@ -72,7 +75,7 @@ pub fn encode<'a>(
         priority: first.and_then(|task| task.options.priority),
         ..Properties::default()
     };
-    // For people: the management UI counts messages.
+    // For people: the management UI counts messages and not tasks.
     let count = HeaderValue::Int(i64::try_from(tasks.len()).unwrap_or(i64::MAX));
     let mut headers = vec![(headers::TASKS.into(), count)];
     if tasks.iter().any(|task| task.fingerprint.is_some()) {
@@ -81,15 +84,15 @@ pub fn encode<'a>(
     Ok(Message { properties, headers, body: body.into() })
 }
 
-/// Whether a message is a bundle of tasks; a cheap look, without decoding.
+/// Whether a message is a bundle of tasks, by its `type`.
 pub fn is_one(message: &Message) -> bool {
     message.properties.kind.as_deref() == Some(BUNDLE_KIND)
 }
 
-/// Reads a bundle that came through `queue`.
+/// Decodes a bundle that was delivered from `queue`.
 ///
-/// It is sound as a whole or malformed as a whole: of what cannot be read nobody knows where one task
-/// ends. JSON arguments are not looked into here, see [`task::check_args`].
+/// A bundle is malformed as a whole, since the boundaries of tasks cannot be found in invalid
+/// bytes. JSON arguments are not checked here; see [`task::check_args`].
 pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, Malformed> {
     within("a bundle of tasks", &message.body, MAX_BODY_BYTES)?;
     headers::check(message)?;
@@ -97,15 +100,17 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, 
     match from.byte() {
         Some(VERSION_1) => {}
         Some(version) => {
-            return Err(Malformed::new(format_args!("a bundle of tasks of version {version}")));
+            return Err(Malformed::new(format_args!(
+                "bundle of tasks of unknown version {version}"
+            )));
         }
         None => return Err(Malformed::new("an empty bundle of tasks")),
     }
     let (heads, count): (usize, usize) = from.next()?;
-    // Before anything is made room for: each head is some task's.
+    // Checked before memory is reserved. Every head belongs to at least one task.
     if !(1..=MAX_TASKS).contains(&count) || !(1..=count).contains(&heads) {
         return Err(Malformed::new(format_args!(
-            "a bundle of {count} tasks with {heads} heads; it can be 1 to {MAX_TASKS} tasks"
+            "a bundle of {count} tasks with {heads} heads; 1 to {MAX_TASKS} tasks are allowed"
         )));
     }
     let priority = message.properties.priority;
@@ -119,10 +124,10 @@ pub fn decode(message: &Message, queue: &QueueName) -> Result<Vec<TaskMessage>, 
         read_fingerprints(message, &mut tasks)?;
         return Ok(tasks);
     }
-    Err(Malformed::new(format_args!("a bundle of tasks with {} bytes too many", args.len())))
+    Err(Malformed::new(format_args!("a bundle of tasks with {} trailing bytes", args.len())))
 }
 
-/// A header, since the format of the body has no room for them.
+/// The fingerprints as the text of a header, since the layout of the body has no field for them.
 fn fingerprints_of(tasks: &[&TaskMessage]) -> String {
     let text = |task: &&TaskMessage| task.fingerprint.map_or(String::new(), |it| it.to_string());
     tasks.iter().map(text).collect::<Vec<_>>().join(",")
@@ -142,24 +147,25 @@ fn read_fingerprints(message: &Message, tasks: &mut [TaskMessage]) -> Result<(),
     }
 }
 
-/// The tasks of a bundle as messages of their own, under their old ids.
+/// The tasks of a bundle as messages of their own, under the same ids.
 pub fn singles(message: &Message, queue: &QueueName) -> Result<Vec<Message>, Malformed> {
     let app_id = message.properties.app_id.as_deref().unwrap_or_default();
     Ok(decode(message, queue)?.iter().map(|member| task::encode(member, app_id)).collect())
 }
 
-/// Marks a bundle as rebalanced by a worker that could not run it soon, so that the next one keeps it.
+/// Marks a bundle that a worker gives back because it cannot start it soon, so that the next worker
+/// keeps it.
 pub fn mark_handed_on(message: &mut Message) {
     message.set_header(headers::HANDED_ON, HeaderValue::Bool(true));
 }
 
-/// Whether a bundle, or a part of it, was rebalanced before.
+/// Whether a bundle, or a part of it, was given back by a worker before.
 pub fn is_handed_on(message: &Message) -> bool {
     message.header(headers::HANDED_ON) == Some(&HeaderValue::Bool(true))
 }
 
-/// How many bytes a task adds to a bundle, roughly; what it may have in common with others is counted
-/// only if it has a trace of its own, with which it has nothing in common.
+/// Size of a task in a bundle, in bytes: approximate. Its head is counted only if it has a trace
+/// context, with which it shares its head with no other task.
 pub fn weight(task: &TaskMessage) -> usize {
     let head = task.traceparent.as_ref().map_or(0, |parent| {
         let batch = task.batch.as_ref().map_or(0, |batch| batch.as_str().len());
@@ -169,8 +175,8 @@ pub fn weight(task: &TaskMessage) -> usize {
     task.args.bytes.len() + task.id.as_str().len() + head + 32
 }
 
-/// What tasks have in common that were submitted alike. The queue is the bundle's routing key and the
-/// priority its property.
+/// The fields that similar tasks have in common. The queue is the routing key of the bundle, and
+/// the priority is a property of it.
 #[derive(Serialize, Deserialize)]
 struct HeadV1<'a> {
     name: &'a str,
@@ -198,18 +204,18 @@ struct RetryV1 {
     max_ms: u64,
 }
 
-/// What each task has of its own.
+/// The fields that each task has of its own.
 #[derive(Serialize, Deserialize)]
 struct MemberV1<'a> {
     head: usize,
     id: &'a str,
-    /// How many bytes of the arguments behind the list are its own.
+    /// Length of its arguments, in bytes.
     args: usize,
     submitted_at: Option<u64>,
     expires_at: Option<u64>,
 }
 
-fn have_one_head(one: &TaskMessage, other: &TaskMessage) -> bool {
+fn share_a_head(one: &TaskMessage, other: &TaskMessage) -> bool {
     let (a, b) = (&one.options, &other.options);
     one.name == other.name
         && one.args.codec == other.args.codec
@@ -246,7 +252,7 @@ impl<'a> From<&'a TaskMessage> for HeadV1<'a> {
     }
 }
 
-/// A head as a bundle's tasks are made of it.
+/// A decoded head, validated once for all its tasks.
 struct TaskHead {
     name: TaskName,
     codec: Codec,
@@ -266,7 +272,7 @@ impl HeadV1<'_> {
                 factor: retry.factor,
                 max: Duration::from_millis(retry.max_ms),
             },
-            Some(_) => return Err(Malformed::new("a retry factor that is no number")),
+            Some(_) => return Err(Malformed::new("a retry factor that is not finite")),
         };
         check_length("traceparent", self.traceparent)?;
         Ok(TaskHead {
@@ -301,7 +307,7 @@ impl ReplyV1<'_> {
     }
 }
 
-/// Every task that leaves the bundle gets a copy of it.
+/// Limits text in a head, of which every task that leaves the bundle gets a copy.
 fn check_length(name: &str, text: Option<&str>) -> Result<(), Malformed> {
     match text.filter(|text| text.len() > MAX_TEXT_BYTES) {
         None => Ok(()),
@@ -349,7 +355,7 @@ impl<'a> MemberV1<'a> {
     }
 }
 
-/// What of a body is not read yet.
+/// The part of a body that is not decoded yet.
 struct Cursor<'a> {
     rest: &'a [u8],
 }

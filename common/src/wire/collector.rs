@@ -1,97 +1,70 @@
-//! What a collector says of itself every few seconds, as JSON on the fanout exchange `heartbeats`.
+//! Heartbeats of collectors: JSON on the fanout exchange `heartbeats`, every few seconds.
 //!
-//! Best effort, like a worker's ([`super::heartbeat`]). Collectors know each other's stores by it, and
-//! `garenne doctor` what is stuck in them.
+//! Best effort, like those of workers ([`super::heartbeat`]). By them collectors learn of each
+//! other's stores, and `garenne doctor` of their problems.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::message::{Message, Properties};
-use super::{Codec, Malformed};
+use super::malformed::Malformed;
+use super::message::Message;
+use super::versioned;
 use crate::health::Problem;
 use crate::timestamp::Timestamp;
 
-/// AMQP's `type` of a collector's heartbeat.
+/// AMQP `type` of a collector's heartbeat.
 pub const COLLECTOR_KIND: &str = "garenne.collector";
-const VERSION: u32 = 1;
-/// A collector has few things to say.
+/// Largest heartbeat, in bytes.
 const MAX_BYTES: usize = 64 * 1024;
-/// No collector is believed to be alive for longer than three of these.
+/// The longest period that is believed, in milliseconds.
 const LONGEST_PERIOD_MS: u32 = 60_000;
 
 /// One heartbeat of a collector.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CollectorHeartbeat {
-    /// How the process signs itself.
+    /// The name of the collector.
     pub collector: String,
-    /// The version of Garenne it was built from.
+    /// The version of Garenne that the collector was built from.
     pub version: String,
-    /// The id of its store; several collectors may share one.
+    /// The id of its store. Several collectors may share a store.
     pub store: String,
-    /// When that store was made.
+    /// When that store was created.
     pub store_created: Timestamp,
-    /// Whether it takes results; not while it stands back for an older store.
+    /// Whether the collector consumes results. It does not while it yields to an older store.
     pub consuming: bool,
-    /// Deliveries that it has taken and not committed.
+    /// Number of deliveries that it has received and not committed.
     pub uncommitted: u64,
-    /// What keeps it from doing its work; empty if it is healthy.
+    /// The current problems of the collector; empty if it is healthy.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
-    /// After how many milliseconds the next one follows.
+    /// Time until the next heartbeat, in milliseconds.
     pub every_ms: u32,
-    /// When it was written.
+    /// When the heartbeat was written, by the collector's clock.
     pub at: Timestamp,
 }
 
-#[derive(Serialize)]
-struct CollectorHeartbeatBody<'a> {
-    v: u32,
-    #[serde(flatten)]
-    heartbeat: &'a CollectorHeartbeat,
-}
-
-#[derive(Deserialize)]
-struct CollectorHeartbeatVersion {
-    v: u32,
-}
-
 impl CollectorHeartbeat {
-    /// Whether a message says that it is one.
+    /// Whether a message is a collector's heartbeat, by its `type`.
     pub fn is_one(message: &Message) -> bool {
         message.properties.kind.as_deref() == Some(COLLECTOR_KIND)
     }
 
-    /// How long after it the collector still counts as alive: three more could have come.
+    /// How long after this heartbeat the collector counts as alive: three periods, of at most a
+    /// minute each, and one second.
     pub fn holds_for(&self) -> Duration {
         let every = self.every_ms.min(LONGEST_PERIOD_MS);
         Duration::from_millis(u64::from(every)) * 3 + Duration::from_secs(1)
     }
 
-    /// Writes it.
+    /// Encodes the heartbeat.
     pub fn encode(&self) -> Message {
-        let body = serde_json::to_vec(&CollectorHeartbeatBody { v: VERSION, heartbeat: self });
-        let properties = Properties {
-            content_type: Some(Codec::Json.content_type().to_owned()),
-            kind: Some(COLLECTOR_KIND.to_owned()),
-            app_id: Some(self.collector.clone()),
-            ..Properties::default()
-        };
-        // Plain data always encodes.
-        Message { properties, headers: vec![], body: body.unwrap_or_default().into() }
+        versioned::encode(self, COLLECTOR_KIND, &self.collector)
     }
 
-    /// Reads one.
+    /// Decodes a heartbeat. Fails on another version and on more than 64 KiB.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
-        if message.body.len() > MAX_BYTES {
-            return Err(Malformed::new(format_args!("{} bytes of heartbeat", message.body.len())));
-        }
-        let CollectorHeartbeatVersion { v } =
-            serde_json::from_slice(&message.body).map_err(Malformed::new)?;
-        if v != VERSION {
-            return Err(Malformed::new(format_args!("a collector's heartbeat of version {v}")));
-        }
-        serde_json::from_slice(&message.body).map_err(Malformed::new)
+        versioned::decode(message, "a collector's heartbeat", MAX_BYTES)
     }
 }
 
@@ -114,9 +87,9 @@ mod tests {
         }
     }
 
-    /// The golden sample of version 1; docs/protocol.md shows it.
+    /// The sample of docs/protocol.md.
     #[test]
-    fn version_1_looks_like_this() {
+    fn version_1_has_the_documented_bytes() {
         let message = heartbeat().encode();
         let golden = r#"{"v":1,"collector":"host:9","version":"0.1.0","store":"0b0e9c5c-4a77-4f0e-8c3e-0d5a6f1b2c3d","store_created":"1970-01-01T00:00:01Z","consuming":true,"uncommitted":12,"every_ms":2000,"at":"1970-01-01T00:00:02Z"}"#;
         assert_eq!(std::str::from_utf8(&message.body).unwrap(), golden);
@@ -125,21 +98,21 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_number() {
+    fn an_unknown_version_is_refused() {
         let message = Message { body: r#"{"v":2}"#.into(), ..Message::default() };
-        let expected = Malformed("a collector's heartbeat of version 2".to_owned());
+        let expected = Malformed("a collector's heartbeat of unknown version 2".to_owned());
         assert_eq!(CollectorHeartbeat::decode(&message), Err(expected));
     }
 
     #[test]
-    fn nobody_is_believed_to_be_alive_for_days() {
+    fn a_long_period_does_not_keep_a_collector_alive_for_days() {
         let long = CollectorHeartbeat { every_ms: u32::MAX, ..heartbeat() };
         assert_eq!(long.holds_for(), Duration::from_secs(181));
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_the_decoder_panic(body in any::<Vec<u8>>()) {
+        fn the_decoder_does_not_panic_on_any_bytes(body in any::<Vec<u8>>()) {
             drop(CollectorHeartbeat::decode(&Message { body: body.into(), ..Message::default() }));
         }
     }

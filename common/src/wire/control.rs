@@ -1,48 +1,49 @@
-//! What all workers must hear: cancel requests, as JSON on the topic exchange `control`.
+//! Control messages: cancel requests for all workers, as JSON on the topic exchange `control`.
 //!
-//! Best effort: nobody may be listening, and whoever was away asks the collector for what it missed
-//! ([`super::Query::Cancels`]). The cancel request itself lies in the collector's store.
+//! Best effort: a broadcast reaches only workers that are connected; others query the collector for
+//! what they have missed ([`super::Query::Cancels`]). The collector's store keeps the requests.
 
 use serde::{Deserialize, Serialize};
 
+use super::codec::Codec;
+use super::malformed::{Malformed, within};
 use super::message::{Message, Properties};
-use super::{Codec, Malformed};
 use crate::names::{BatchId, TaskId};
 
-/// AMQP's `type` of a control message.
+/// AMQP `type` of a control message.
 pub const CONTROL_KIND: &str = "garenne.control";
 /// The routing key of cancel requests.
 pub const CANCEL_KEY: &str = "cancel";
 const VERSION: u32 = 1;
-/// Nothing that is said here is longer.
+/// Largest control message, in bytes.
 const MAX_CONTROL_BYTES: usize = 4 * 1024 * 1024;
 
-/// What is to be cancelled.
+/// The subject of a cancel request.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CancelTarget {
     /// One task.
     Task(TaskId),
-    /// All tasks of a batch, those included that are submitted later.
+    /// All tasks of a batch, including those that are submitted later.
     Batch(BatchId),
 }
 
 /// A cancel request that the collector keeps until it has taken effect.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CancelRequest {
-    /// Its place in the collector's list; later cancel requests have higher numbers.
+    /// Sequence number in the collector's list; later requests have higher numbers.
     pub seq: u64,
-    /// What is to be cancelled.
+    /// The task or batch to cancel.
     #[serde(flatten)]
     pub target: CancelTarget,
-    /// Why; becomes the error text of what is cancelled.
+    /// Why; becomes the error text of the cancelled tasks.
     pub reason: String,
 }
 
 /// A control message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Control {
-    /// These cancel requests are new.
+    /// New cancel requests.
     Cancel(Vec<CancelRequest>),
 }
 
@@ -60,7 +61,7 @@ impl Control {
         }
     }
 
-    /// Writes it.
+    /// Encodes the message. `app_id` is the name of the publishing process.
     pub fn encode(&self, app_id: &str) -> Message {
         let Self::Cancel(requests) = self;
         let body = serde_json::to_vec(&ControlV1 { v: VERSION, cancel: requests.clone() });
@@ -70,20 +71,19 @@ impl Control {
             app_id: Some(app_id.to_owned()),
             ..Properties::default()
         };
-        // Plain data always encodes.
+        // Structs of text and numbers always encode.
         Message { properties, headers: vec![], body: body.unwrap_or_default().into() }
     }
 
-    /// Reads one.
+    /// Decodes a control message. Fails on another version and on more than 4 MiB.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
-        if message.body.len() > MAX_CONTROL_BYTES {
-            return Err(Malformed::new(format_args!("{} bytes of control", message.body.len())));
+        within("a control message", &message.body, MAX_CONTROL_BYTES)?;
+        let ControlV1 { v, cancel } =
+            serde_json::from_slice(&message.body).map_err(Malformed::new)?;
+        if v != VERSION {
+            return Err(Malformed::new(format_args!("a control message of unknown version {v}")));
         }
-        let read: ControlV1 = serde_json::from_slice(&message.body).map_err(Malformed::new)?;
-        if read.v != VERSION {
-            return Err(Malformed::new(format_args!("control of version {}", read.v)));
-        }
-        Ok(Self::Cancel(read.cancel))
+        Ok(Self::Cancel(cancel))
     }
 }
 
@@ -92,9 +92,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The golden sample of version 1; docs/protocol.md shows it.
+    /// The sample of docs/protocol.md.
     #[test]
-    fn version_1_looks_like_this() {
+    fn version_1_has_the_documented_bytes() {
         let control = Control::Cancel(vec![
             CancelRequest {
                 seq: 17,
@@ -114,15 +114,16 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_number() {
+    fn an_unknown_version_is_refused() {
         let message =
             Message { body: r#"{"v":2,"cancel":[]}"#.into(), ..Control::Cancel(vec![]).encode("") };
-        assert_eq!(Control::decode(&message), Err(Malformed("control of version 2".to_owned())));
+        let expected = Malformed("a control message of unknown version 2".to_owned());
+        assert_eq!(Control::decode(&message), Err(expected));
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_the_decoder_panic(body in any::<Vec<u8>>()) {
+        fn the_decoder_does_not_panic_on_any_bytes(body in any::<Vec<u8>>()) {
             drop(Control::decode(&Message { body: body.into(), ..Message::default() }));
         }
     }

@@ -1,34 +1,38 @@
-//! What a task message knows of the processes that died while they ran it.
+//! The record of processes that died while they ran a task, in headers of the task's message.
 //!
-//! The count and the log travel in headers of the task itself, so they reach whoever runs it next and
-//! are the evidence in the dead letter. They belong to the task, not to an attempt: a retry keeps them.
+//! The headers reach the worker that runs the task next, and are the evidence in its dead letter.
+//! They belong to the task and not to an attempt: a retry keeps them. This file reads and writes
+//! them; the worker decides what follows.
 
 use super::headers::{self, number, text};
+use super::malformed::Malformed;
 use super::message::{HeaderValue, Message};
-use super::{Malformed, lease, task};
+use super::{lease, task};
 use crate::timestamp::Timestamp;
 
-/// How much of the log is kept, newest lines last; headers share a frame with others.
+/// Largest crash log, in bytes. All headers share one frame.
 const MAX_LOG_BYTES: usize = 4_000;
 
-/// The crashes charged to a task, and who saw them.
+/// The crashes charged to a task.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CrashRecord {
     /// How often a process died while it ran this task and nothing else.
     pub count: u32,
-    /// One line for each, oldest first; the oldest go when there are too many.
+    /// One line for each crash (time, worker, signal or exit code), the oldest first. The oldest
+    /// lines are dropped when the log becomes too long.
     pub log: String,
 }
 
 impl CrashRecord {
-    /// What the headers of a task say.
+    /// Reads the record from the headers of a task. An absent header means no crash; counts above
+    /// [`u32::MAX`] count as that.
     pub fn read(message: &Message) -> Result<Self, Malformed> {
         let count = number(message, headers::CRASHES)?.unwrap_or_default();
         let log = text(message, headers::CRASH_LOG)?.unwrap_or_default().to_owned();
         Ok(Self { count: u32::try_from(count).unwrap_or(u32::MAX), log })
     }
 
-    /// One crash more: `how` the process of `worker` ended.
+    /// The record with one more crash; `how` describes the end of the process of `worker`.
     pub fn charged(mut self, at: Timestamp, worker: &str, how: &str) -> Self {
         self.count = self.count.saturating_add(1);
         let line = format!("{at} {worker}: {how}");
@@ -36,14 +40,14 @@ impl CrashRecord {
         while self.log.len() > MAX_LOG_BYTES {
             match self.log.split_once('\n') {
                 Some((_, newer)) => self.log = newer.into(),
-                // One line alone that long: a worker may have any name.
+                // A single line can be too long, since a worker may have any name.
                 None => self.log = self.log.chars().take(MAX_LOG_BYTES / 4).collect(),
             }
         }
         self
     }
 
-    /// The same message, and attempt, with this record, ready to be published again.
+    /// The same message, at the same attempt, with this record, ready to be published again.
     pub fn write(&self, message: &Message) -> Message {
         let mut message = task::for_republish(message);
         headers::clear_lapses(&mut message);
@@ -53,7 +57,8 @@ impl CrashRecord {
     }
 }
 
-/// Whether a message bears a mark of earlier deliveries, crashes or a lapsed lease; a cheap look, without decoding.
+/// Whether a message shows an earlier delivery, a crash or a lapsed lease. The message is not
+/// decoded.
 pub fn is_marked(message: &Message) -> bool {
     message.header(headers::CRASHES).is_some()
         || is_returned(message)
@@ -61,22 +66,22 @@ pub fn is_marked(message: &Message) -> bool {
         || deliveries(message) > 0
 }
 
-/// Marks a task that leaves a bundle which was delivered before, as the broker marks what it delivers
-/// again.
+/// Marks a task that was split from a redelivered bundle, since the broker's redelivery flag was on
+/// the bundle.
 pub fn mark_returned(message: &mut Message) {
     message.set_header(headers::RETURNED, HeaderValue::Bool(true));
 }
 
-/// Whether a task left a bundle that was delivered before.
+/// Whether a task was split from a redelivered bundle.
 pub fn is_returned(message: &Message) -> bool {
     message.header(headers::RETURNED) == Some(&HeaderValue::Bool(true))
 }
 
-/// How often the broker has delivered this very message before.
+/// How often the broker has delivered this message before.
 ///
-/// Up to RabbitMQ 4.2 this also counts deliveries that a worker has returned, from 4.3 on only those
-/// that came back with a lost connection. For decoded tasks: [`task::decode`] refuses a header of the
-/// wrong type, which counts as 0 here.
+/// Up to RabbitMQ 4.2 this also counts deliveries that a worker has returned, from 4.3 on only
+/// those that came back with a lost connection. For decoded tasks: [`task::decode`] refuses a
+/// header of the wrong type, which counts as 0 here.
 pub fn deliveries(message: &Message) -> u64 {
     number(message, headers::DELIVERY_COUNT).ok().flatten().unwrap_or_default()
 }
@@ -86,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_charge_travels_in_the_message_and_leaves_the_attempt_alone() {
+    fn a_charged_crash_is_written_to_the_message_and_keeps_the_attempt() {
         let mut message = Message::default();
         message.set_header(headers::ATTEMPT, HeaderValue::Int(2));
         message.set_header(headers::DELIVERY_COUNT, HeaderValue::Int(4));
@@ -103,12 +108,12 @@ mod tests {
             ["1970-01-01T00:00:00Z w1: signal SIGABRT", "1970-01-01T00:00:00Z w2: exit code 3"]
         );
         assert_eq!(message.header(headers::ATTEMPT), Some(&HeaderValue::Int(2)));
-        assert_eq!(deliveries(&message), 0, "a republished message starts afresh");
+        assert_eq!(deliveries(&message), 0, "the count starts at zero in a republished message");
         assert!(is_marked(&message));
     }
 
     #[test]
-    fn the_log_is_bounded_and_keeps_the_newest() {
+    fn the_log_is_bounded_and_keeps_the_newest_lines() {
         let at = Timestamp::from_millis(0);
         let record = (0..1_000).fold(CrashRecord::default(), |record, n| {
             record.charged(at, "worker", &format!("exit code {n}"))

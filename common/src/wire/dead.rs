@@ -1,35 +1,39 @@
-//! Dead letters: a message that was given up, kept whole, with the reason beside it in headers.
+//! Dead letters: messages that were given up, kept whole, with the reason in headers.
+//!
+//! Comes in: a message and why it was given up, or what arrived in the dead-letter queue. Goes out:
+//! the message to publish there, or the record for the store. Decoding never fails.
 
 use super::headers::{self, flag, number, text};
+use super::malformed::{MAX_HEADER_BYTES, Malformed};
 use super::message::{HeaderValue, Message, header_bytes};
-use super::{MAX_HEADER_BYTES, Malformed};
+use super::task;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
 use crate::timestamp::Timestamp;
 
-/// An error text in a header is cut to this many characters; headers share a frame of 128 KiB.
+/// Longest error text in a header, in characters. All headers share one frame.
 const MAX_ERROR_CHARS: usize = 4_000;
-/// What all headers begin with that tell of its fate.
-const FATE: &str = "x-garenne-dead-";
-/// Queues and signatures, too, are read from headers that anybody can write.
-const MAX_WORD_CHARS: usize = 255;
+/// Prefix of the headers that describe why a message was given up.
+const DEAD_PREFIX: &str = "x-garenne-dead-";
+/// Longest name of a queue or a process, in characters. Any client can write these headers.
+const MAX_NAME_CHARS: usize = 255;
 
 /// A message that was given up.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeadLetter {
-    /// The message as it was, but with an id if it had none.
+    /// The message as it was, with an id assigned if it had no valid one.
     pub message: Message,
-    /// Its id: the task's, or one made up for a message that had no valid one.
+    /// The id of the message.
     pub id: TaskId,
-    /// The short name of the queue it was meant for; foreign routing keys may be anything.
+    /// The short name of the queue that it was published to. Foreign routing keys may be any text.
     pub queue: String,
-    /// Why.
+    /// Why it was given up.
     pub reason: DeadReason,
-    /// The last error, in words.
+    /// The text of the last error.
     pub error: String,
-    /// Who gave it up.
+    /// The name of the process that gave it up.
     pub by: String,
-    /// When the last attempt started, if one did.
+    /// When the last attempt started, if there was one.
     pub started_at: Option<Timestamp>,
     /// When it was given up.
     pub at: Timestamp,
@@ -38,11 +42,11 @@ pub struct DeadLetter {
 }
 
 impl DeadLetter {
-    /// A dead letter made of `message`, given up now.
+    /// The dead letter of a message that is given up now.
     pub fn new(message: &Message, queue: &str, reason: DeadReason, error: &str, by: &str) -> Self {
-        let mut message = super::task::for_republish(message);
-        // An earlier fate, or a forged one, must not be read as part of this one.
-        message.headers.retain(|(name, _)| !name.starts_with(FATE));
+        let mut message = task::for_republish(message);
+        // Headers of an earlier dead letter, or forged ones, must not be read as part of this one.
+        message.headers.retain(|(name, _)| !name.starts_with(DEAD_PREFIX));
         drop_oversize_headers(&mut message);
         let id = message.properties.message_id.as_deref().map(TaskId::new);
         let id = id.and_then(Result::ok).unwrap_or_else(TaskId::generate);
@@ -50,17 +54,17 @@ impl DeadLetter {
         Self {
             message,
             id,
-            queue: queue.chars().take(MAX_WORD_CHARS).collect(),
+            queue: queue.chars().take(MAX_NAME_CHARS).collect(),
             reason,
             error: error.chars().take(MAX_ERROR_CHARS).collect(),
-            by: by.chars().take(MAX_WORD_CHARS).collect(),
+            by: by.chars().take(MAX_NAME_CHARS).collect(),
             started_at: None,
             at: Timestamp::now(),
             redelivered: false,
         }
     }
 
-    /// Writes it: the message, and its fate in headers.
+    /// Encodes the dead letter: the message, and the reason in headers.
     pub fn encode(&self) -> Message {
         let mut message = self.message.clone();
         let millis =
@@ -78,7 +82,7 @@ impl DeadLetter {
         message
     }
 
-    /// Whether a message says of itself that it was given up, wherever it arrives.
+    /// Whether a message is a dead letter of a worker, by the presence of its reason.
     pub fn is_one(message: &Message) -> bool {
         message.header(headers::DEAD_REASON).is_some()
     }
@@ -86,8 +90,8 @@ impl DeadLetter {
     /// Decodes what arrived in the dead-letter queue, published by a worker or dead-lettered by the
     /// broker.
     ///
-    /// Nothing is refused here, since a dead letter that is refused would have no place left to go. A
-    /// letter whose own headers (`x-garenne-dead-*`) have a wrong type or value gets the reason
+    /// Nothing is refused here, since a dead letter that is refused would have no place left to go.
+    /// A letter whose own headers (`x-garenne-dead-*`) have a wrong type or value gets the reason
     /// `malformed` and an error that names the header.
     pub fn decode(message: &Message) -> Self {
         if !Self::is_one(message) {
@@ -124,7 +128,8 @@ impl DeadLetter {
         Self::new(message, queue, DeadReason::Malformed, &error, by)
     }
 
-    /// The broker's account is in `x-last-death-*`: the queue's full name and why.
+    /// The broker's record is in `x-last-death-*`: the full name of the queue, and why. What cannot
+    /// be read there is left out.
     fn from_broker(message: &Message) -> Self {
         let why = text(message, headers::LAST_DEATH_REASON).ok().flatten().unwrap_or("unknown");
         let queue = text(message, headers::LAST_DEATH_QUEUE).ok().flatten().unwrap_or_default();
@@ -134,7 +139,7 @@ impl DeadLetter {
         Self::new(message, short, reason, &error, "rabbitmq")
     }
 
-    /// The task's final record, if this reason ends the task.
+    /// The final record of the task, if the reason of this letter ends the task.
     pub fn to_result(&self) -> Option<TaskResult> {
         if !self.reason.is_final() {
             return None;
@@ -142,12 +147,13 @@ impl DeadLetter {
         self.to_result_as(self.reason, &self.error)
     }
 
-    /// A final record with another reason, for a task that somebody ends.
+    /// The final record of the task with another reason and error, for a parked task that is ended.
     pub fn to_result_as(&self, reason: DeadReason, error: &str) -> Option<TaskResult> {
         self.record(Status::Failed, Some(reason), error)
     }
 
-    /// The task's final record, if it is cancelled while it lies here; its error text is the reason.
+    /// The final record of the task if it is cancelled while it is parked. The error text of the
+    /// letter becomes that of the record.
     pub fn to_cancelled(&self) -> Option<TaskResult> {
         self.record(Status::Cancelled, None, &self.error)
     }
@@ -160,11 +166,11 @@ impl DeadLetter {
     ) -> Option<TaskResult> {
         let name = self.message.properties.kind.as_deref().map(TaskName::new);
         let attempt = number(&self.message, headers::ATTEMPT).ok().flatten().unwrap_or(1);
-        // The message asks for this attempt; it was made only if it was started.
+        // The message has the number of the next attempt, which counts only if it was started.
         let attempt = if self.started_at.is_some() { attempt } else { attempt.saturating_sub(1) };
         Some(TaskResult {
             id: self.id.clone(),
-            // A message may be dead exactly because its name is none.
+            // An invalid name may be the very reason of the letter.
             name: name.and_then(Result::ok).or_else(|| TaskName::new("unknown").ok())?,
             queue: QueueName::new(&self.queue).unwrap_or_default(),
             batch: self.batch(),
@@ -177,25 +183,26 @@ impl DeadLetter {
             worker: self.by.as_str().into(),
             started_at: self.started_at.unwrap_or(self.at),
             finished_at: self.at,
-            // An invalid one counts as none: the letter may exist because of it.
-            fingerprint: super::task::fingerprint(&self.message).unwrap_or_default(),
+            // An invalid fingerprint, too, may be the reason of the letter.
+            fingerprint: task::fingerprint(&self.message).unwrap_or_default(),
         })
     }
 
-    /// The batch that its sender meant, if that can be read and its sender may add members to it.
+    /// The batch of the task, if its header is valid and its sender may add members to that batch.
     pub fn batch(&self) -> Option<BatchId> {
         let batch: Result<Option<&str>, Malformed> = text(&self.message, headers::BATCH);
         batch.ok().flatten().and_then(|id| BatchId::new(id).ok()?.membership())
     }
 }
 
-/// A message whose headers fill a frame could not carry its reason as well; the largest go.
+/// Drops the largest headers of a message until its reason fits into the same frame.
 fn drop_oversize_headers(message: &mut Message) {
     let mut bytes = message.header_bytes();
     if bytes <= MAX_HEADER_BYTES {
         return;
     }
-    // By size, once: a frame holds some ten thousand headers, too many to look for the largest each time.
+    // Sorted once: a frame holds about ten thousand headers, too many to search for each largest
+    // one.
     let sizes = message.headers.iter().map(|(name, value)| header_bytes(name, value));
     let mut sizes: Vec<_> = sizes.enumerate().collect();
     sizes.sort_unstable_by_key(|(place, size)| (std::cmp::Reverse(*size), *place));
@@ -226,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_letter_keeps_the_message_whole() {
+    fn a_dead_letter_keeps_the_whole_message() {
         let mut letter = DeadLetter::new(&message(), "cpu", DeadReason::Fatal, "no", "host:1");
         letter.started_at = Some(Timestamp::from_millis(7));
         letter.redelivered = true;
@@ -238,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_brokers_own_dead_letters_end_their_task_too() {
+    fn a_dead_letter_of_the_broker_ends_its_task() {
         let mut dropped = message();
         dropped.set_header("x-last-death-reason", HeaderValue::Text("delivery_limit".to_owned()));
         dropped.set_header("x-last-death-queue", HeaderValue::Text("g.tasks.cpu".to_owned()));
@@ -274,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_none_still_becomes_a_dead_letter() {
+    fn an_empty_message_still_becomes_a_dead_letter() {
         let letter = DeadLetter::decode(&Message::default());
         assert_eq!(letter.message.properties.message_id.as_deref(), Some(letter.id.as_str()));
         assert_eq!(letter.to_result().unwrap().name.as_str(), "unknown");
@@ -302,12 +309,12 @@ mod tests {
         let letter = DeadLetter::new(&message, "cpu", DeadReason::Malformed, "no", "w");
         assert!(letter.message.header_bytes() <= MAX_HEADER_BYTES);
         assert!(letter.message.headers.len() > 1_000);
-        // One removal after the other took seconds.
+        // Searching for the largest header again for each removal takes seconds.
         assert!(begun.elapsed() < std::time::Duration::from_millis(500), "{:?}", begun.elapsed());
     }
 
     #[test]
-    fn an_unknown_task_has_not_ended() {
+    fn an_unknown_task_has_no_final_record() {
         let letter = DeadLetter::new(&message(), "cpu", DeadReason::UnknownTask, "no", "w");
         assert_eq!(letter.to_result(), None);
     }

@@ -1,36 +1,31 @@
-//! How deeply JSON is nested. `serde_json` reads 128 levels, and whatever shows a stored value wraps it in
-//! some more, so arguments and outputs are held well below that.
+//! Limits how deeply JSON is nested.
+//!
+//! `serde_json` reads at most 128 levels, and whatever shows a stored value wraps it in a few more,
+//! so arguments and outputs are limited to fewer.
 
 use memchr::memchr2_iter;
 use serde_json::value::RawValue;
 
-use super::codec::{Codec, Payload};
-
-/// The deepest nesting of arguments and outputs: answers, lists and exports add less than ten levels.
+/// Deepest nesting of arguments and outputs, in levels. Responses, lists and exports add fewer than
+/// ten.
 pub const MAX_DEPTH: usize = 100;
 
-/// A payload of bytes that are JSON which every response can carry; `None` for anything else.
-pub fn showable_payload(json: &[u8]) -> Option<Payload> {
-    let bytes = json.to_vec().into();
-    is_showable(json).then_some(Payload { codec: Codec::Json, bytes })
-}
-
-/// Whether bytes are JSON that every response can carry. Numbers may be of any size, since their text
-/// is kept.
+/// Whether bytes are JSON that every response can carry. Numbers may be of any size, since their
+/// text is kept.
 pub fn is_showable(json: &[u8]) -> bool {
-    // A RawValue is read without recursion, so depth is looked at in what is known to be JSON.
+    // A RawValue is read without recursion, so the depth is measured in valid JSON.
     serde_json::from_slice::<&RawValue>(json).is_ok() && !is_too_deep(json)
 }
 
-/// Whether text that is JSON is nested more deeply than [`MAX_DEPTH`].
+/// Whether valid JSON text is nested more deeply than [`MAX_DEPTH`].
 pub fn is_too_deep(json: &[u8]) -> bool {
-    // To look for brackets is many times quicker than to follow the text, and most long arguments,
+    // Searching for brackets is many times faster than following the text, and most long arguments,
     // long strings above all, have few.
     memchr2_iter(b'[', b'{', json).nth(MAX_DEPTH).is_some() && deeper_than(json, MAX_DEPTH)
 }
 
-/// The value of bytes that are JSON which every response can carry; `None` for anything else, and for
-/// numbers outside the range of floats.
+/// The value of JSON that every response can carry; `None` for any other bytes, and for numbers
+/// outside the range of floats.
 pub fn showable(json: &[u8]) -> Option<serde_json::Value> {
     if is_showable(json) { serde_json::from_slice(json).ok() } else { None }
 }
@@ -69,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn the_limit_is_exact_and_text_does_not_count() {
+    fn the_limit_is_exact_and_brackets_in_strings_do_not_count() {
         assert!(!is_too_deep(&nested(MAX_DEPTH)) && is_too_deep(&nested(MAX_DEPTH + 1)));
         assert!(showable(&nested(MAX_DEPTH)).is_some());
         for depth in [MAX_DEPTH + 1, 126, 127, 128, 100_000] {
@@ -80,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_json_is_not_shown() {
+    fn invalid_json_is_not_shown() {
         assert_eq!(showable(b"[1,"), None);
         assert_eq!(showable(&[0xff]), None);
         assert!(!is_showable(b"[1,") && !is_showable(b"[1] 2"));

@@ -1,22 +1,24 @@
-//! Makes what a broker delivers safe to parse, in place and without a byte more or less.
+//! Makes AMQP frames from the broker safe to parse, in place and without changing their length.
 //!
-//! RabbitMQ passes on what foreign clients publish and looks at little of it. The client library
-//! takes it at its word: text that is no UTF-8 ends the connection, and headers nested ten thousand
-//! deep end the process, for its parser recurses without a limit. Both come again with the next
-//! delivery, so one message could stop every worker of a queue for good. Here such text gets a
-//! [`SUBSTITUTE`] for each wrong byte, which no checked name or id accepts, and what is nested too
-//! deep becomes a plain array of bytes; the message arrives, and is refused like any other.
+//! RabbitMQ passes most of what foreign clients publish through without validation. The client
+//! library trusts it: text that is not UTF-8 ends the connection, and headers nested ten thousand
+//! levels deep overflow the stack of the process, since its parser recurses without a limit. The
+//! broker redelivers such a message, so it could stop every worker of a queue. Here every invalid
+//! byte of text becomes a [`SUBSTITUTE`], which no validated name or id accepts, and values that
+//! are nested too deeply become byte arrays. The message is then parsed, and refused like any other
+//! malformed one.
 
-/// Stands for a byte that is not UTF-8: the control character that Unicode has for this.
+/// Replaces a byte that is not UTF-8: the control character SUB.
 pub const SUBSTITUTE: u8 = 0x1a;
 
-/// RabbitMQ's own account of dead-lettering needs four levels: headers, array, table, array.
+/// Deepest nesting of headers. RabbitMQ's record of dead-lettering needs four levels: headers,
+/// array, table, array.
 const DEEPEST: u32 = 8;
 
 const METHOD: u8 = 1;
 const HEADER: u8 = 2;
 
-/// AMQP's basic properties in the order of their flags, the first in the highest bit.
+/// The shapes of AMQP's basic properties, in the order of their flags from the highest bit.
 const PROPERTIES: [Property; 14] = {
     use Property::{Fixed, Headers, Text};
     [
@@ -44,14 +46,16 @@ enum Property {
     Fixed(usize),
 }
 
-/// Whether frames of this type hold anything to screen.
+/// Whether frames of this type contain anything to screen.
 pub const fn is_screened(kind: u8) -> bool {
     matches!(kind, METHOD | HEADER)
 }
 
-/// Screens the payload of one frame of this type; whether it could be followed to its end.
+/// Screens the payload of a frame of this type. Returns whether the payload could be followed to
+/// its end.
 ///
-/// Where it could not, no broker let it through; the client library then ends the connection.
+/// A payload that cannot be followed does not come from a correct broker; the client library then
+/// ends the connection.
 pub fn screen(kind: u8, payload: &mut [u8]) -> bool {
     let payload = Rest(payload);
     match kind {
@@ -61,7 +65,7 @@ pub fn screen(kind: u8, payload: &mut [u8]) -> bool {
     }
 }
 
-/// Exchange and routing key of what is delivered are its sender's choice.
+/// Screens the exchange and routing key of a delivery, which its sender has chosen.
 fn method(mut rest: Rest<'_>) -> Option<()> {
     match (rest.number(2)?, rest.number(2)?) {
         // basic.return: code, text.
@@ -140,13 +144,13 @@ fn value(rest: &mut Rest<'_>, depth: u32) -> Option<()> {
         _ => true,
     };
     if !followed {
-        // A byte array has the same shape: a length, and that many bytes.
+        // A byte array has the same layout: a length, and that many bytes.
         *kind = b'x';
     }
     Some(())
 }
 
-/// What is still to be looked at.
+/// The bytes that have not been screened yet.
 struct Rest<'a>(&'a mut [u8]);
 
 impl<'a> Rest<'a> {
@@ -161,7 +165,7 @@ impl<'a> Rest<'a> {
         Some(bytes.iter().fold(0, |number, byte| number << 8 | usize::from(*byte)))
     }
 
-    /// A short string, made UTF-8.
+    /// Makes a short string UTF-8.
     fn text(&mut self) -> Option<()> {
         let length = self.number(1)?;
         let text = self.take(length)?;
@@ -199,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn sound_frames_stay_as_they_are() {
+    fn valid_frames_are_not_changed() {
         let headers = [&b"\x01n"[..], b"l\0\0\0\0\0\0\0\x07", &nested(4)].concat();
         let sound = content_header("täsk".as_bytes(), &headers);
         let mut screened = sound.clone();
@@ -208,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_substituted() {
+    fn bytes_that_are_not_utf_8_are_substituted() {
         let mut bytes = content_header(b"a\xff\xfeb", b"\x02\xc3\x28t\x01");
         assert!(screen(HEADER, &mut bytes));
         assert_eq!(bytes, content_header(b"a\x1a\x1ab", b"\x02\x1a\x28t\x01"));
@@ -219,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_nested_too_deep_becomes_bytes() {
+    fn values_that_are_nested_too_deeply_become_bytes() {
         let deep = content_header(b"a", &nested(20_000));
         let mut screened = deep.clone();
         assert!(screen(HEADER, &mut screened));
@@ -229,7 +233,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(kind in 0..4_u8, mut bytes in any::<Vec<u8>>()) {
+        fn screening_does_not_panic_on_any_bytes(kind in 0..4_u8, mut bytes in any::<Vec<u8>>()) {
             screen(kind, &mut bytes);
         }
     }

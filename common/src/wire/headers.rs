@@ -1,13 +1,13 @@
 //! The headers that Garenne defines: their names, their types, and how they are read.
 //!
-//! The rule, which docs/protocol.md states under "Types of headers": a header that Garenne defines has
-//! its documented type, or the message is malformed. Nothing is converted but a text of digits where a
-//! number is expected, and an integer where a decimal number is expected. Headers that Garenne does not
-//! define are not checked.
+//! The rule, which docs/protocol.md states under "Types of headers": a header that Garenne defines
+//! has its documented type, or the message is malformed. Nothing is converted but a text of digits
+//! where a number is expected, and an integer where a decimal number is expected. Headers that
+//! Garenne does not define are not checked.
 
 use std::time::Duration;
 
-use super::Malformed;
+use super::malformed::Malformed;
 use super::message::{HeaderValue, Message};
 
 pub(super) const ATTEMPT: &str = "x-garenne-attempt";
@@ -66,8 +66,8 @@ pub(super) const LAST_DEATH_REASON: &str = "x-last-death-reason";
 /// Set by RabbitMQ on what it dead-letters itself; `broker` adds it for versions before 3.13.
 pub(super) const LAST_DEATH_QUEUE: &str = "x-last-death-queue";
 
-/// Prefix of the delay marks. They are dropped when a message is published again, since a stale mark
-/// is an extra wait. No `x-` prefix: a headers exchange ignores such headers.
+/// Prefix of the delay marks. They are dropped when a message is published again, since a stale
+/// mark is an extra wait. No `x-` prefix: a headers exchange ignores such headers.
 pub(crate) const DELAY_MARK: &str = "garenne-delay-";
 
 /// The type that a header has by docs/protocol.md.
@@ -113,8 +113,8 @@ pub(crate) fn is_defined(name: &str) -> bool {
     HeaderType::of(name).is_some()
 }
 
-/// Refuses a message with a header that does not have its documented type, whether or not the caller
-/// reads that header.
+/// Refuses a message with a header that does not have its documented type, whether or not the
+/// caller reads that header.
 pub(super) fn check(message: &Message) -> Result<(), Malformed> {
     message.headers.iter().try_for_each(|(name, value)| match HeaderType::of(name) {
         None => Ok(()),
@@ -126,8 +126,8 @@ pub(super) fn check(message: &Message) -> Result<(), Malformed> {
 }
 
 /// Headers that a message must not carry when it is published again: RabbitMQ's record of
-/// dead-lettering, by which it drops a message that seems to go in a circle, and the marks of a delay
-/// or return that is over.
+/// dead-lettering, by which it drops a message that seems to go in a circle, and the marks of a
+/// delay or return that is over.
 pub(super) fn is_spent(name: &str) -> bool {
     name == "x-death"
         || name == DELIVERY_COUNT

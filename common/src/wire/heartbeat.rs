@@ -1,102 +1,74 @@
-//! What a worker says of itself every few seconds, as JSON on the fanout exchange `heartbeats`.
+//! Heartbeats of workers: JSON on the fanout exchange `heartbeats`, every few seconds.
 //!
-//! Best effort: a heartbeat that is lost is followed by the next, and nothing is decided by a single
-//! one that is missing.
+//! Best effort: a lost heartbeat is followed by the next one, and no decision rests on a single
+//! missing one.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::message::{Message, Properties};
-use super::{Codec, Malformed};
+use super::malformed::Malformed;
+use super::message::Message;
+use super::versioned;
 use crate::health::Problem;
 use crate::names::{QueueName, TaskName};
 use crate::timestamp::Timestamp;
 
-/// AMQP's `type` of a heartbeat.
+/// AMQP `type` of a worker's heartbeat.
 pub const HEARTBEAT_KIND: &str = "garenne.heartbeat";
-const VERSION: u32 = 1;
-/// The shortest and the longest period that a worker may be configured with.
+/// The shortest period that a worker may be configured with.
 pub const SHORTEST: Duration = Duration::from_millis(100);
-/// See [`SHORTEST`].
+/// The longest period that a worker may be configured with.
 pub const LONGEST: Duration = Duration::from_mins(1);
-/// A worker that knows thousands of tasks still fits.
+/// Largest heartbeat, in bytes; enough for a worker with thousands of tasks.
 const MAX_HEARTBEAT_BYTES: usize = 1024 * 1024;
 
 /// One heartbeat of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Heartbeat {
-    /// How the worker signs its results.
+    /// The name of the worker, as in its results.
     pub worker: String,
-    /// The version of Garenne it was built from.
+    /// The version of Garenne that the worker was built from.
     pub version: String,
-    /// The queues it serves.
+    /// The queues that the worker serves.
     pub queues: Vec<QueueName>,
-    /// The tasks it has handlers for.
+    /// The names of the tasks that the worker has handlers for.
     pub tasks: Vec<TaskName>,
-    /// Maximum number of tasks that it runs at the same time.
+    /// Maximum number of tasks that the worker runs at the same time.
     pub concurrency: u32,
-    /// How many run now.
+    /// Number of attempts that run now.
     pub running: u32,
-    /// Blocking handlers that have not returned although their attempts are over; each reduces the
-    /// concurrency by one until it returns.
+    /// Number of blocking handlers that have not returned although their attempts have ended. Each
+    /// reduces the concurrency by one until it returns.
     #[serde(default)]
     pub stuck_handlers: u32,
-    /// Whether it takes no more tasks.
+    /// Whether the worker is stopping and takes no more tasks.
     pub draining: bool,
-    /// What keeps it from doing its work; empty if it is healthy.
+    /// The current problems of the worker; empty if it is healthy.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Problem>,
-    /// After how many milliseconds the next one follows.
+    /// Time until the next heartbeat, in milliseconds.
     pub every_ms: u32,
-    /// When it was written.
+    /// When the heartbeat was written, by the worker's clock.
     pub at: Timestamp,
 }
 
-#[derive(Serialize)]
-struct HeartbeatBody<'a> {
-    v: u32,
-    #[serde(flatten)]
-    heartbeat: &'a Heartbeat,
-}
-
-#[derive(Deserialize)]
-struct HeartbeatVersion {
-    v: u32,
-}
-
 impl Heartbeat {
-    /// How long after it a worker still counts as alive: three more could have come. A period that
-    /// `worker.heartbeat` does not allow is cut to one that it does.
+    /// How long after this heartbeat the worker counts as alive: three periods and one second. A
+    /// period that `worker.heartbeat` does not allow is limited to the allowed range.
     pub fn holds_for(&self) -> Duration {
         let every = Duration::from_millis(u64::from(self.every_ms)).clamp(SHORTEST, LONGEST);
         every * 3 + Duration::from_secs(1)
     }
 
-    /// Writes it.
+    /// Encodes the heartbeat.
     pub fn encode(&self) -> Message {
-        let body = serde_json::to_vec(&HeartbeatBody { v: VERSION, heartbeat: self });
-        let properties = Properties {
-            content_type: Some(Codec::Json.content_type().to_owned()),
-            kind: Some(HEARTBEAT_KIND.to_owned()),
-            app_id: Some(self.worker.clone()),
-            ..Properties::default()
-        };
-        // Plain data always encodes.
-        Message { properties, headers: vec![], body: body.unwrap_or_default().into() }
+        versioned::encode(self, HEARTBEAT_KIND, &self.worker)
     }
 
-    /// Reads one.
+    /// Decodes a heartbeat. Fails on another version and on more than 1 MiB.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
-        if message.body.len() > MAX_HEARTBEAT_BYTES {
-            return Err(Malformed::new(format_args!("{} bytes of heartbeat", message.body.len())));
-        }
-        let HeartbeatVersion { v } =
-            serde_json::from_slice(&message.body).map_err(Malformed::new)?;
-        if v != VERSION {
-            return Err(Malformed::new(format_args!("a heartbeat of version {v}")));
-        }
-        serde_json::from_slice(&message.body).map_err(Malformed::new)
+        versioned::decode(message, "a heartbeat", MAX_HEARTBEAT_BYTES)
     }
 }
 
@@ -121,9 +93,9 @@ mod tests {
         }
     }
 
-    /// The golden sample of version 1; docs/protocol.md shows it.
+    /// The sample of docs/protocol.md.
     #[test]
-    fn version_1_looks_like_this() {
+    fn version_1_has_the_documented_bytes() {
         let message = heartbeat().encode();
         let golden = r#"{"v":1,"worker":"host:7","version":"0.1.0","queues":["default"],"tasks":["text.count_words"],"concurrency":8,"running":3,"stuck_handlers":0,"draining":false,"every_ms":2000,"at":"1970-01-01T00:00:01Z"}"#;
         assert_eq!(std::str::from_utf8(&message.body).unwrap(), golden);
@@ -131,15 +103,15 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_number() {
+    fn an_unknown_version_is_refused() {
         let message = Message { body: r#"{"v":2}"#.into(), ..Message::default() };
-        let expected = Malformed("a heartbeat of version 2".to_owned());
+        let expected = Malformed("a heartbeat of unknown version 2".to_owned());
         assert_eq!(Heartbeat::decode(&message), Err(expected));
     }
 
     proptest! {
         #[test]
-        fn no_bytes_make_the_decoder_panic(body in any::<Vec<u8>>()) {
+        fn the_decoder_does_not_panic_on_any_bytes(body in any::<Vec<u8>>()) {
             drop(Heartbeat::decode(&Message { body: body.into(), ..Message::default() }));
         }
     }

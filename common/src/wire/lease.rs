@@ -1,25 +1,27 @@
-//! Leases: how a task that runs longer than the broker waits for an acknowledgement is kept safe.
+//! Leases: how a task survives that runs longer than the broker waits for its acknowledgement.
 //!
-//! The worker hands the whole message over to the collector (a [`Lease`], published to `results` with
-//! its terms in headers), and only then acknowledges it. From there on the collector owns the task:
-//! while the worker renews, nothing happens; when it falls silent, the collector publishes the message
-//! again. Every execution under a lease has a [`Fence`]; a higher number beats a lower one.
+//! The worker publishes the whole message to `results` as a [`Lease`], with its terms in headers,
+//! and acknowledges the delivery only after the confirm. From then on the collector holds the task:
+//! it waits while the worker renews the lease, and publishes the message again when the lease
+//! lapses. Every execution under a lease has a [`Fence`]; a higher number takes precedence over a
+//! lower one.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::headers::{self, millis, number, text};
+use super::malformed::Malformed;
 use super::message::{HeaderValue, Message};
-use super::{Malformed, task};
+use super::task;
 use crate::names::{QueueName, TaskId};
 use crate::timestamp::Timestamp;
 
-/// One execution under a lease, among all executions of its task.
+/// Identifies one execution under a lease among all executions of its task.
 ///
-/// The number is what a handler may compare in its own store: an execution with a lower one is over,
-/// even if it does not know yet. The name tells two executions of the same number apart, which a
-/// doubled message can bring about; of these the collector keeps the one it heard of first.
+/// A handler may compare the number in its own store: an execution with a lower number is obsolete,
+/// even if it still runs. The name distinguishes two executions with the same number, which a
+/// duplicated message can cause; the collector then keeps the one that it has received first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fence {
     /// Grows with every execution of one message.
@@ -29,57 +31,57 @@ pub struct Fence {
 }
 
 impl Fence {
-    /// An execution that begins now.
+    /// The fence of an execution that starts now.
     pub fn begin(number: u64) -> Self {
         Self { number, execution: uuid::Uuid::now_v7().simple().to_string() }
     }
 }
 
-/// A task that a worker has begun, handed over whole.
+/// A running task that a worker hands over to the collector.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Lease {
-    /// Which task.
+    /// The id of the task.
     pub id: TaskId,
-    /// The message as it arrived.
+    /// The message of the task as it was delivered.
     pub message: Message,
-    /// The queue it belongs to.
+    /// The queue of the task.
     pub queue: QueueName,
-    /// Which execution.
+    /// The execution that holds the lease.
     pub fence: Fence,
-    /// Who runs it.
+    /// The name of the worker that runs it.
     pub worker: String,
-    /// How long the worker may be silent.
+    /// How long after the last renewal the lease lapses.
     pub term: Duration,
 }
 
-/// What a worker says of a lease it holds.
+/// A worker's report about a lease that it holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LeaseNote {
-    /// Which task.
+    /// The id of the task.
     pub id: TaskId,
-    /// Which execution.
+    /// The execution that holds the lease.
     pub fence: Fence,
-    /// Whether it goes on.
+    /// Whether the lease is renewed or released.
     pub change: LeaseChange,
-    /// When it was said.
+    /// When the report was written, by the worker's clock.
     pub at: Timestamp,
 }
 
-/// What becomes of a lease.
+/// The change that a worker reports for a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LeaseChange {
-    /// The execution goes on.
+    /// The execution continues.
     Renewed,
-    /// It is over, and the task's next message is already with the broker.
+    /// The execution has ended, and the broker has confirmed the next message of the task.
     Released,
 }
 
 impl Lease {
-    /// Writes it: the message, and the terms in headers.
+    /// Encodes the lease: the message of the task, and the terms in headers.
     pub fn encode(&self) -> Message {
         let mut message = task::for_republish(&self.message);
-        // The collector must find the id that the worker has given it.
+        // The worker has assigned an id to a message without one; the collector must use the same.
         message.properties.message_id = Some(self.id.to_string());
         let term = i64::try_from(self.term.as_millis()).unwrap_or(i64::MAX);
         set_fence(&mut message, self.fence.number);
@@ -94,12 +96,12 @@ impl Lease {
         message
     }
 
-    /// Whether a message is one, wherever it arrives.
+    /// Whether a message is a lease, by the presence of its header.
     pub fn is_one(message: &Message) -> bool {
         message.header(headers::LEASE_EXECUTION).is_some()
     }
 
-    /// Reads one.
+    /// Decodes a lease.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
         headers::check(message)?;
         let missing = |name: &str| Malformed::new(format_args!("a lease without {name}"));
@@ -119,27 +121,29 @@ impl Lease {
     }
 }
 
-/// The fence that a task message carries: that of its last execution under a lease, 0 if none was.
+/// The fence number in the message of a task: that of its last execution under a lease, 0 if there
+/// was none.
 pub fn fence_of(message: &Message) -> Result<u64, Malformed> {
     Ok(number(message, headers::FENCE)?.unwrap_or(0))
 }
 
-/// The fence of the execution that this delivery begins: above that of every earlier execution, since
-/// the broker counts how often it has delivered this very message.
+/// The fence number of the execution that this delivery starts. It is higher than that of every
+/// earlier execution, because it includes the broker's count of deliveries of this message.
 pub fn next_fence(message: &Message) -> Result<u64, Malformed> {
     let returns = number(message, headers::DELIVERY_COUNT)?.unwrap_or(0);
     let handed_out = number(message, headers::ACQUIRED_COUNT)?.unwrap_or(0);
     Ok(fence_of(message)?.saturating_add(returns.max(handed_out)).saturating_add(1))
 }
 
-/// Writes the fence of the last execution into a task message that is published again.
+/// Sets the fence number of the last execution in a task's message that is published again.
 pub fn set_fence(message: &mut Message, number: u64) {
     let number = i64::try_from(number).unwrap_or(i64::MAX);
     message.set_header(headers::FENCE, HeaderValue::Int(number));
 }
 
-/// Notes in a task message that its last execution under a lease fell silent: the task may have killed
-/// its worker. The broker's count of deliveries began anew with that execution, so this one goes on.
+/// Records in the message of a task that its last execution under a lease lapsed, perhaps because
+/// the task killed its worker. The broker's count of deliveries starts at zero for every published
+/// message, so this header carries the count on.
 pub fn mark_lapsed(message: &mut Message) {
     let lapses = lapses(message).saturating_add(1);
     let lapses = HeaderValue::Int(i64::try_from(lapses).unwrap_or(i64::MAX));
@@ -159,14 +163,14 @@ pub fn execution_of(message: &Message) -> Option<Fence> {
     Some(Fence { number: fence_of(message).ok()?, execution })
 }
 
-/// Names the execution that sends a message on.
+/// Sets the execution under a lease that produces this message.
 pub fn set_execution(message: &mut Message, fence: &Fence) {
     set_fence(message, fence.number);
     let execution = HeaderValue::Text(fence.execution.clone());
     message.set_header(headers::LEASE_EXECUTION, execution);
 }
 
-/// The task message alone.
+/// The message of the task without the terms of a lease.
 pub fn without_terms(message: &Message) -> Message {
     let mut message = message.clone();
     message.headers.retain(|(name, _)| !name.starts_with("x-garenne-lease-"));
@@ -199,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_carries_the_task_whole() {
+    fn a_lease_carries_the_whole_task() {
         let encoded = lease().encode();
         assert!(Lease::is_one(&encoded) && !Lease::is_one(&task()));
         let mut read = Lease::decode(&encoded).unwrap();
@@ -209,12 +213,12 @@ mod tests {
     }
 
     #[test]
-    fn lapses_add_up_until_an_execution_comes_to_its_end() {
+    fn lapses_add_up_until_an_execution_ends() {
         let mut message = task();
         mark_lapsed(&mut message);
         mark_lapsed(&mut message);
         assert_eq!(lapses(&message), 2);
-        assert_eq!(lapses(&task::for_republish(&message)), 2, "a hand-back does not clear them");
+        assert_eq!(lapses(&task::for_republish(&message)), 2, "a republish keeps them");
         assert_eq!(lapses(&task::next_attempt(&message, 2)), 0);
         let record = crate::wire::CrashRecord::default();
         let charged = record.charged(Timestamp::from_millis(0), "w", "signal SIGABRT");

@@ -1,7 +1,7 @@
-//! Dead letters in questions and answers: which ones, what is shown of them, what is to be done.
+//! Dead letters in queries and responses: filters, pages, summaries, and the plan of a replay.
 //!
-//! Shapes only. How the message of a replay is made is in [`super::replay`]; everything that came
-//! after the first version has a default, so that older clients and collectors go on talking.
+//! Data types only; [`super::replay`] builds the message of a replay. Every field added after the
+//! first version has a default, so that clients and collectors of different versions interoperate.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,169 +12,168 @@ use crate::names::{BatchId, QueueName, TaskId};
 use crate::outcome::DeadReason;
 use crate::timestamp::Timestamp;
 
-/// The most letters that one question may name or list.
+/// Most letters that one query may name or list.
 pub const MOST_LETTERS: usize = 1_000;
-/// How often the same work may be replayed unless somebody insists.
+/// How often the same work may be replayed by default.
 pub const DEFAULT_MAX_REPLAYS: u32 = 3;
 
-/// Which dead letters: everything that is given must hold; nothing given means all.
+/// A filter for dead letters: those that meet every given condition; without conditions all.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DeadFilter {
-    /// One of these tasks; at most 1,000.
+    /// The task is one of these, at most 1,000.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ids: Vec<TaskId>,
-    /// The task's name, whole or with `*` (any text) and `?` (any character).
+    /// The task has this name, which may contain `*` (any text) and `?` (any character).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The queue it was meant for.
+    /// The task was published to this queue.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue: Option<String>,
-    /// Given up for one of these reasons.
+    /// The task was given up for one of these reasons.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reasons: Vec<DeadReason>,
-    /// Given up at this moment or later.
+    /// The task was given up at this time or later.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<Timestamp>,
-    /// Given up before this moment.
+    /// The task was given up before this time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub until: Option<Timestamp>,
-    /// Somewhere in the error, whatever the case of ASCII letters.
+    /// The error contains this text; upper and lower case of ASCII letters are equal.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// The batch that its sender meant.
+    /// The task belongs to this batch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<BatchId>,
-    /// Which of the three piles.
+    /// The letter is in this state.
     #[serde(skip_serializing_if = "LetterState::is_dead")]
     pub state: LetterState,
 }
 
 impl DeadFilter {
-    /// Whether it lets every dead letter pass.
+    /// Whether the filter has no conditions and matches every letter that is [`LetterState::Dead`].
     pub fn is_everything(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// What became of a dead letter.
+/// The state of a dead letter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LetterState {
-    /// Nothing yet; somebody should look.
+    /// Unresolved.
     #[default]
     Dead,
-    /// Its task has succeeded or was cancelled after all (a repeated execution failed).
+    /// The task succeeded or was cancelled; the letter is of a repeated execution that failed.
     Late,
-    /// It was sent to the workers again.
+    /// The task was published again.
     Replayed,
 }
 
 impl LetterState {
-    /// For serde.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     fn is_dead(&self) -> bool {
         *self == Self::Dead
     }
 }
 
-/// Where a list goes on, newest first. Only what an answer gave is good for the next question.
+/// The position behind a page. Clients pass the cursor of a response to the next query unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadCursor {
-    /// When the last letter looked at was given up.
+    /// When the last examined letter was given up, in milliseconds since 1970.
     pub at: u64,
-    /// Its row.
+    /// The row of that letter.
     pub row: u64,
-    /// The newest row when the list began: what came later is no part of it, so that whoever replays
-    /// page after page does not meet what has failed again meanwhile.
+    /// The newest row when the first page was read. Later letters are not listed, so that replaying
+    /// page after page does not replay again what has failed in the meantime.
     pub newest: u64,
 }
 
-/// A page of a list.
+/// A page of dead letters.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct DeadPage {
-    /// The letters, newest first.
+    /// The letters, the newest first.
     pub letters: Vec<DeadSummary>,
-    /// How many match in all, if that was asked.
+    /// Number of letters that match, if the query asks for it.
     pub total: Option<u64>,
-    /// Whether there are more than `total` says: counting stops after some ten thousand looks.
+    /// Whether more letters match than `total`: counting stops after examining some ten thousand.
     pub more_than_total: bool,
-    /// Where the next page begins; `None` at the end. A page may be empty and not the last one.
+    /// Where the next page begins; `None` on the last page. An empty page need not be the last one.
     pub next: Option<DeadCursor>,
 }
 
-/// A dead letter, for people.
+/// A dead letter as it is shown to people.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeadSummary {
-    /// The task's id, or one made up for a message without a valid one.
+    /// The id of the task, generated if the message had no valid one.
     pub id: TaskId,
-    /// AMQP `type`: the task name, if it had one.
+    /// AMQP `type`, which is the name of the task; `None` if the message had none.
     pub name: Option<String>,
-    /// The queue it was meant for.
+    /// The queue that the task was published to.
     pub queue: String,
-    /// Why it was given up.
+    /// Why the task was given up.
     pub reason: DeadReason,
     /// The last error.
     pub error: String,
-    /// Who gave it up.
+    /// The name of the process that gave the task up.
     pub by: String,
-    /// When.
+    /// When the task was given up.
     pub at: Timestamp,
     /// Size of the body in bytes.
     pub body_bytes: u64,
-    /// The body as JSON where it is JSON, small enough, and nested at most
-    /// [`MAX_DEPTH`](super::MAX_DEPTH) levels deep: one letter must not make a whole page unreadable.
+    /// The body, if it is JSON, small enough, and nested at most [`MAX_DEPTH`](super::MAX_DEPTH)
+    /// levels deep, so that one letter cannot make a whole page unreadable.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub args: Option<Payload>,
-    /// The batch that its sender meant.
+    /// The batch of the task.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub batch: Option<BatchId>,
-    /// What became of it.
+    /// The state of the letter.
     #[serde(skip_serializing_if = "LetterState::is_dead", default)]
     pub state: LetterState,
-    /// When its last attempt started, if one did.
+    /// When the last attempt started, if there was one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub started_at: Option<Timestamp>,
-    /// The task of which this one was a replay.
+    /// The task of which this one is a replay.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub replay_of: Option<TaskId>,
-    /// How often this work had been replayed when the task began.
+    /// How often this work had been replayed when the task was published.
     #[serde(skip_serializing_if = "is_zero", default)]
     pub replays: u32,
-    /// The task that it was replayed as.
+    /// The task that this one was replayed as.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub replayed_as: Option<TaskId>,
-    /// When it was replayed.
+    /// When this task was replayed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub replayed_at: Option<Timestamp>,
-    /// The whole message, where it was asked for.
+    /// The whole message, if the query asks for it.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub message: Option<Box<LetterMessage>>,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_zero(number: &u32) -> bool {
     *number == 0
 }
 
-/// A message as JSON: what it was, to the byte, but for the key of its batch.
+/// A message as JSON: complete except for the key of its batch, which is replaced by the id.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LetterMessage {
-    /// The properties it had, by their AMQP names.
+    /// The properties, by their AMQP names.
     pub properties: serde_json::Map<String, serde_json::Value>,
-    /// The headers it had.
+    /// The headers. A value of a type that JSON lacks is an object with the name of the type.
     pub headers: serde_json::Map<String, serde_json::Value>,
-    /// The body, if it is UTF-8 and within one answer.
+    /// The body, if it is UTF-8 and fits into one response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_text: Option<String>,
-    /// The body in base64, if it is not UTF-8 and within one answer.
+    /// The body in base64, if it is not UTF-8 and fits into one response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_base64: Option<String>,
 }
 
 impl LetterMessage {
-    /// Properties and headers of `message`, without its body.
+    /// The properties and headers of `message`, without its body.
     pub fn without_body(message: &Message) -> Self {
         Self {
             properties: properties(&message.properties),
@@ -219,7 +218,8 @@ fn properties(properties: &Properties) -> serde_json::Map<String, serde_json::Va
     present.collect()
 }
 
-/// The key of a batch is not to be seen by those who may look at dead letters.
+/// A header as JSON, with the id of a batch instead of its key, which clients that list dead
+/// letters must not see.
 fn shown(name: &str, value: &HeaderValue) -> serde_json::Value {
     match value {
         HeaderValue::Text(batch) if name == headers::BATCH => match BatchId::new(batch) {
@@ -256,24 +256,24 @@ fn json(value: &HeaderValue) -> serde_json::Value {
     }
 }
 
-/// How dead letters are to be replayed.
+/// How dead letters are replayed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ReplayPlan {
-    /// To this queue instead of the one they died in.
+    /// The queue to publish to, instead of that of the letter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub queue: Option<QueueName>,
     /// JSON text that replaces the arguments.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub args: Option<String>,
-    /// Keys of the arguments, a JSON object, that get another value: pairs of key and JSON text.
+    /// Keys of the arguments, which must be a JSON object, and their new values as JSON text.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub set: Vec<(String, String)>,
-    /// What was replayed so often already is refused.
+    /// A letter that was replayed this often is refused.
     pub max_replays: u32,
-    /// Also letters whose task succeeded or was cancelled after all.
+    /// Whether letters in the state [`LetterState::Late`] are replayed.
     pub late: bool,
-    /// Only say what would be done.
+    /// Whether to report the outcomes only, without publishing anything.
     pub dry_run: bool,
 }
 
@@ -290,63 +290,63 @@ impl Default for ReplayPlan {
     }
 }
 
-/// One letter to be replayed.
+/// A letter to replay.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplayItem {
-    /// The dead task.
+    /// The id of the dead task.
     pub id: TaskId,
-    /// The id of the new one; one is made up if this is missing. Whoever names it may ask again
-    /// without replaying twice.
+    /// The id of the new task; generated if absent. With an id the query may be repeated without
+    /// replaying the letter twice.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub new_id: Option<TaskId>,
 }
 
-/// What became of one letter.
+/// The outcome of replaying one letter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replayed {
-    /// The dead task.
+    /// The id of the dead task.
     pub id: TaskId,
-    /// What became of it.
+    /// The outcome.
     #[serde(flatten)]
     pub outcome: ReplayOutcome,
 }
 
-/// What became of a letter that was to be replayed.
+/// What happened to a letter in a replay.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum ReplayOutcome {
-    /// It goes to the workers, or would in a dry run.
+    /// The task is published again, or would be in a dry run.
     Replayed {
-        /// As this task. An unknown task keeps its id, because it has not ended.
+        /// The id of the new task. A parked task keeps its id, because it has not ended.
         new_id: TaskId,
-        /// To this queue.
+        /// The queue of the new task.
         queue: String,
     },
-    /// It had been replayed before.
+    /// The letter had been replayed before.
     Already {
-        /// As this task.
+        /// The id of the task that it was replayed as.
         new_id: TaskId,
     },
-    /// It cannot be replayed like this.
+    /// The letter cannot be replayed as planned.
     Refused {
-        /// Why, and what to do.
+        /// Why, and what to do about it.
         error: String,
     },
-    /// There is no dead letter of this id.
+    /// There is no dead letter with this id.
     NotFound,
 }
 
-/// What became of letters that were to be purged.
+/// The outcome of a purge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Purged {
-    /// Letters that are gone.
+    /// Number of deleted letters.
     pub purged: u64,
-    /// Unknown tasks among them; they have ended as failed.
+    /// Number of parked tasks among them, which have ended as failed.
     pub ended: u64,
 }
 
 impl DeadSummary {
-    /// Whether the body is in bincode, as the message says; for people.
+    /// Whether the body is bincode, by the `content_type` of [`message`](Self::message).
     pub fn is_bincode(&self) -> bool {
         let content_type = self.message.as_ref().and_then(|m| m.properties.get("content_type"));
         let content_type = content_type.and_then(serde_json::Value::as_str);
@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_filter_is_an_empty_object_and_back() {
+    fn an_empty_filter_is_an_empty_object() {
         let filter = DeadFilter::default();
         assert_eq!(serde_json::to_string(&filter).unwrap(), "{}");
         assert_eq!(serde_json::from_str::<DeadFilter>("{}").unwrap(), filter);
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_letter_of_the_first_version_is_still_read() {
+    fn letters_of_the_first_version_are_understood() {
         let old = r#"{"id":"m-1","name":null,"queue":"q","reason":"fatal","error":"e","by":"b",
             "at":"2026-11-23T08:29:47.772Z","body_bytes":15}"#;
         let letter: DeadSummary = serde_json::from_str(old).unwrap();

@@ -1,8 +1,8 @@
 //! An AMQP message as plain data, without a client library's types.
 //!
-//! Comes in: what `broker` makes of a delivery. Goes out: what `broker` publishes. Header values keep
-//! their AMQP type as far as a reader could take one type for another: a timestamp is not an integer
-//! here, and bytes are not text.
+//! Comes in: what `broker` makes of a delivery. Goes out: what `broker` publishes. Header values
+//! keep their AMQP type as far as a reader could take one type for another: a timestamp is not an
+//! integer here, and bytes are not text.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 pub struct Message {
     /// The properties of AMQP's basic class that Garenne uses.
     pub properties: Properties,
-    /// The header table, in the order written. Tables, arrays and voids in headers that Garenne does
-    /// not define are left out.
+    /// The header table, in the order written. Tables, arrays and voids in headers that Garenne
+    /// does not define are left out.
     pub headers: Vec<(HeaderName, HeaderValue)>,
     /// The body.
     pub body: Bytes,
@@ -45,9 +45,9 @@ pub struct Properties {
     pub priority: Option<u8>,
     /// How long the message may stay in a queue, in milliseconds, as text.
     pub expiration: Option<String>,
-    /// The RabbitMQ user that published the message. The broker refuses a message whose `user_id` is
-    /// not that of its connection, so a present value is verified. Never published again, since it
-    /// would have to be the publisher's own.
+    /// The RabbitMQ user that published the message. The broker refuses a message whose `user_id`
+    /// is not that of its connection, so a present value is verified. Never published again, since
+    /// it would have to be the publisher's own.
     #[serde(skip)]
     pub user_id: Option<String>,
 }
@@ -72,8 +72,8 @@ pub enum HeaderValue {
 
 /// A header value of a type that no header of Garenne has.
 ///
-/// Kept apart from the other types so that it is neither taken for one of them nor lost when a worker
-/// publishes the message again.
+/// Kept apart from the other types so that it is neither taken for one of them nor lost when a
+/// worker publishes the message again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ForeignValue {
     /// AMQP's timestamp: seconds since 1970.

@@ -1,86 +1,88 @@
-//! Done notices: JSON, on the notices exchange, under `task.<id>` or `batch.<id>`.
+//! Done notices: JSON on the notices exchange, with the routing key `task.<id>` or `batch.<id>`.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::codec::Codec;
+use super::malformed::{MAX_JSON_BYTES, Malformed, within};
 use super::message::{Message, Properties};
-use super::{Codec, MAX_JSON_BYTES, Malformed, within};
 use crate::names::{BatchId, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
 use crate::timestamp::Timestamp;
 
 const KIND: &str = "garenne.notice";
 
-/// A task or a batch is done. The same notice may arrive twice, always under the same id.
+/// The event that a task or a batch is done. The same notice may arrive twice, under the same
+/// message id.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "subject", rename_all = "snake_case")]
 pub enum Notice {
-    /// A task that belongs to no batch.
+    /// A task outside any batch is done.
     Task(TaskSummary),
-    /// A batch.
+    /// A batch is done or abandoned.
     Batch(BatchSummary),
 }
 
 /// How a task ended, without its output.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TaskSummary {
-    /// Which task.
+    /// The id of the task.
     pub task: TaskId,
-    /// What kind of task.
+    /// The name of the task.
     pub name: TaskName,
-    /// How it ended.
+    /// The final status.
     pub status: Status,
-    /// Why it was given up.
+    /// Why the task was given up, if it failed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub reason: Option<DeadReason>,
-    /// The attempt that ended it.
+    /// The number of the last attempt; 0 if there was none.
     pub attempt: u32,
-    /// Who ran it.
+    /// The name of the worker that ran the task, or of the process that gave it up.
     pub worker: Arc<str>,
-    /// When it ended.
+    /// When the task ended.
     pub finished_at: Timestamp,
 }
 
-/// How a batch stands.
+/// The state and counts of a batch.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BatchSummary {
-    /// Which batch.
+    /// The id of the batch.
     pub batch: BatchId,
-    /// Whether it is done.
+    /// The state of the batch.
     pub state: BatchState,
-    /// How many tasks it has; unknown until it is sealed.
+    /// Number of members by the count of its producer; `None` until the batch is sealed.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub total: Option<u64>,
-    /// Members that succeeded.
+    /// Number of members that succeeded.
     pub succeeded: u64,
-    /// Members that were given up.
+    /// Number of members that failed.
     pub failed: u64,
-    /// Members that were cancelled.
+    /// Number of members that were cancelled.
     pub cancelled: u64,
-    /// When the collector first heard of it.
+    /// When the collector received the first report about the batch.
     pub opened_at: Timestamp,
-    /// When its last member ended, or when it was abandoned.
+    /// When the last member ended, or when the batch was abandoned.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub finished_at: Option<Timestamp>,
 }
 
-/// Where a batch is in its life.
+/// The state of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BatchState {
     /// Members may still be added.
     Open,
-    /// All members are known, some have not ended.
+    /// The number of members is known, and some have not ended.
     Sealed,
-    /// Every member ended.
+    /// Every member has ended.
     Done,
-    /// It was not sealed by its deadline: its producer is gone.
+    /// The batch was not sealed by its deadline, or was abandoned on request.
     Abandoned,
 }
 
 impl BatchState {
-    /// The word that JSON and tables use.
+    /// The name of the state in JSON and tables.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Open => "open",
@@ -93,21 +95,21 @@ impl BatchState {
     /// Every state.
     pub const ALL: [Self; 4] = [Self::Open, Self::Sealed, Self::Done, Self::Abandoned];
 
-    /// Whether nothing will change any more.
+    /// Whether the state can no longer change.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::Done | Self::Abandoned)
     }
 }
 
 impl BatchSummary {
-    /// Members that ended.
+    /// Number of members that have ended.
     pub const fn ended(&self) -> u64 {
         self.succeeded.saturating_add(self.failed).saturating_add(self.cancelled)
     }
 }
 
 impl Notice {
-    /// The stable id, and at the same time the routing key on the notices exchange.
+    /// The message id of the notice, which is also its routing key.
     pub fn key(&self) -> String {
         match self {
             Self::Task(task) => Self::task_key(&task.task),
@@ -115,17 +117,17 @@ impl Notice {
         }
     }
 
-    /// The key of a task's notice, for whoever listens for it.
+    /// The routing key of the notice about a task.
     pub fn task_key(id: &TaskId) -> String {
         routing_key("task", id.as_str())
     }
 
-    /// The key of a batch's notice, for whoever listens for it.
+    /// The routing key of the notice about a batch.
     pub fn batch_key(id: &BatchId) -> String {
         routing_key("batch", id.as_str())
     }
 
-    /// The notice that a task without a batch is done.
+    /// The notice about a task outside any batch.
     pub fn of_task(result: &TaskResult) -> Self {
         Self::Task(TaskSummary {
             task: result.id.clone(),
@@ -138,7 +140,7 @@ impl Notice {
         })
     }
 
-    /// Writes it.
+    /// Encodes the notice. `app_id` is the name of the publishing process.
     pub fn encode(&self, app_id: &str) -> Message {
         let properties = Properties {
             content_type: Some(Codec::Json.content_type().to_owned()),
@@ -151,14 +153,14 @@ impl Notice {
         Message { properties, headers: vec![], body: body.into() }
     }
 
-    /// Reads one.
+    /// Decodes a notice.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
         within("a notice", &message.body, MAX_JSON_BYTES)?;
         serde_json::from_slice(&message.body).map_err(Malformed::new)
     }
 }
 
-/// A routing key has at most 255 bytes and an id too, so a long foreign id is cut.
+/// A routing key of at most 255 bytes, AMQP's limit; a long foreign id is cut.
 fn routing_key(subject: &str, id: &str) -> String {
     let mut key = format!("{subject}.{id}");
     while key.len() > 255 {
@@ -186,8 +188,8 @@ mod tests {
         let message = notice.encode("test");
         assert_eq!(
             std::str::from_utf8(&message.body).unwrap(),
-            "{\"subject\":\"batch\",\"batch\":\"b-1\",\"state\":\"done\",\"total\":2,\"succeeded\":1,\
-             \"failed\":1,\"cancelled\":0,\"opened_at\":\"1970-01-01T00:00:00Z\",\
+            "{\"subject\":\"batch\",\"batch\":\"b-1\",\"state\":\"done\",\"total\":2,\
+             \"succeeded\":1,\"failed\":1,\"cancelled\":0,\"opened_at\":\"1970-01-01T00:00:00Z\",\
              \"finished_at\":\"1970-01-01T00:00:01.5Z\"}"
         );
         assert_eq!(notice.key(), "batch.b-1");

@@ -1,23 +1,24 @@
-//! Questions to the collector and its answers: JSON, so that any client can ask.
+//! Queries to the collector and its responses, as JSON, so that any client can send them.
 //!
-//! A question goes to the queries queue with a `reply_to` and an `expiration`; whoever asks too late
-//! asks in vain. Only `results` is answered in Garenne's own report bundle, because it carries outputs
-//! that JSON cannot.
+//! A query goes to the queue `queries` with a `reply_to` and an `expiration`, after which the
+//! broker drops it. The response to `results` is a report bundle instead of JSON, because it
+//! carries outputs that JSON cannot.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::codec::Codec;
 use super::control::CancelRequest;
 use super::letters::{
     DeadCursor, DeadFilter, DeadSummary, Purged, ReplayItem, ReplayPlan, Replayed,
 };
+use super::malformed::{MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use super::message::{Message, Properties};
 use super::notice::BatchSummary;
 use super::report::RetryNote;
 use super::stalled::Stalled;
-use super::{Codec, MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, TaskId};
 use crate::outcome::{Status, TaskResult};
@@ -26,114 +27,115 @@ use crate::timestamp::Timestamp;
 const QUERY_KIND: &str = "garenne.query";
 const RESPONSE_KIND: &str = "garenne.response";
 
-/// What a client may ask.
+/// A query to the collector.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "query", rename_all = "snake_case")]
 pub enum Query {
-    /// How a task stands.
+    /// The state of a task.
     Task {
-        /// Which.
+        /// The id of the task.
         id: TaskId,
     },
-    /// The final results of these tasks, as far as they have ended; at most 1,000 ids.
+    /// The final results of those of these tasks that have ended.
     Results {
-        /// The tasks.
+        /// The ids of the tasks, at most 1,000.
         ids: Vec<TaskId>,
-        /// Fingerprints of tasks whose ids their sender has chosen. A result with another fingerprint is
-        /// not sent; the response contains a [`Report::Conflict`](super::Report::Conflict) instead.
+        /// Fingerprints of tasks with ids chosen by their sender. A result with another fingerprint
+        /// is not sent; the response contains a [`Report::Conflict`](super::Report::Conflict)
+        /// instead.
         #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
         fingerprints: BTreeMap<TaskId, Fingerprint>,
     },
-    /// How a batch stands.
+    /// The state of a batch.
     Batch {
-        /// Which.
+        /// The id of the batch.
         id: BatchId,
     },
-    /// Dead letters, the newest first.
+    /// A page of dead letters, the newest first.
     DeadList {
-        /// At most so many, and at most 1,000.
+        /// Most letters in the response; limited to 1,000.
         limit: u32,
-        /// Which.
+        /// The letters to list.
         #[serde(default)]
         filter: DeadFilter,
-        /// Where the last page ended.
+        /// Where the last page ended; `None` for the first page.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         from: Option<DeadCursor>,
-        /// Whether to say how many match in all.
+        /// Whether the response includes the number of letters that match.
         #[serde(default)]
         count: bool,
-        /// Whether to give whole messages.
+        /// Whether the response includes whole messages.
         #[serde(default)]
         whole: bool,
     },
-    /// One dead letter, late and replayed ones included.
+    /// One dead letter, which may also be late or replayed.
     Dead {
-        /// Which.
+        /// The id of the dead task.
         id: TaskId,
     },
-    /// A piece of the body of a dead letter, for bodies that fit into no other answer.
+    /// A piece of the body of a dead letter, for bodies that are too large for other responses.
     DeadBody {
-        /// Which.
+        /// The id of the dead task.
         id: TaskId,
-        /// From this byte on.
+        /// Position of the first byte.
         offset: u64,
     },
-    /// Replay these dead letters; at most 1,000.
+    /// Replays dead letters.
     DeadReplay {
-        /// Which.
+        /// The letters, at most 1,000.
         letters: Vec<ReplayItem>,
-        /// How.
+        /// How they are replayed.
         #[serde(default)]
         plan: ReplayPlan,
     },
-    /// Delete these dead letters; at most 1,000. Final records stay.
+    /// Deletes dead letters. The final records of their tasks are kept.
     DeadPurge {
-        /// Which.
+        /// The ids of the dead tasks, at most 1,000.
         ids: Vec<TaskId>,
     },
-    /// How much the collector has seen.
+    /// The numbers of records in the store.
     Totals,
-    /// What waits for something that may never come.
+    /// Parked tasks, and batches without progress.
     Stalled {
-        /// Batches in which nothing has changed for so many milliseconds.
+        /// A batch is listed if nothing has changed in it for this many milliseconds.
         quiet_ms: u64,
     },
-    /// Cancels tasks, as far as they have not ended; at most 1,000 ids. Asking again changes nothing.
+    /// Cancels those of these tasks that have not ended. Repeating the query changes nothing.
     Cancel {
-        /// Which.
+        /// The ids of the tasks, at most 1,000.
         ids: Vec<TaskId>,
-        /// Why, for people.
+        /// Why; becomes the error text of the cancelled tasks.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         reason: Option<String>,
     },
-    /// Cancels every task of a batch that has not ended, and those that are submitted later.
+    /// Cancels every task of a batch that has not ended, including those that are submitted later.
     CancelBatch {
-        /// Which.
+        /// The id of the batch.
         id: BatchId,
-        /// Why, for people.
+        /// Why; becomes the error text of the cancelled tasks.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         reason: Option<String>,
     },
-    /// Ends a batch that is not over as abandoned, for members that will never end; the answer is how
-    /// it stands then, as to [`Batch`](Self::Batch).
+    /// Ends an unfinished batch as abandoned, for members that will never end. The response is that
+    /// to [`Batch`](Self::Batch).
     AbandonBatch {
-        /// Which.
+        /// The id of the batch.
         id: BatchId,
     },
-    /// The cancel requests that have not taken effect; for workers.
+    /// The cancel requests that have not taken effect, for workers.
     Cancels {
-        /// Those with higher numbers than this.
+        /// Only requests with a higher sequence number.
         after: u64,
     },
 }
 
-/// What the collector answers.
+/// A response of the collector.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "response", rename_all = "snake_case")]
 pub enum Response {
-    /// How a task stands.
+    /// The state of a task.
     Task {
-        /// Finished, retrying, or nothing known.
+        /// Finished, retrying, parked or unknown.
         #[serde(flatten)]
         state: TaskState,
         /// The task that its dead letter was replayed as.
@@ -143,108 +145,110 @@ pub enum Response {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         replay_of: Option<TaskId>,
     },
-    /// How a batch stands; `None` if nobody has heard of it.
+    /// The state of a batch.
     Batch {
-        /// Its summary.
+        /// The state and counts; `None` if the collector has no report about the batch.
         batch: Option<BatchStatus>,
     },
-    /// Dead letters, newest first.
+    /// A page of dead letters, the newest first.
     DeadList {
         /// The letters.
         letters: Vec<DeadSummary>,
-        /// How many match in all; an older collector, which also knows no filters, does not say.
+        /// Number of letters that match. `None` unless the query asks for it, and from an older
+        /// collector, which does not support filters either.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         total: Option<u64>,
-        /// Whether there are more than `total` says.
+        /// Whether more letters match than `total`, because the collector stopped counting.
         #[serde(skip_serializing_if = "std::ops::Not::not", default)]
         more_than_total: bool,
-        /// Where the next page begins.
+        /// Where the next page begins; `None` on the last page.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         next: Option<DeadCursor>,
     },
-    /// One dead letter; `None` if there is none of that id.
+    /// One dead letter.
     Dead {
-        /// The letter.
+        /// The letter; `None` if there is none with that id.
         letter: Option<DeadSummary>,
-        /// The attempts that failed before the last one.
+        /// The failed attempts before the last one.
         #[serde(skip_serializing_if = "Vec::is_empty", default)]
         attempts: Vec<RetryNote>,
     },
-    /// A piece of a body.
+    /// A piece of the body of a dead letter.
     DeadBody {
-        /// The bytes in base64; empty at the end, and if there is no such letter.
+        /// The bytes in base64; empty behind the end of the body, and if there is no such letter.
         base64: String,
     },
-    /// What became of each letter, in the order asked.
+    /// The outcomes of a replay.
     DeadReplay {
-        /// The letters.
+        /// One outcome for each letter, in the order of the query.
         letters: Vec<Replayed>,
     },
-    /// What was purged.
+    /// The outcome of a purge.
     DeadPurge {
-        /// How much.
+        /// The numbers of deleted letters.
         #[serde(flatten)]
         purged: Purged,
     },
-    /// Totals since the store was made.
+    /// The numbers of records in the store.
     Totals {
-        /// Final results in the store.
+        /// Number of final results in the store.
         results: u64,
-        /// Results that came again and were dropped.
+        /// Number of repeated results that were dropped since the store was created.
         repeats: u64,
-        /// Dead letters in the store.
+        /// Number of dead letters in the store.
         dead: u64,
-        /// Batches in the store.
+        /// Number of batches in the store.
         batches: u64,
     },
-    /// What stands still, as far as the collector can tell.
+    /// Parked tasks, and batches without progress.
     Stalled {
-        /// What.
+        /// The tasks and batches.
         #[serde(flatten)]
         stalled: Stalled,
     },
-    /// What became of a request to cancel tasks, in the order of the query.
+    /// The outcomes of a request to cancel tasks.
     Cancel {
-        /// One for each task.
+        /// One outcome for each task, in the order of the query.
         tasks: Vec<Cancelled>,
     },
-    /// What became of a request to cancel a batch.
+    /// The outcome of a request to cancel a batch.
     CancelBatch {
-        /// `cancelled` is not among the answers: members end one by one, and the counts show it.
+        /// Never [`CancelState::Cancelled`]: members end one by one, and the counts show it.
         state: CancelState,
-        /// The counts at that moment; `None` if nobody has heard of the batch yet.
+        /// The counts at that moment; `None` if the collector has no report about the batch.
         batch: Option<BatchSummary>,
     },
-    /// Cancel requests, the oldest first, as many as fit into one answer.
+    /// Cancel requests, the oldest first, as many as fit into one response.
     Cancels {
-        /// The cancel requests.
+        /// The requests.
         requests: Vec<CancelRequest>,
-        /// Whether there are more after the last of these.
+        /// Whether there are more requests after the last of these.
         more: bool,
-        /// The highest number given so far: what has a lower one and is not in the list is over.
+        /// The highest sequence number assigned so far. A request with a lower number that is not
+        /// in the list is no longer in effect.
         newest: u64,
     },
-    /// The question could not be answered.
+    /// The collector refuses the query.
     Refused {
         /// Why.
         error: String,
     },
 }
 
-/// How far a cancel request has come.
+/// The progress of a cancel request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CancelState {
     /// The task has ended as cancelled.
     Cancelled,
-    /// It had ended otherwise before.
+    /// The task had ended in another way before.
     TooLate,
-    /// The cancel request is kept, and takes effect when a worker meets the task.
+    /// The request is kept, and takes effect when a worker receives or runs the task.
     Requested,
 }
 
 impl CancelState {
-    /// The word that JSON and people use.
+    /// The name of the state in JSON and tables.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Cancelled => "cancelled",
@@ -254,28 +258,28 @@ impl CancelState {
     }
 }
 
-/// What became of the request to cancel one task.
+/// The outcome of a request to cancel one task.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cancelled {
-    /// Which task.
+    /// The id of the task.
     pub id: TaskId,
-    /// How far it has come.
+    /// The progress of the request.
     pub state: CancelState,
-    /// How the task ended, if it did.
+    /// The final status of the task, if it has ended.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub status: Option<Status>,
-    /// When it ended, if it did.
+    /// When the task ended, if it has.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub finished_at: Option<Timestamp>,
 }
 
 impl Cancelled {
-    /// A cancel request that is kept.
+    /// The outcome for a task that has not ended: the request is kept.
     pub fn requested(id: TaskId) -> Self {
         Self { id, state: CancelState::Requested, status: None, finished_at: None }
     }
 
-    /// A task that ended like this.
+    /// The outcome for a task that has ended.
     pub fn ended(id: TaskId, status: Status, finished_at: Timestamp) -> Self {
         let state = match status {
             Status::Cancelled => CancelState::Cancelled,
@@ -285,41 +289,43 @@ impl Cancelled {
     }
 }
 
-/// What the collector knows of a task.
+/// The state of a task, as far as the collector knows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum TaskState {
-    /// It ended.
+    /// The task has ended.
     Finished {
-        /// How.
+        /// The final record.
         result: TaskResult,
     },
-    /// An attempt failed; the next one waits in the broker or runs.
+    /// An attempt failed; the next one is delayed in the broker, queued or running.
     Retrying {
         /// The last failed attempt.
         last: RetryNote,
     },
-    /// No worker on its queue knew its name; it is kept as a dead letter.
+    /// No worker of its queue has a handler for it; it is kept as a dead letter.
     Parked {
         /// The letter.
         letter: DeadSummary,
     },
-    /// Not finished, or never submitted: the collector hears of a task only when an attempt ends.
+    /// Not finished, or never submitted: the collector receives the first report about a task when
+    /// an attempt ends.
     Unknown,
 }
 
-/// A batch and the members that failed last.
+/// The state of a batch, with some members that failed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BatchStatus {
-    /// The counts.
+    /// The state and counts of the batch.
     #[serde(flatten)]
     pub summary: BatchSummary,
     /// Up to ten members that did not succeed, with their errors.
     pub failures: Vec<TaskResult>,
-    /// When something of it was stored last, repeats included; an older collector does not say.
+    /// When a report about the batch was last stored, including repeated reports. `None` from an
+    /// older collector.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub changed_at: Option<Timestamp>,
-    /// How many of those that have not ended are parked because no worker knows their name.
+    /// Number of members that are parked because no worker has a handler for them.
     #[serde(skip_serializing_if = "is_zero", default)]
     pub parked: u64,
 }
@@ -330,7 +336,8 @@ fn is_zero(count: &u64) -> bool {
 }
 
 impl Query {
-    /// Writes it; `expiration_millis` is how long the asker waits.
+    /// Encodes the query. The broker drops it after `expiration_millis`, which is how long its
+    /// sender waits for the response.
     pub fn encode(&self, reply_to: &str, correlation_id: &str, expiration_millis: u64) -> Message {
         let mut message = json(self, QUERY_KIND, correlation_id);
         message.properties.reply_to = Some(reply_to.to_owned());
@@ -338,27 +345,27 @@ impl Query {
         message
     }
 
-    /// Reads one.
+    /// Decodes a query.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
-        within("a question", &message.body, MAX_JSON_BYTES)?;
+        within("a query", &message.body, MAX_JSON_BYTES)?;
         serde_json::from_slice(&message.body).map_err(Malformed::new)
     }
 }
 
 impl Response {
-    /// Writes it.
+    /// Encodes the response to the query with this `correlation_id`.
     pub fn encode(&self, correlation_id: &str) -> Message {
         json(self, RESPONSE_KIND, correlation_id)
     }
 
-    /// Reads one.
+    /// Decodes a response.
     pub fn decode(message: &Message) -> Result<Self, Malformed> {
         within("a response", &message.body, MAX_BODY_BYTES)?;
         Self::from_json(&message.body).map_err(Malformed::new)
     }
 
-    /// Responses that contain arguments or outputs are not read by their derived implementation: that
-    /// buffers the fields of a tagged enum, and a buffered number is a float.
+    /// Responses that contain arguments or outputs are not decoded by their derived implementation:
+    /// that buffers the fields of a tagged enum, and a buffered number becomes a float.
     fn from_json(json: &[u8]) -> Result<Self, serde_json::Error> {
         let ResponseTag { response } = serde_json::from_slice(json)?;
         Ok(match &*response {
@@ -466,16 +473,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_question_is_plain_json() {
-        let question = Query::Task { id: TaskId::new("t-1").unwrap() };
-        let message = question.encode("r", "c", 500);
+    fn a_query_is_plain_json() {
+        let query = Query::Task { id: TaskId::new("t-1").unwrap() };
+        let message = query.encode("r", "c", 500);
         assert_eq!(&message.body[..], br#"{"query":"task","id":"t-1"}"#);
         assert_eq!(message.properties.expiration.as_deref(), Some("500"));
-        assert_eq!(Query::decode(&message), Ok(question));
+        assert_eq!(Query::decode(&message), Ok(query));
     }
 
     #[test]
-    fn questions_of_the_first_version_are_understood() {
+    fn queries_of_the_first_version_are_understood() {
         let old =
             Message { body: r#"{"query":"dead_list","limit":2}"#.into(), ..Message::default() };
         let Ok(Query::DeadList { limit, filter, from, .. }) = Query::decode(&old) else {
@@ -485,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wish_to_cancel_needs_no_reason() {
+    fn a_cancel_request_needs_no_reason() {
         let body = br#"{"query":"cancel","ids":["t-1"]}"#;
         let message = Message { body: body.to_vec().into(), ..Message::default() };
         let ids = vec![TaskId::new("t-1").unwrap()];
@@ -515,11 +522,11 @@ mod tests {
     }
 
     #[test]
-    fn answers_come_back_as_they_went() {
+    fn responses_survive_a_round_trip() {
         let state = TaskState::Unknown;
-        let answer = Response::Task { state, replayed_as: None, replay_of: None };
-        let message = answer.encode("c");
+        let response = Response::Task { state, replayed_as: None, replay_of: None };
+        let message = response.encode("c");
         assert_eq!(&message.body[..], br#"{"response":"task","state":"unknown"}"#);
-        assert_eq!(Response::decode(&message), Ok(answer));
+        assert_eq!(Response::decode(&message), Ok(response));
     }
 }

@@ -1,52 +1,57 @@
-//! The message of a replay: what of a dead letter goes to the workers again, and what does not.
+//! Builds the message of a replay from a dead letter.
 //!
-//! Pure; the collector does it in the transaction that marks the letter (docs/decisions/0010).
+//! Comes in: a letter and a plan. Goes out: a valid message of a task, or why there is none. The
+//! collector calls this in the transaction that marks the letter (docs/decisions/0010); nothing is
+//! published here.
 
 use std::collections::BTreeMap;
 
 use serde_json::value::RawValue;
 
 use super::codec::Codec;
+use super::dead::DeadLetter;
 use super::headers::{self, number};
 use super::letters::ReplayPlan;
+use super::malformed::{MAX_BODY_BYTES, Malformed};
 use super::message::{HeaderValue, Message};
-use super::{DeadLetter, MAX_BODY_BYTES, Malformed, task};
+use super::task;
 use crate::names::{QueueName, TaskId};
 use crate::timestamp::Timestamp;
 
-/// Why a letter cannot be replayed as planned, and what to do.
+/// Why a letter cannot be replayed as planned, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CannotReplay {
-    /// It has been replayed too often: the fault is not a passing one.
-    #[error("it was replayed {replays} times already; --max-replays or --force lets it go again")]
+    /// The letter has been replayed as often as the plan allows.
+    #[error("it was replayed {replays} times already; allow more with --max-replays or --force")]
     TooOften {
-        /// How often.
+        /// How often it was replayed.
         replays: u32,
     },
-    /// The workers would refuse it again.
-    #[error("a worker would refuse it again: {0}; give it other arguments with --args or --set")]
+    /// The message is still not a valid task.
+    #[error("a worker would refuse it again: {0}; change its arguments with --args or --set")]
     Malformed(String),
-    /// It died in a place that is no queue of tasks.
-    #[error("{0:?} is no name of a queue; give it one with --to-queue")]
+    /// The queue of the letter is not a valid queue name.
+    #[error("{0:?} is not a valid queue name; choose a queue with --to-queue")]
     NoQueue(String),
-    /// Only JSON can be edited.
+    /// Only JSON arguments can be edited.
     #[error(
-        "its arguments are {0}, and only JSON can be edited; submit it from the program that knows its type"
+        "its arguments are {0}, and only JSON can be edited; \
+         submit the task again from the program that has its type"
     )]
     NotJson(&'static str),
-    /// The edit does not fit the arguments.
+    /// The edit cannot be applied to the arguments.
     #[error("{0}")]
     Edit(String),
 }
 
-/// A task that is ready to go again.
+/// A task that is ready to be published again.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Replay {
-    /// Its id.
+    /// The id of the task.
     pub id: TaskId,
-    /// Its queue.
+    /// The queue of the task.
     pub queue: QueueName,
-    /// The message.
+    /// The message of the task.
     pub message: Message,
 }
 
@@ -66,10 +71,10 @@ pub fn replay_of(message: &Message) -> Option<TaskId> {
     TaskId::new(id).ok()
 }
 
-/// The task that a letter becomes.
+/// Builds the task that a letter is replayed as.
 ///
-/// A task that has ended begins anew as `new_id`. An unknown task has not ended: it keeps its id, its
-/// batch and whoever waits for it.
+/// A task that has ended starts again as `new_id`. A parked task has not ended: it keeps its id,
+/// its batch and its reply queue.
 pub fn replay(
     letter: &DeadLetter,
     plan: &ReplayPlan,
@@ -99,10 +104,10 @@ pub fn replay(
     Ok(Replay { id, queue, message })
 }
 
-/// What belonged to the ended task goes: its batch, which has counted it; its deadline, which has
-/// mostly passed; its crashes; and its reply queue, whose owner has heard of the failure.
+/// Removes what belonged to the ended task: its batch, which has counted it; its deadline, which
+/// has usually passed; its crashes; and its reply queue, whose owner was told of the failure.
 fn begin_anew(message: &mut Message, old: &TaskId, new: &TaskId) {
-    let gone = [
+    let removed = [
         headers::BATCH,
         headers::EXPIRES_AT,
         headers::FIRST_ATTEMPT_AT,
@@ -117,7 +122,7 @@ fn begin_anew(message: &mut Message, old: &TaskId, new: &TaskId) {
         headers::REPLY_FORMAT,
         headers::FINGERPRINT,
     ];
-    message.headers.retain(|(name, _)| !gone.contains(&name.as_ref()));
+    message.headers.retain(|(name, _)| !removed.contains(&name.as_ref()));
     let now = Timestamp::now().as_millis();
     let millis = HeaderValue::Int(i64::try_from(now).unwrap_or(i64::MAX));
     message.set_header(headers::ATTEMPT, HeaderValue::Int(1));
@@ -138,7 +143,7 @@ fn edit(message: &mut Message, plan: &ReplayPlan) -> Result<(), CannotReplay> {
         Some(Codec::Bincode) => return Err(CannotReplay::NotJson("bincode")),
         None => return Err(CannotReplay::NotJson("of an unknown type")),
     }
-    // It is that of the old arguments.
+    // The fingerprint is that of the old arguments.
     message.headers.retain(|(name, _)| name != headers::FINGERPRINT);
     if let Some(args) = &plan.args {
         message.body = args.clone().into_bytes().into();
@@ -152,12 +157,13 @@ fn edit(message: &mut Message, plan: &ReplayPlan) -> Result<(), CannotReplay> {
     Ok(())
 }
 
-/// Values stay text, so that no number of the other keys loses digits.
+/// Replaces keys of a JSON object. Values stay text, so that the numbers of other keys lose no
+/// digits.
 fn set(body: &[u8], pairs: &[(String, String)]) -> Result<Vec<u8>, CannotReplay> {
     let object = serde_json::from_slice::<BTreeMap<String, Box<RawValue>>>(body);
     let mut object = object.map_err(|_| {
         CannotReplay::Edit(
-            "its arguments are no JSON object, so they have no keys to set".to_owned(),
+            "its arguments are not a JSON object, so they have no keys to set".to_owned(),
         )
     })?;
     for (key, value) in pairs {
@@ -204,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn an_ended_task_begins_anew_under_another_id() {
+    fn an_ended_task_starts_again_under_another_id() {
         let replay = replay(&letter(DeadReason::Crashed), &plan(), id("new")).unwrap();
         assert_eq!((replay.id.as_str(), replay.queue.as_str()), ("new", "cpu"));
         let task = task::decode(&replay.message, &replay.queue).unwrap().unwrap();
@@ -218,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_task_stays_who_it_is() {
+    fn a_parked_task_keeps_its_id_and_batch() {
         let replay = replay(&letter(DeadReason::UnknownTask), &plan(), id("new")).unwrap();
         let task = task::decode(&replay.message, &replay.queue).unwrap().unwrap();
         assert_eq!((task.id, task.attempt), (id("old"), 4));
@@ -268,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_worker_would_take_is_refused_with_its_reason() {
+    fn invalid_tasks_are_refused_with_their_reason() {
         let refuse = |change: &dyn Fn(&mut DeadLetter)| {
             let mut letter = letter(DeadReason::Malformed);
             change(&mut letter);

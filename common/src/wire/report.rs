@@ -1,26 +1,23 @@
-//! Reports: what workers and producers tell the collector, many in one message.
+//! Reports of workers and producers to the collector, many in one message.
 //!
-//! Between Rust processes a bundle is one version byte and bincode; a producer in another language
-//! sends a JSON array of the same reports. The structs of a version are apart from the domain types,
-//! so that a change of those is not silently a change of the protocol.
+//! A bundle is one version byte and bincode; clients in other languages send a JSON array of the
+//! same reports. The structs of a version are separate from the domain types, so that changing
+//! those does not silently change the protocol.
 
-mod few;
+mod bounded;
+mod model;
 mod v2;
 
-use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use self::few::Few;
-use super::codec::Codec;
-use super::lease::{Fence, LeaseNote};
+use self::bounded::Bounded;
+pub use self::model::{Report, RetryNote};
+use super::codec::{Codec, CodecError};
+use super::lease::Fence;
+use super::malformed::{MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
 use super::message::{Message, Properties};
-use super::{MAX_BODY_BYTES, MAX_JSON_BYTES, Malformed, within};
-use crate::fingerprint::Fingerprint;
-use crate::names::{BatchId, TaskId, TaskName};
 use crate::outcome::TaskResult;
-use crate::timestamp::Timestamp;
 
 /// AMQP `type` of a bundle of reports.
 pub const BUNDLE_KIND: &str = "garenne.reports";
@@ -28,74 +25,9 @@ pub const BUNDLE_KIND: &str = "garenne.reports";
 pub const REPLY_KIND: &str = "garenne.result";
 const BUNDLE_CONTENT_TYPE: &str = "application/x-garenne-reports";
 
-/// One thing that happened.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "report", rename_all = "snake_case")]
-pub enum Report {
-    /// A task ended.
-    Finished(TaskResult),
-    /// An attempt failed and the next one waits in the broker.
-    Retrying(RetryNote),
-    /// A batch was opened; its members follow.
-    BatchOpened {
-        /// Which batch.
-        batch: BatchId,
-        /// When.
-        at: Timestamp,
-        /// When it ends as abandoned if it was not sealed.
-        deadline: Timestamp,
-    },
-    /// All members of a batch are submitted.
-    BatchSealed {
-        /// Which batch.
-        batch: BatchId,
-        /// How many tasks it has.
-        count: u64,
-        /// When.
-        at: Timestamp,
-    },
-    /// What a worker says of a lease it holds.
-    Lease(LeaseNote),
-    /// Another task with the id has ended: its fingerprint is not the one in the query. Only in responses.
-    Conflict {
-        /// The id.
-        id: TaskId,
-        /// The fingerprint in the query.
-        queried: Fingerprint,
-    },
-    /// A task ended that ran under a lease.
-    FinishedUnderLease {
-        /// Which execution.
-        fence: Fence,
-        /// How it ended.
-        result: TaskResult,
-    },
-}
-
-/// An attempt that failed while its task goes on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RetryNote {
-    /// Which task.
-    pub id: TaskId,
-    /// What kind of task.
-    pub name: TaskName,
-    /// The batch it belongs to.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub batch: Option<BatchId>,
-    /// The attempt that failed.
-    pub attempt: u32,
-    /// How it failed.
-    pub error: String,
-    /// When the next attempt may start.
-    pub next_at: Timestamp,
-    /// Who ran it.
-    pub worker: String,
-    /// When it failed.
-    pub at: Timestamp,
-}
-
-/// Writes reports as one message. The caller keeps the bundle below [`MAX_BODY_BYTES`].
-pub fn encode(reports: &[Report], app_id: &str) -> Result<Message, super::CodecError> {
+/// Encodes reports as one message. The caller keeps the bundle below [`MAX_BODY_BYTES`], by
+/// [`weight`]. `app_id` is the name of the publishing process.
+pub fn encode(reports: &[Report], app_id: &str) -> Result<Message, CodecError> {
     let body = v2::encode(reports)?;
     let properties = Properties {
         content_type: Some(BUNDLE_CONTENT_TYPE.to_owned()),
@@ -106,13 +38,13 @@ pub fn encode(reports: &[Report], app_id: &str) -> Result<Message, super::CodecE
     Ok(Message { properties, headers: vec![], body: body.into() })
 }
 
-/// Reads a bundle, or the JSON array of another language. Outputs out of a bundle keep all of its body
-/// in memory.
+/// Decodes a bundle or a JSON array of reports. The outputs in a bundle are slices of its body and
+/// keep all of it in memory.
 pub fn decode(message: &Message) -> Result<Vec<Report>, Malformed> {
     let content_type = message.properties.content_type.as_deref().unwrap_or_default();
     if Codec::from_content_type(content_type) == Some(Codec::Json) {
         within("a bundle of reports in JSON", &message.body, MAX_JSON_BYTES)?;
-        let bundle: Few<&RawValue> =
+        let bundle: Bounded<&RawValue> =
             serde_json::from_slice(&message.body).map_err(Malformed::new)?;
         let reports = bundle.0.into_iter().map(|report| from_json(report.get()));
         return reports.collect::<Result<_, _>>().map_err(Malformed::new);
@@ -120,13 +52,13 @@ pub fn decode(message: &Message) -> Result<Vec<Report>, Malformed> {
     within("a bundle of reports", &message.body, MAX_BODY_BYTES)?;
     match message.body.first() {
         Some(&v2::VERSION) => v2::decode(&message.body),
-        Some(version) => Err(Malformed::new(format_args!("reports of version {version}"))),
+        Some(version) => Err(Malformed::new(format_args!("reports of unknown version {version}"))),
         None => Err(Malformed::new("an empty bundle of reports")),
     }
 }
 
-/// Reports that contain outputs are not read by their derived implementation: that buffers the fields of a
-/// tagged enum, and a buffered number is a float.
+/// Decodes one report in JSON. Reports with outputs are not decoded by their derived
+/// implementation: that buffers the fields of a tagged enum, and a buffered number becomes a float.
 fn from_json(json: &str) -> Result<Report, serde_json::Error> {
     #[derive(Deserialize)]
     struct ReportTag<'a> {
@@ -149,7 +81,8 @@ fn from_json(json: &str) -> Result<Report, serde_json::Error> {
     })
 }
 
-/// The reply that any client can read: one JSON message for one result.
+/// Encodes the plain reply: one JSON message for one result. Without a `correlation_id` the reply
+/// has the id of the task.
 pub fn encode_reply(result: &TaskResult, correlation_id: Option<&str>, app_id: &str) -> Message {
     let properties = Properties {
         content_type: Some(Codec::Json.content_type().to_owned()),
@@ -160,16 +93,15 @@ pub fn encode_reply(result: &TaskResult, correlation_id: Option<&str>, app_id: &
         timestamp: Some(result.finished_at.as_millis() / 1000),
         ..Properties::default()
     };
-    // Whoever reads it is to know the batch by its id; its key is none of their business.
+    // A reply names the batch by its id, since its reader must not get the key.
     let public = result.batch.as_ref().map(|batch| batch.public().into_owned());
     let result = TaskResult { batch: public, ..result.clone() };
-    // Every field is text, a number or checked JSON, so this cannot fail; an empty object would still
-    // be a reply.
+    // Every field is text, a number or checked JSON, so encoding does not fail.
     let body = serde_json::to_vec(&result).unwrap_or_else(|_| b"{}".to_vec());
     Message { properties, headers: vec![], body: body.into() }
 }
 
-/// How many bytes a report adds to a bundle, roughly and never too few by much.
+/// Size of a report in a bundle, in bytes: approximate, and never much too small.
 pub fn weight(report: &Report) -> usize {
     match report {
         Report::Finished(result) | Report::FinishedUnderLease { result, .. } => {
@@ -184,20 +116,15 @@ pub fn weight(report: &Report) -> usize {
     }
 }
 
-impl RetryNote {
-    /// How long the task waits before its next attempt.
-    pub fn delay(&self) -> Duration {
-        self.next_at.since(self.at)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::names::QueueName;
+    use crate::fingerprint::Fingerprint;
+    use crate::names::{BatchId, QueueName, TaskId, TaskName};
     use crate::outcome::{DeadReason, Status};
+    use crate::timestamp::Timestamp;
     use crate::wire::codec::Payload;
-    use crate::wire::lease::LeaseChange;
+    use crate::wire::lease::{LeaseChange, LeaseNote};
     use proptest::prelude::*;
 
     fn result(status: Status, error: Option<String>, output: Option<Vec<u8>>) -> TaskResult {
@@ -220,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn fingerprints_and_conflicts_travel() {
+    fn fingerprints_and_conflicts_survive_a_round_trip() {
         let fingerprint = Some(Fingerprint::from_u64(7));
         let result = TaskResult { fingerprint, ..result(Status::Succeeded, None, Some(vec![1])) };
         let fence = Fence { number: 2, execution: "e".to_owned() };
@@ -263,12 +190,12 @@ mod tests {
     }
 
     #[test]
-    fn both_forms_carry_every_kind() {
+    fn both_formats_carry_every_report() {
         let mut reports = all_kinds();
         let bundle = encode(&reports, "test").unwrap();
         assert_eq!(decode(&bundle), Ok(reports.clone()));
 
-        // JSON cannot carry a bincode output, as the documentation says.
+        // JSON cannot carry a bincode output.
         let Report::Finished(result) = &mut reports[0] else { panic!() };
         result.output = Some(Payload::encode(Codec::Json, &[1, 2]).unwrap());
         let mut json = bundle;
@@ -277,17 +204,17 @@ mod tests {
         assert_eq!(decode(&json), Ok(reports));
     }
 
-    /// Golden bytes of version 2: when this fails, the protocol changed and needs a new version byte.
+    /// If this fails, the protocol has changed and needs a new version byte.
     #[test]
-    fn version_2_looks_like_this() {
+    fn version_2_has_its_golden_bytes() {
         let bundle = encode(&all_kinds(), "test").unwrap();
         let hex: String = bundle.body.iter().map(|byte| format!("{byte:02x}")).collect();
         assert_eq!(hex, include_str!("golden/reports.v2.hex").trim());
     }
 
     #[test]
-    fn a_bundle_that_would_fill_the_memory_is_refused_on_the_way() {
-        // A sealed batch without a name, as often as 16 MiB hold it.
+    fn decoding_stops_at_the_limit_of_reports() {
+        // Sealed batches with an empty id, as many as fit into 16 MiB.
         let count = MAX_BODY_BYTES / 4 - 10;
         let mut body = vec![v2::VERSION, 0, 252];
         body.extend(u32::try_from(count).unwrap().to_le_bytes());
@@ -297,18 +224,18 @@ mod tests {
     }
 
     #[test]
-    fn another_version_is_refused_by_number() {
+    fn an_unknown_version_is_refused() {
         let mut bundle = encode(&all_kinds(), "test").unwrap();
         bundle.body = [&[9], &bundle.body[1..]].concat().into();
-        assert_eq!(decode(&bundle), Err(Malformed("reports of version 9".to_owned())));
+        assert_eq!(decode(&bundle), Err(Malformed("reports of unknown version 9".to_owned())));
     }
 
     #[test]
-    fn a_result_whose_head_is_missing_is_refused() {
+    fn a_result_whose_head_is_missing_is_malformed() {
         let one = Report::Finished(result(Status::Succeeded, None, None));
         let mut bundle = encode(&[one], "test").unwrap();
         let mut body = bundle.body.to_vec();
-        // Behind the only head come one report, its variant and the number of its head.
+        // The only head is followed by the number of reports, the variant and the head's number.
         let place = body.windows(3).rposition(|bytes| bytes == [1, 0, 0]).unwrap() + 2;
         body[place] = 1;
         bundle.body = body.into();
@@ -316,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn what_results_have_in_common_is_written_once() {
+    fn common_fields_of_results_are_written_once() {
         let one = Report::Finished(result(Status::Succeeded, None, None));
         let size = |count| encode(&vec![one.clone(); count], "test").unwrap().body.len();
         assert_eq!(size(3) - size(2), size(2) - size(1));
@@ -325,7 +252,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_the_decoder_panic(body in any::<Vec<u8>>(), json in any::<bool>()) {
+        fn the_decoder_does_not_panic_on_any_bytes(
+            body in any::<Vec<u8>>(), json in any::<bool>(),
+        ) {
             let content_type = json.then(|| "application/json".to_owned());
             let properties = Properties { content_type, ..Properties::default() };
             let body = if json { body } else { [vec![v2::VERSION], body].concat() };
@@ -333,7 +262,7 @@ mod tests {
         }
 
         #[test]
-        fn results_survive_the_bundle(
+        fn results_survive_a_round_trip(
             error in any::<Option<String>>(),
             output in any::<Vec<u8>>(),
             workers in prop::collection::vec("[ab]{0,2}", 0..9),

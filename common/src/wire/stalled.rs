@@ -1,4 +1,4 @@
-//! What a collector knows to wait for something that may never come: the body of one of its answers.
+//! The body of the response to the query `stalled`: parked tasks, and batches without progress.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,36 +6,37 @@ use super::notice::BatchSummary;
 use crate::names::{QueueName, TaskName};
 use crate::timestamp::Timestamp;
 
-/// What stands still in a store.
+/// Parked tasks, and batches without progress, in a store.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stalled {
-    /// Tasks that are parked, by what they wait for; those of which there are most.
+    /// Parked tasks by queue and name, the most numerous first.
     #[serde(default)]
     pub parked: Vec<ParkedKind>,
-    /// Batches that are not over and have not changed for as long as was asked, the most quiet first.
+    /// Batches that have neither ended nor changed for the time given in the query, the longest
+    /// unchanged first.
     #[serde(default)]
     pub batches: Vec<QuietBatch>,
 }
 
-/// Tasks that wait for a worker that knows their name.
+/// Tasks of one queue and name that are parked until a worker with a handler for them appears.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ParkedKind {
-    /// Their queue.
+    /// The queue of the tasks.
     pub queue: QueueName,
-    /// The name that no worker of the queue knew.
+    /// The name for which no worker of the queue has a handler.
     pub name: TaskName,
-    /// How many.
+    /// Number of parked tasks.
     pub tasks: u64,
-    /// When the first of them was parked, the last time that it was.
+    /// When the first of them was parked; of a task that was parked repeatedly, the last time.
     pub since: Timestamp,
 }
 
-/// A batch that is not over, and how long nothing has changed.
+/// A batch that has not ended, and when it last changed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct QuietBatch {
-    /// The counts.
+    /// The state and counts of the batch.
     #[serde(flatten)]
     pub summary: BatchSummary,
-    /// When something of it was stored last, repeats included.
+    /// When a report about the batch was last stored, including repeated reports.
     pub changed_at: Timestamp,
 }

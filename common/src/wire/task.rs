@@ -1,17 +1,18 @@
-//! A task as a message, both ways.
+//! A task as an AMQP message, both ways.
 //!
-//! Only `type` and a JSON body are required of a sender; every other property and header has a
-//! default. What is present must be right: a number that does not parse is a malformed task, not a
-//! task without that number.
+//! Only `type` and a JSON body are required; every other property and header has a default. A
+//! property or header that is present must be valid: a number that does not parse makes the task
+//! malformed, and is not treated as absent. Changing a message that is published again (its
+//! attempt, its delay, its id) happens here too; publishing it does not.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::codec::{Codec, Payload};
-use super::depth::is_too_deep;
+use super::depth::{MAX_DEPTH, is_too_deep};
 use super::headers::{self, decimal, millis, number, text};
+use super::malformed::{MAX_BODY_BYTES, MAX_HEADER_BYTES, Malformed};
 use super::message::{HeaderName, HeaderValue, Message, Properties};
-use super::{MAX_BODY_BYTES, MAX_DEPTH, MAX_HEADER_BYTES, Malformed};
 use crate::failpoints::Protection;
 use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
@@ -22,7 +23,7 @@ use crate::timestamp::Timestamp;
 
 const BUNDLE: &str = "bundle";
 
-/// Writes a task. `app_id` says who publishes it, for people who look at the management UI.
+/// Encodes a task. `app_id` is the name of the publishing process, shown in the management UI.
 pub fn encode(task: &TaskMessage, app_id: &str) -> Message {
     let reply = task.reply.as_ref();
     let properties = Properties {
@@ -41,17 +42,17 @@ pub fn encode(task: &TaskMessage, app_id: &str) -> Message {
 
 fn encode_headers(task: &TaskMessage) -> Vec<(HeaderName, HeaderValue)> {
     let mut list = vec![int(headers::ATTEMPT, u64::from(task.attempt))];
-    let (retry, usual) = (task.options.retry, RetryPolicy::DEFAULT);
-    if retry.max_attempts != usual.max_attempts {
+    let (retry, default) = (task.options.retry, RetryPolicy::DEFAULT);
+    if retry.max_attempts != default.max_attempts {
         list.push(int(headers::MAX_ATTEMPTS, u64::from(retry.max_attempts)));
     }
-    if retry.base != usual.base {
+    if retry.base != default.base {
         list.push(span(headers::RETRY_BASE, retry.base));
     }
-    if retry.factor.total_cmp(&usual.factor).is_ne() {
+    if retry.factor.total_cmp(&default.factor).is_ne() {
         list.push((headers::RETRY_FACTOR.into(), HeaderValue::Float(retry.factor)));
     }
-    if retry.max != usual.max {
+    if retry.max != default.max {
         list.push(span(headers::RETRY_MAX, retry.max));
     }
     if let Some(timeout) = task.options.timeout {
@@ -81,10 +82,10 @@ fn encode_headers(task: &TaskMessage) -> Vec<(HeaderName, HeaderValue)> {
     list
 }
 
-/// Reads a task that came through `queue`.
+/// Decodes a task that was delivered from `queue`.
 ///
-/// `Ok(None)` is a sound task without an id: it must get one, confirmed by the broker, before it
-/// runs, or its redelivery would be another task ([`assign_id`]).
+/// `Ok(None)` is a valid task without an id. Before it runs it must be published again under an id,
+/// and confirmed, because its redelivery would otherwise count as another task ([`assign_id`]).
 pub fn decode(message: &Message, queue: &QueueName) -> Result<Option<TaskMessage>, Malformed> {
     let properties = &message.properties;
     let kind = properties.kind.as_deref();
@@ -127,9 +128,10 @@ pub(super) fn fingerprint(message: &Message) -> Result<Option<Fingerprint>, Malf
     text.map(str::parse).transpose().map_err(Malformed::new)
 }
 
-/// Text that is echoed, logged or used as an address; names, ids and types have rules of their own.
+/// Refuses unprintable text in properties that are echoed, logged or used as an address. Names, ids
+/// and types have rules of their own.
 ///
-/// It also finds what [`frames`](super::frames) had to substitute.
+/// This also refuses the bytes that [`frames`](super::frames) substitutes for invalid UTF-8.
 fn check_printable(message: &Message) -> Result<(), Malformed> {
     let Properties { correlation_id, reply_to, app_id, .. } = &message.properties;
     let known = [("correlation_id", correlation_id), ("reply_to", reply_to), ("app_id", app_id)];
@@ -140,12 +142,12 @@ pub(super) fn check_text(name: &str, text: Option<&str>) -> Result<(), Malformed
     match text.filter(|text| !text.chars().all(is_printable)) {
         None => Ok(()),
         Some(text) => Err(Malformed::new(format_args!(
-            "the property {name} {text:?} holds what is no printable text"
+            "property {name} is {text:?}, which has unprintable characters"
         ))),
     }
 }
 
-/// The same message under a fresh id, ready to be published again.
+/// The same message under a new id, ready to be published again.
 pub fn assign_id(message: &Message) -> (TaskId, Message) {
     let id = TaskId::generate();
     let mut message = for_republish(message);
@@ -153,19 +155,20 @@ pub fn assign_id(message: &Message) -> (TaskId, Message) {
     (id, message)
 }
 
-/// The message without what one trip through the broker left on it.
+/// The message as it is published again: without `expiration`, and without the headers that the
+/// broker has added.
 pub fn for_republish(message: &Message) -> Message {
     let mut message = message.clone();
     if Protection::SpentHeaders.is_enabled() {
         message.headers.retain(|(name, _)| !headers::is_spent(name));
     }
-    // A sender's TTL was for the queue it sent to. In a delay level it would cut the delay short, and
-    // among the dead letters it would delete the task.
+    // The sender's TTL applied to the queue that it published to. It would end a delay too early,
+    // and would delete a dead letter.
     message.properties.expiration = None;
     message
 }
 
-/// The same message asking for attempt number `attempt`, all else as its sender wrote it.
+/// The same message with the attempt number `attempt`, and everything else as its sender wrote it.
 pub fn next_attempt(message: &Message, attempt: u32) -> Message {
     let mut message = for_republish(message);
     headers::clear_lapses(&mut message);
@@ -179,14 +182,14 @@ pub fn first_attempt_at(message: &Message) -> Option<Timestamp> {
     number(message, headers::FIRST_ATTEMPT_AT).ok().flatten().map(Timestamp::from_millis)
 }
 
-/// Notes when an attempt began, unless an earlier one is noted.
-pub fn note_first_attempt(message: &mut Message, began: Timestamp) {
-    let first = first_attempt_at(message).map_or(began, |first| first.min(began)).as_millis();
+/// Records when an attempt started, unless an earlier start is recorded.
+pub fn note_first_attempt(message: &mut Message, started: Timestamp) {
+    let first = first_attempt_at(message).map_or(started, |first| first.min(started)).as_millis();
     let first = HeaderValue::Int(i64::try_from(first).unwrap_or(i64::MAX));
     message.set_header(headers::FIRST_ATTEMPT_AT, first);
 }
 
-/// A message that is to arrive after a delay: the marks of its levels set, older marks gone.
+/// The message with the marks of its delay levels set and older marks removed.
 pub fn with_delay_marks(message: &Message, marks: &[String]) -> Message {
     let mut message = for_republish(message);
     let marks = marks.iter().map(|mark| (mark.clone().into(), HeaderValue::Bool(true)));
@@ -205,7 +208,7 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
         return Err(Malformed::new(format_args!("a body of {length} bytes is too large")));
     }
     if let Some(encoding) = properties.content_encoding.as_deref() {
-        // pika and others set "utf-8" here; that is no compression.
+        // pika and other clients set "utf-8" here, which is not a compression.
         if !["", "utf-8", "identity"].contains(&encoding.to_ascii_lowercase().as_str()) {
             return Err(Malformed::new(format_args!(
                 "content_encoding {encoding:?} is not supported; send the body uncompressed"
@@ -216,7 +219,8 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
         None => Codec::Json,
         Some(content_type) => Codec::from_content_type(content_type).ok_or_else(|| {
             Malformed::new(format_args!(
-                "content_type {content_type:?} is neither application/json nor application/x-bincode"
+                "content_type {content_type:?} is neither application/json \
+                 nor application/x-bincode"
             ))
         })?,
     };
@@ -225,8 +229,8 @@ fn decode_args(message: &Message) -> Result<Payload, Malformed> {
     Ok(args)
 }
 
-/// Whether arguments that say they are JSON are JSON, and not nested too deeply. Checked once, before they are used, so that a
-/// broken body is the sender's fault and no handler's.
+/// Checks that arguments declared as JSON are valid JSON and not nested too deeply. Called once,
+/// before a handler sees them, so that an invalid body is never charged to a handler.
 pub fn check_args(args: &Payload) -> Result<(), Malformed> {
     match args.codec {
         Codec::Bincode => Ok(()),
@@ -243,7 +247,8 @@ pub fn check_args(args: &Payload) -> Result<(), Malformed> {
     }
 }
 
-/// Who wants to hear of this message, if that can be read; for messages that are no sound tasks.
+/// Where the reply to this message goes, as far as it can be decoded. For messages that are not
+/// valid tasks.
 pub fn reply_of(message: &Message) -> Option<ReplyTo> {
     decode_reply(message).ok().flatten()
 }
@@ -253,7 +258,7 @@ fn decode_reply(message: &Message) -> Result<Option<ReplyTo>, Malformed> {
         None => ReplyFormat::Plain,
         Some(BUNDLE) => ReplyFormat::Bundle,
         Some(other) => {
-            return Err(Malformed::new(format_args!("reply format {other:?} is not known")));
+            return Err(Malformed::new(format_args!("unknown reply format {other:?}")));
         }
     };
     let properties = &message.properties;
@@ -265,15 +270,15 @@ fn decode_reply(message: &Message) -> Result<Option<ReplyTo>, Malformed> {
 }
 
 fn decode_options(message: &Message) -> Result<Options, Malformed> {
-    let usual = RetryPolicy::DEFAULT;
+    let default = RetryPolicy::DEFAULT;
     let max_attempts = number(message, headers::MAX_ATTEMPTS)?;
     let max_attempts =
-        max_attempts.map_or(usual.max_attempts, |n| u32::try_from(n).unwrap_or(u32::MAX));
+        max_attempts.map_or(default.max_attempts, |n| u32::try_from(n).unwrap_or(u32::MAX));
     let retry = RetryPolicy {
         max_attempts: max_attempts.max(1),
-        base: millis(message, headers::RETRY_BASE)?.unwrap_or(usual.base),
-        factor: decimal(message, headers::RETRY_FACTOR)?.unwrap_or(usual.factor),
-        max: millis(message, headers::RETRY_MAX)?.unwrap_or(usual.max),
+        base: millis(message, headers::RETRY_BASE)?.unwrap_or(default.base),
+        factor: decimal(message, headers::RETRY_FACTOR)?.unwrap_or(default.factor),
+        max: millis(message, headers::RETRY_MAX)?.unwrap_or(default.max),
     };
     Ok(Options {
         retry,
@@ -336,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn each_breach_has_its_own_reason() {
+    fn each_violation_has_its_own_reason() {
         let mut no_type = minimal();
         no_type.properties.kind = None;
         assert!(reason(&no_type).contains("type"));
@@ -362,8 +367,8 @@ mod tests {
         assert!(reason(&header).contains("x-garenne-timeout-ms"));
     }
 
-    /// A client that sends a date as AMQP's timestamp means seconds. Read as milliseconds, every such
-    /// task would have expired in 1970.
+    /// A client that sends a date as AMQP's timestamp means seconds. Read as milliseconds, every
+    /// such task would have expired in 1970.
     #[test]
     fn a_timestamp_in_place_of_milliseconds_is_malformed() {
         let mut message = minimal();
@@ -426,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn a_republish_leaves_the_brokers_account_behind() {
+    fn a_republish_drops_the_headers_that_the_broker_has_added() {
         let mut message = minimal();
         for spent in ["x-death", "x-first-death-reason", "x-last-death-queue", "garenne-delay-03"] {
             message.set_header(spent, HeaderValue::Bool(true));
@@ -488,23 +493,25 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_encoded_decodes(task in any_task()) {
+        fn encoded_tasks_decode(task in any_task()) {
             let message = encode(&task, "test");
             prop_assert_eq!(decode(&message, &queue()), Ok(Some(task)));
         }
 
         #[test]
-        fn no_message_makes_the_decoder_panic(
+        fn the_decoder_does_not_panic_on_any_message(
             kind in any::<Option<String>>(), id in any::<Option<String>>(),
             content_type in any::<Option<String>>(), body in any::<Vec<u8>>(),
             values in prop::collection::vec(any_header(), 12),
         ) {
             let names = [
-                headers::ATTEMPT, headers::MAX_ATTEMPTS, headers::RETRY_BASE, headers::RETRY_FACTOR,
-                headers::RETRY_MAX, headers::TIMEOUT, headers::EXPIRES_AT, headers::BATCH,
-                headers::SUBMITTED_AT, headers::TRACEPARENT, headers::REPLY_FORMAT, headers::SOFT_TIMEOUT,
+                headers::ATTEMPT, headers::MAX_ATTEMPTS, headers::RETRY_BASE,
+                headers::RETRY_FACTOR, headers::RETRY_MAX, headers::TIMEOUT, headers::EXPIRES_AT,
+                headers::BATCH, headers::SUBMITTED_AT, headers::TRACEPARENT, headers::REPLY_FORMAT,
+                headers::SOFT_TIMEOUT,
             ];
-            let properties = Properties { kind, message_id: id, content_type, ..Properties::default() };
+            let properties =
+                Properties { kind, message_id: id, content_type, ..Properties::default() };
             let headers = names.into_iter().map(HeaderName::from).zip(values).collect();
             let message = Message { properties, headers, body: body.into() };
             drop(decode(&message, &queue()));

@@ -1,4 +1,4 @@
-//! A bundle survives its way, damaged ones are refused, and the bytes are those of the protocol.
+//! Bundles survive a round trip, damaged ones are refused, and the bytes are those of the protocol.
 
 use super::*;
 use proptest::prelude::*;
@@ -49,7 +49,7 @@ fn reason(message: &Message) -> String {
 }
 
 #[test]
-fn tasks_come_out_as_they_went_in() {
+fn tasks_survive_a_round_trip() {
     let mut tasks = some();
     for task in &mut tasks {
         task.options.priority = Some(3);
@@ -62,7 +62,7 @@ fn tasks_come_out_as_they_went_in() {
 }
 
 #[test]
-fn a_task_that_leaves_its_bundle_is_the_message_it_would_have_been() {
+fn a_task_that_leaves_its_bundle_equals_a_task_submitted_alone() {
     let tasks = some();
     let singles = singles(&encode(&tasks, "test").unwrap(), &queue()).unwrap();
     let alone: Vec<Message> = tasks.iter().map(|task| task::encode(task, "test")).collect();
@@ -71,7 +71,7 @@ fn a_task_that_leaves_its_bundle_is_the_message_it_would_have_been() {
 }
 
 #[test]
-fn what_tasks_have_in_common_stands_once() {
+fn common_fields_of_tasks_are_written_once() {
     let one = encode(&[task("t-1", "a.b")], "test").unwrap().body.len();
     let tasks: Vec<_> = (0..100).map(|n| task(&format!("t-{n}"), "a.b")).collect();
     let hundred = encode(&tasks, "test").unwrap().body.len();
@@ -79,20 +79,20 @@ fn what_tasks_have_in_common_stands_once() {
     assert!(hundred < tasks.iter().map(weight).sum::<usize>());
 }
 
-/// Golden bytes of version 1: when this fails, the protocol changed and needs a new version byte.
+/// If this fails, the protocol has changed and needs a new version byte.
 #[test]
-fn version_1_looks_like_this() {
+fn version_1_has_its_golden_bytes() {
     let bundle = encode(&some(), "test").unwrap();
     let hex: String = bundle.body.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(hex, include_str!("../golden/tasks.v1.hex").trim());
 }
 
 #[test]
-fn each_breach_has_its_own_reason() {
+fn each_violation_has_its_own_reason() {
     let whole = encode(&some(), "test").unwrap().body;
     assert!(reason(&body(Bytes::new())).contains("empty"));
     assert!(reason(&body([&[9], &whole[1..]].concat())).contains("version 9"));
-    assert!(reason(&body([&whole[..], &[0]].concat())).contains("1 bytes too many"));
+    assert!(reason(&body([&whole[..], &[0]].concat())).contains("1 trailing bytes"));
     for length in 1..whole.len() {
         assert!(decode(&body(whole.slice(..length)), &queue()).is_err(), "{length}");
     }
@@ -107,7 +107,7 @@ fn each_breach_has_its_own_reason() {
 }
 
 #[test]
-fn more_tasks_than_allowed_are_refused_before_they_are_read() {
+fn too_many_tasks_are_refused_before_they_are_decoded() {
     let count = |heads: usize, tasks: usize| {
         let mut bytes = vec![VERSION_1];
         append_bincode(&(heads, tasks), &mut bytes).unwrap();
@@ -120,7 +120,7 @@ fn more_tasks_than_allowed_are_refused_before_they_are_read() {
 }
 
 #[test]
-fn a_bundle_that_was_handed_on_says_so() {
+fn a_bundle_that_was_given_back_stays_marked() {
     let mut bundle = encode(&some(), "test").unwrap();
     assert!(!is_handed_on(&bundle));
     mark_handed_on(&mut bundle);
@@ -130,12 +130,12 @@ fn a_bundle_that_was_handed_on_says_so() {
 
 proptest! {
     #[test]
-    fn no_bytes_make_the_decoder_panic(bytes in any::<Vec<u8>>()) {
+    fn the_decoder_does_not_panic_on_any_bytes(bytes in any::<Vec<u8>>()) {
         drop(decode(&body([vec![VERSION_1], bytes].concat()), &queue()));
     }
 
     #[test]
-    fn broken_bundles_are_refused_or_read(place in 0..200_usize, byte in any::<u8>()) {
+    fn a_changed_byte_loses_no_task_silently(place in 0..200_usize, byte in any::<u8>()) {
         let mut bytes = encode(&some(), "test").unwrap().body.to_vec();
         let place = place % bytes.len();
         bytes[place] = byte;
@@ -145,9 +145,11 @@ proptest! {
     }
 
     #[test]
-    fn any_tasks_survive_the_bundle(
+    fn any_tasks_survive_a_round_trip(
         rows in prop::collection::vec(
-            ("[a-zA-Z0-9 é-]{1,40}", "[a-z.]{1,3}", any::<Vec<u8>>(), any::<Option<u32>>()), 1..40),
+            ("[a-zA-Z0-9 é-]{1,40}", "[a-z.]{1,3}", any::<Vec<u8>>(), any::<Option<u32>>()),
+            1..40,
+        ),
     ) {
         let tasks: Vec<_> = rows.into_iter().map(|(id, name, args, at)| TaskMessage {
             args: Payload { codec: Codec::Bincode, bytes: args.into() },

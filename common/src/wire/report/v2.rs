@@ -1,8 +1,8 @@
-//! Version 2 of a bundle: how it looks on the wire, and the way there and back.
+//! Version 2 of a bundle: its layout, encoding and decoding.
 //!
-//! The results of one worker repeat the names of task, queue, batch and worker. These stand in front
-//! once, as heads, and a result gives the number of its head. What is read borrows from the body: a
-//! result costs one allocation, for its id, and one more if it carries an error.
+//! The results of one worker repeat the names of task, queue, batch and worker. These are written
+//! once, as heads, and a result refers to its head by number. Decoding borrows from the body: a
+//! result costs one allocation for its id, and another one if it carries an error.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,11 +10,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::super::Malformed;
 use super::super::codec::{Codec, CodecError, Payload, append_bincode, from_bincode};
 use super::super::lease::{Fence, LeaseChange, LeaseNote};
-use super::few::Few;
-use super::{Report, RetryNote};
+use super::super::malformed::Malformed;
+use super::bounded::Bounded;
+use super::model::{Report, RetryNote};
 use crate::fingerprint::Fingerprint;
 use crate::names::{BatchId, QueueName, TaskId, TaskName};
 use crate::outcome::{DeadReason, Status, TaskResult};
@@ -22,20 +22,20 @@ use crate::timestamp::Timestamp;
 
 /// The first byte of a body.
 pub(super) const VERSION: u8 = 2;
-/// A result of the usual size; only a guess, so that the buffer need not grow often.
-const USUAL_BYTES: usize = 100;
+/// Typical size of a result in bytes; an estimate, so that the buffer seldom grows.
+const TYPICAL_BYTES: usize = 100;
 
-/// Writes a body.
+/// Encodes reports as a body.
 pub(super) fn encode(reports: &[Report]) -> Result<Vec<u8>, CodecError> {
     let mut heads = Heads::default();
     let written = reports.iter().map(|report| heads.report(report)).collect();
-    let mut body = Vec::with_capacity(USUAL_BYTES * (reports.len() + 1));
+    let mut body = Vec::with_capacity(TYPICAL_BYTES * (reports.len() + 1));
     body.push(VERSION);
-    append_bincode(&BundleV2 { heads: Few(heads.list), reports: Few(written) }, &mut body)?;
+    append_bincode(&BundleV2 { heads: Bounded(heads.list), reports: Bounded(written) }, &mut body)?;
     Ok(body)
 }
 
-/// Reads a body. Outputs are slices of it and keep all of it in memory.
+/// Decodes a body. Outputs are slices of it and keep all of it in memory.
 pub(super) fn decode(body: &Bytes) -> Result<Vec<Report>, Malformed> {
     let bundle: BundleV2<'_> = from_bincode(body.get(1..).unwrap_or_default())?;
     let heads =
@@ -48,12 +48,12 @@ pub(super) fn decode(body: &Bytes) -> Result<Vec<Report>, Malformed> {
 #[derive(Serialize, Deserialize)]
 struct BundleV2<'a> {
     #[serde(borrow)]
-    heads: Few<HeadV2<'a>>,
+    heads: Bounded<HeadV2<'a>>,
     #[serde(borrow)]
-    reports: Few<ReportV2<'a>>,
+    reports: Bounded<ReportV2<'a>>,
 }
 
-/// What the results of one worker have in common.
+/// The fields that the results of one worker have in common.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct HeadV2<'a> {
     name: &'a str,
@@ -109,11 +109,11 @@ struct ResultV2<'a> {
     attempt: u32,
     redelivered: bool,
     started_at: u64,
-    /// From start to end; below zero if a clock was set back between them.
+    /// Milliseconds from start to end; negative if a clock was set back in between.
     took: i64,
 }
 
-/// Bytes that are written and read as a whole; serde would take a slice one number at a time.
+/// Bytes that are encoded as a whole; serde would encode a slice one number at a time.
 #[derive(Deserialize)]
 struct Blob<'a>(#[serde(borrow)] &'a [u8]);
 
@@ -151,12 +151,12 @@ impl Serialize for Blob<'_> {
     }
 }
 
-/// The heads of a bundle that is being written.
+/// The heads of a bundle that is being encoded.
 #[derive(Default)]
 struct Heads<'a> {
     list: Vec<HeadV2<'a>>,
     numbers: HashMap<HeadV2<'a>, u32>,
-    /// Neighbours mostly share theirs, and then nothing is hashed.
+    /// The head of the previous result. Neighbours usually share it, and then nothing is hashed.
     last: Option<(HeadV2<'a>, u32)>,
 }
 
@@ -254,7 +254,7 @@ impl<'a> From<&'a Fence> for FenceV2<'a> {
     }
 }
 
-/// A head as it was read, checked once for all its results.
+/// A decoded head, validated once for all its results.
 struct ResultHead {
     name: TaskName,
     queue: QueueName,
@@ -262,7 +262,7 @@ struct ResultHead {
     worker: Arc<str>,
 }
 
-/// A bundle that is being read.
+/// A bundle that is being decoded.
 struct Reading<'a> {
     heads: Vec<ResultHead>,
     body: &'a Bytes,
@@ -313,7 +313,10 @@ impl Reading<'_> {
     fn result(&self, result: &ResultV2<'_>) -> Result<TaskResult, Malformed> {
         let head = usize::try_from(result.head).ok().and_then(|number| self.heads.get(number));
         let head = head.ok_or_else(|| {
-            Malformed::new(format_args!("a result of head {}, which is missing", result.head))
+            Malformed::new(format_args!(
+                "a result refers to head {}, which is missing",
+                result.head
+            ))
         })?;
         Ok(TaskResult {
             id: TaskId::new(result.id)?,
@@ -336,14 +339,14 @@ impl Reading<'_> {
     }
 
     fn payload(&self, codec: Codec, output: &Blob<'_>) -> Payload {
-        // It was read out of this very body, so it cannot lie outside.
+        // The output was borrowed from this body, so it is a part of it.
         Payload { codec, bytes: self.body.slice_ref(output.0) }
     }
 }
 
 fn dead_reason(code: &str) -> Result<DeadReason, Malformed> {
     DeadReason::from_code(code)
-        .ok_or_else(|| Malformed::new(format_args!("dead reason {code:?} is not known")))
+        .ok_or_else(|| Malformed::new(format_args!("unknown dead-letter reason {code:?}")))
 }
 
 impl TryFrom<HeadV2<'_>> for ResultHead {

@@ -1,8 +1,8 @@
-//! libFuzzer's way into `targets::answer`.
+//! Runs `targets::response` under libFuzzer.
 #![no_main]
 
 #[allow(dead_code, reason = "each program has one of the targets")]
 #[path = "../targets.rs"]
 mod targets;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::answer(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::response(bytes));

@@ -1,8 +1,8 @@
-//! libFuzzer's way into `targets::question`.
+//! Runs `targets::query` under libFuzzer.
 #![no_main]
 
 #[allow(dead_code, reason = "each program has one of the targets")]
 #[path = "../targets.rs"]
 mod targets;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::question(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| targets::query(bytes));
