@@ -1,15 +1,17 @@
 # syntax=docker/dockerfile:1
 
-# One image with the programs garenne (and garenne-lab, which it becomes), garenne-worker and garenne-collector.
+# One image with garenne, garenne-lab (which garenne runs for demo, bench and verify), garenne-worker
+# and garenne-collector.
 
-# The version of rust-toolchain.toml, so that no other toolchain is fetched during the build.
+# The version of rust-toolchain.toml, so that no other toolchain is downloaded during the build. The
+# image includes the C compiler that the bundled SQLite needs.
 FROM rust:1.95.0-slim-bookworm AS build
-# It also brings the C compiler that bundled SQLite needs.
 WORKDIR /src
 COPY . .
-# The image brings this very toolchain; rust-toolchain.toml would ask for clippy and rustfmt too.
+# Overrides rust-toolchain.toml, which also requests clippy and rustfmt.
 ENV RUSTUP_TOOLCHAIN=1.95.0
-# The caches stay out of the image, and so does target/: hence the copy in the same step.
+# The cache mounts are not part of the image, target/ included, so the programs are copied in the same
+# step.
 RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/src/target \
     cargo build --release --locked --bins -p garenne-cli -p garenne-lab -p garenne-worker -p garenne-collector \
@@ -24,7 +26,7 @@ RUN apt-get update \
     && useradd --system --uid 10001 --home-dir /var/lib/garenne --create-home --shell /usr/sbin/nologin garenne
 COPY --from=build /out/ /usr/local/bin/
 USER garenne
-# A named volume that is mounted here takes over the owner. No VOLUME line: each worker would
-# get an anonymous one that nobody removes.
+# A named volume mounted here inherits the owner. There is no VOLUME instruction, since every worker
+# would get an anonymous volume that is never removed.
 WORKDIR /var/lib/garenne
 CMD ["garenne", "--help"]

@@ -1,4 +1,4 @@
-//! A batch with a wait: many tasks, one done notice.
+//! A batch: many tasks, and one notice when all of them have ended.
 //!
 //! Needs a RabbitMQ, a `garenne-worker` and a `garenne-collector`. Run it with
 //! `cargo run -p garenne-examples --example batch`.
@@ -15,7 +15,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let config = Config::load(&Sources::default())?;
     let producer = Producer::connect(&config).await?;
 
-    // The built-in task `text.count_words`, by name: no Rust type is needed to submit.
+    // The built-in task `text.count_words`, submitted by name; no Rust type is needed.
     let texts = ["to be or not to be", "that is the question", "whether 'tis nobler"];
     let task = |text| Submission::dynamic("text.count_words", json!({ "text": text }));
     let tasks = texts.into_iter().map(task).collect::<Result<Vec<_>, _>>()?;

@@ -1,8 +1,7 @@
-//! A command task: an external program as a handler, by configuration alone.
+//! A command task: an external program as the handler, by configuration only.
 //!
-//! The configuration is `command_task.toml` beside this file; the shipped `garenne-worker --config`
-//! serves it in just the same way. Run it with `cargo run -p garenne-examples --example command_task`
-//! next to a RabbitMQ.
+//! The configuration is `command_task.toml` in this directory; `garenne-worker --config` serves it as
+//! well. Needs a RabbitMQ. Run it with `cargo run -p garenne-examples --example command_task`.
 
 use std::error::Error;
 use std::path::Path;

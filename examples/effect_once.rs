@@ -1,4 +1,4 @@
-//! An effect that happens once, although its task runs twice: key and effect in one transaction.
+//! An effect that happens once although its task runs twice: key and effect in one transaction.
 //!
 //! Needs a RabbitMQ. Run it with `cargo run -p garenne-examples --example effect_once`.
 
@@ -33,7 +33,7 @@ fn deposit(
     let balance =
         transaction.query_row("SELECT SUM(amount) FROM deposits", [], |row| row.get(0))?;
     transaction.commit()?;
-    // As if the worker died here: the effect is there, the result is not.
+    // As if the worker had died here: the effect is committed, the result is not reported.
     if context.attempt() == 1 { Err(TaskError::retry("too late")) } else { Ok(balance) }
 }
 

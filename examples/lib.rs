@@ -1,1 +1,1 @@
-//! Nothing: this package exists for its examples.
+//! Empty: this package exists for its examples.

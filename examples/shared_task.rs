@@ -1,4 +1,6 @@
-//! One task type, shared by both ends: `cargo run -p garenne-examples --example shared_task`.
+//! One task type, shared by producer and worker.
+//!
+//! Needs a RabbitMQ. Run it with `cargo run -p garenne-examples --example shared_task`.
 
 use std::error::Error;
 
@@ -8,7 +10,7 @@ use garenne_producer::Producer;
 use garenne_worker::{Context, TaskError, Worker};
 use serde::{Deserialize, Serialize};
 
-/// The contract; both programs import it from one small crate.
+/// The task type, which both programs import from a shared crate.
 #[derive(Serialize, Deserialize)]
 struct Greet {
     name: String,
@@ -30,7 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let worker = Worker::builder(config.clone()).register::<Greet, _, _>(greet).build()?;
     let running = worker.start().await?;
 
-    // The producer's end.
+    // The producer.
     let producer = Producer::connect(&config).await?;
     let handle = producer.submit(Greet { name: "Garenne".to_owned() }).await?;
     println!("{}", handle.output().await?);

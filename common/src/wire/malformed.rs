@@ -43,8 +43,8 @@ pub(super) fn within(what: &str, bytes: &[u8], most: usize) -> Result<(), Malfor
     )))
 }
 
-impl From<crate::InvalidName> for Malformed {
-    fn from(error: crate::InvalidName) -> Self {
+impl From<crate::names::InvalidName> for Malformed {
+    fn from(error: crate::names::InvalidName) -> Self {
         Self::new(error)
     }
 }
