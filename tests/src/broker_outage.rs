@@ -207,7 +207,7 @@ async fn deliveries_that_the_broker_takes_back_are_explained_and_survived() {
     effects::begun(&warren, 1).await;
     // From 4.3 on the consumer's own limit counts, which is that of broker.consumer_timeout.
     if node.version() < (4, 3) {
-        let said = worker.logged("took deliveries back").await;
+        let said = worker.logged("requeued deliveries because").await;
         assert!(
             said.contains("within its consumer timeout of 3s; raise consumer_timeout"),
             "{said}"

@@ -9,7 +9,7 @@ use garenne_producer::{Producer, SubmitError};
 use serde_json::Value;
 use tokio::net::TcpListener;
 
-use crate::harness::{Ended, SOON, Soon, Warren};
+use crate::harness::{Ended, PrivateNode, SOON, Soon, Warren, time_passes};
 
 const PASSWORD: &str = "s3cr3t-pa55";
 
@@ -251,6 +251,53 @@ async fn the_library_has_a_type_for_each_and_keeps_its_deadline() {
     let error = connect(&no_vhost, SOON).await;
     assert!(matches!(error, BrokerError::NoVhost { .. }), "{error:?}");
     assert!(!SubmitError::Broker(error).is_transient());
+}
+
+/// A limit may be raised, or others may leave: services wait, and log it once.
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_of_the_broker_are_named_and_waited_out() {
+    let node = PrivateNode::take().await;
+    let warren = Warren::on(&node.url()).await;
+    let url = changed(&node.url(), own_login(&node.url()), "limited");
+    node.ctl(&["add_vhost", "limited"]);
+    node.ctl(&["set_permissions", "-p", "limited", "guest", ".*", ".*", ".*"]);
+    let limits = |limits: &str| node.ctl(&["set_vhost_limits", "-p", "limited", limits]);
+    let garenne = async |command: &str| {
+        let arguments = ["--url", &url, "--deadline", "50s", "topology", command];
+        warren.garenne(&arguments).await
+    };
+
+    limits(r#"{"max-connections": 0}"#);
+    let full = "connection limit (0) is reached";
+    refused(&garenne("plan").await, &[full, "rabbitmqctl set_vhost_limits"]);
+    let mut worker = warren.worker().url(&url).spawn();
+    worker.logged(full).await;
+    // Some more attempts fail.
+    time_passes(Duration::from_secs(5)).await;
+    let logged = worker.stderr().matches(full).count();
+    assert!(logged <= 8, "not once per attempt, but {logged} times: {}", worker.stderr());
+
+    limits(r#"{"max-connections": -1, "max-queues": 0}"#);
+    let full = "queue limit in vhost 'limited' (0) is reached";
+    refused(&garenne("apply").await, &[full, "delete unused queues"]);
+    worker.logged(full).await;
+    node.ctl(&["clear_vhost_limits", "-p", "limited"]);
+    worker.logged("consuming again").await;
+    let ended = worker.terminate(SOON).await;
+    assert_eq!(ended.code(), Some(0), "{}", worker.stderr());
+    node.ctl(&["delete_vhost", "limited"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scheme_that_does_not_fit_the_port_is_refused() {
+    let warren = Warren::new().await;
+    let url = warren.url().replacen("amqp://", "amqps://", 1);
+    let names = ["this port does not speak TLS", "use an amqp:// URL"];
+    let plan = ["--url", &url, "--deadline", "50s", "topology", "plan"];
+    refused(&warren.garenne(&plan).await, &names);
+    let ended = warren.worker().url(&url).fail(SOON).await;
+    assert_eq!(ended.code, Some(2), "{ended:#?}");
+    assert!(names.iter().all(|name| ended.stderr.contains(name)), "{ended:#?}");
 }
 
 /// The client library takes such an address for none, and this machine for its broker.

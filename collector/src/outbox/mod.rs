@@ -163,13 +163,13 @@ impl<O: Outbox> Relay<O> {
     /// publishers. A message that is accepted and not confirmed goes to a queue that does not respond; it
     /// is tried again later.
     async fn outcome(&self, receipt: Receipt, begun: Instant) -> Result<(), BrokerError> {
-        let timeout = self.publisher.patience();
+        let timeout = self.publisher.confirm_timeout();
         let (mut confirmed, mut until) = (pin!(receipt.confirmed()), begun + timeout);
         loop {
             match tokio::time::timeout_at(until, &mut confirmed).await {
                 Ok(outcome) => return outcome,
-                Err(_) if self.publisher.owes_confirms() => {
-                    return Err(self.publisher.why_late(timeout));
+                Err(_) if self.publisher.expects_confirms() => {
+                    return Err(self.publisher.timeout_error(timeout));
                 }
                 Err(_) => until = Instant::now() + timeout,
             }

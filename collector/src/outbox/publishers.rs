@@ -57,7 +57,7 @@ impl Publishers {
 
     /// Why one of them cannot publish, if known.
     pub(crate) fn trouble(&self) -> Option<BrokerError> {
-        self.all().into_iter().find_map(Publisher::trouble)
+        self.all().into_iter().find_map(Publisher::current_error)
     }
 
     /// Waits for outstanding confirms, at most `grace`, and closes the connections.

@@ -1,4 +1,7 @@
-//! Declaring, looking at and deleting broker objects.
+//! Declares, queries and deletes broker objects.
+//!
+//! Declarations of [`topology`](crate::topology) come in; names and arguments are never chosen
+//! here.
 
 use std::time::Duration;
 
@@ -14,18 +17,20 @@ use super::{BrokerError, Link};
 use crate::topology::{Declaration, ExchangeKind};
 use crate::wire::HeaderValue;
 
-/// How long the broker may take for one answer. A cluster under load is slow; one that has not answered
-/// by then will not, though its connection may look well.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the broker may take for one response. A cluster under load is slow; one that has not
+/// responded by then will not, although its connection may look healthy.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The broker's answer to a request about `what`, within [`ANSWER_TIMEOUT`].
-pub(super) async fn answer<T>(
+/// Waits for the broker's response to a request about `what`, within [`RESPONSE_TIMEOUT`].
+pub(super) async fn response<T>(
     request: impl Future<Output = lapin::Result<T>>,
     what: &str,
 ) -> Result<T, BrokerError> {
-    match tokio::time::timeout(ANSWER_TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(|error| BrokerError::operating(&error, what)),
-        Err(_) => Err(BrokerError::Lost(format!("no answer about {what} in {ANSWER_TIMEOUT:?}"))),
+    match tokio::time::timeout(RESPONSE_TIMEOUT, request).await {
+        Ok(response) => response.map_err(|error| BrokerError::operating(&error, what)),
+        Err(_) => {
+            Err(BrokerError::Lost(format!("no response about {what} in {RESPONSE_TIMEOUT:?}")))
+        }
     }
 }
 
@@ -33,12 +38,12 @@ pub(super) async fn answer<T>(
 #[derive(Clone)]
 pub struct Admin(Link);
 
-/// What the broker says of a queue without giving any message away.
+/// The status of a queue, as the broker reports it without delivering a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QueueStatus {
-    /// Messages that wait to be delivered; those delivered and not yet settled are not counted.
+    /// Messages ready to be delivered; unacknowledged deliveries are not counted.
     pub ready: u32,
-    /// Consumers on it.
+    /// Consumers of the queue.
     pub consumers: u32,
 }
 
@@ -48,16 +53,17 @@ impl Admin {
         Self(link)
     }
 
-    /// Declares everything that is missing. An object with other properties is a
-    /// [`BrokerError::Conflict`] that names it.
+    /// Declares everything that is missing.
+    ///
+    /// Fails with [`BrokerError::Conflict`] if an object exists with other properties.
     pub async fn declare(&self, declarations: &[Declaration]) -> Result<(), BrokerError> {
         declare(&self.0.channel().await?, declarations).await
     }
 
-    /// Whether an object exists, without changing anything. A binding cannot be asked for and
-    /// counts as existing with its queue.
+    /// Whether an object exists, without changing anything. AMQP has no query for bindings, so a
+    /// binding counts as existing if its queue does.
     pub async fn exists(&self, declaration: &Declaration) -> Result<bool, BrokerError> {
-        // A miss closes the channel (AMQP 0-9-1, 404), so each look has its own.
+        // A missing object closes the channel (AMQP 0-9-1, 404), so each query has its own.
         let channel = self.0.channel().await?;
         let found = match declaration {
             Declaration::Exchange { name, .. } => exchange_exists(&channel, name).await,
@@ -72,7 +78,7 @@ impl Admin {
         }
     }
 
-    /// How many messages wait in a queue ready to be delivered; `None` if there is no such queue.
+    /// How many messages are ready in a queue; `None` if the queue does not exist.
     pub async fn depth(&self, queue: &str) -> Result<Option<u32>, BrokerError> {
         match queue_depth(&self.0.channel().await?, queue).await {
             Ok(depth) => Ok(Some(depth)),
@@ -81,8 +87,7 @@ impl Admin {
         }
     }
 
-    /// How many messages wait in a queue ready to be delivered, and how many consumers it has; `None`
-    /// if there is no such queue.
+    /// The status of a queue; `None` if it does not exist.
     pub async fn queue_status(&self, queue: &str) -> Result<Option<QueueStatus>, BrokerError> {
         match queue_status(&self.0.channel().await?, queue).await {
             Ok(status) => Ok(Some(status)),
@@ -91,34 +96,33 @@ impl Admin {
         }
     }
 
-    /// Drops all ready messages of a queue.
+    /// Deletes all ready messages of a queue.
     pub async fn purge(&self, queue: &str) -> Result<(), BrokerError> {
-        let purged = self.0.channel().await?;
-        let purged = purged.queue_purge(short(queue)?, QueuePurgeOptions::default());
-        answer(purged, queue).await.map(drop)
+        let channel = self.0.channel().await?;
+        let purged = channel.queue_purge(short(queue)?, QueuePurgeOptions::default());
+        response(purged, queue).await.map(drop)
     }
 
-    /// Deletes an object with all it holds; a binding goes with its queue. Missing objects are fine.
+    /// Deletes an object with its contents. Bindings are left alone; they are deleted with their
+    /// queue. A missing object is not an error.
     pub async fn delete(&self, declaration: &Declaration) -> Result<(), BrokerError> {
         let channel = self.0.channel().await?;
         let name = declaration.name();
         match declaration {
             Declaration::Exchange { .. } => {
                 let options = ExchangeDeleteOptions::default();
-                answer(channel.exchange_delete(short(name)?, options), name).await
+                response(channel.exchange_delete(short(name)?, options), name).await
             }
-            // No if-empty and no if-unused: on a quorum queue they close the connection (540).
+            // Without if-empty and if-unused: on a quorum queue they close the connection (540).
             Declaration::Queue { .. } => {
                 let options = QueueDeleteOptions::default();
-                answer(channel.queue_delete(short(name)?, options), name).await.map(drop)
+                response(channel.queue_delete(short(name)?, options), name).await.map(drop)
             }
             Declaration::Binding { .. } => Ok(()),
         }
     }
-}
 
-impl Admin {
-    /// Removes a binding alone; anything else is left as it is. A missing one is fine.
+    /// Deletes a binding; other objects are left alone. A missing binding is not an error.
     pub async fn unbind(&self, declaration: &Declaration) -> Result<(), BrokerError> {
         let Declaration::Binding { exchange, queue, routing_key, arguments } = declaration else {
             return Ok(());
@@ -126,7 +130,7 @@ impl Admin {
         let (queue_name, exchange, key) = (short(queue)?, short(exchange)?, short(routing_key)?);
         let arguments = to_table(arguments.iter().map(|(key, value)| (key.as_str(), value)))?;
         let channel = self.0.channel().await?;
-        answer(channel.queue_unbind(queue_name, exchange, key, arguments), queue).await
+        response(channel.queue_unbind(queue_name, exchange, key, arguments), queue).await
     }
 }
 
@@ -134,7 +138,7 @@ async fn exchange_exists(channel: &Channel, name: &str) -> Result<(), BrokerErro
     let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
     let found =
         channel.exchange_declare(short(name)?, LapinKind::Direct, options, FieldTable::default());
-    answer(found, name).await
+    response(found, name).await
 }
 
 async fn queue_depth(channel: &Channel, name: &str) -> Result<u32, BrokerError> {
@@ -147,11 +151,12 @@ pub(super) async fn queue_status(
 ) -> Result<QueueStatus, BrokerError> {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
     let queue = channel.queue_declare(short(name)?, options, FieldTable::default());
-    let queue = answer(queue, &format!("queue {name}")).await?;
+    let queue = response(queue, &format!("queue {name}")).await?;
     Ok(QueueStatus { ready: queue.message_count(), consumers: queue.consumer_count() })
 }
 
-/// Exchanges first: a queue may name one of them for its dead letters.
+/// Declares exchanges before queues and bindings: a queue may name an exchange for its dead
+/// letters.
 pub(super) async fn declare(
     channel: &Channel,
     declarations: &[Declaration],
@@ -176,26 +181,27 @@ async fn declare_one(channel: &Channel, declaration: &Declaration) -> Result<(),
             let arguments = to_table(arguments)?;
             let declared =
                 channel.exchange_declare(short(name)?, lapin_kind(*kind), options, arguments);
-            answer(declared, &format!("exchange {name}")).await
+            response(declared, &format!("exchange {name}")).await
         }
         Declaration::Queue { name, exclusive, arguments } => {
             let options = QueueDeclareOptions {
                 durable: !exclusive,
                 exclusive: *exclusive,
-                // It would otherwise outlive its consumer on a connection that goes on, and fill up.
+                // It would otherwise outlive its consumer on a connection that stays open, and fill
+                // up.
                 auto_delete: *exclusive,
                 ..QueueDeclareOptions::default()
             };
             let arguments = to_table(arguments.iter().map(|(key, value)| (*key, value)))?;
             let declared = channel.queue_declare(short(name)?, options, arguments);
-            answer(declared, &format!("queue {name}")).await.map(drop)
+            response(declared, &format!("queue {name}")).await.map(drop)
         }
         Declaration::Binding { exchange, queue, routing_key, arguments } => {
             let (queue, exchange, key) = (short(queue)?, short(exchange)?, short(routing_key)?);
             let arguments = to_table(arguments.iter().map(|(key, value)| (key.as_str(), value)))?;
             let options = QueueBindOptions::default();
             let bound = channel.queue_bind(queue, exchange, key, options, arguments);
-            answer(bound, &format!("binding of queue {name}")).await
+            response(bound, &format!("binding of queue {name}")).await
         }
     }
 }

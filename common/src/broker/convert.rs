@@ -1,4 +1,6 @@
-//! Our messages as lapin's properties and field tables, both ways.
+//! Converts our messages to lapin's properties and field tables, and back.
+//!
+//! Values that AMQP cannot carry are errors; foreign values without a use here are dropped.
 
 use bytes::Bytes;
 use lapin::BasicProperties;
@@ -9,8 +11,9 @@ use super::BrokerError;
 use crate::wire::{ForeignValue, HeaderName, HeaderValue, Message, Properties, is_defined_header};
 
 const PERSISTENT: u8 = 2;
-/// RabbitMQ replaces this `reply_to` by an address of the publishing channel, and closes the channel if it
-/// does not consume from there, as ours never do. A bundle may name it inside, where RabbitMQ does not look.
+/// RabbitMQ replaces this `reply_to` by an address of the publishing channel, and closes the
+/// channel if it does not consume from there, as ours never do. Inside a bundle the name is not
+/// seen by RabbitMQ.
 const DIRECT_REPLY_TO: &str = "amq.rabbitmq.reply-to";
 
 pub(super) fn short(text: &str) -> Result<ShortString, BrokerError> {
@@ -105,8 +108,9 @@ pub(super) fn from_properties(from: &BasicProperties, body: Vec<u8>) -> Message 
     Message { properties, headers, body: Bytes::from(body) }
 }
 
-/// What RabbitMQ says itself from 3.13 on in `x-last-death-*`, taken out of the newest entry of its
-/// `x-death` array for older versions. A task that was delayed has died before, of a delay level.
+/// The headers `x-last-death-*`, which RabbitMQ sets from 3.13 on, for older versions taken from
+/// the newest entry of the `x-death` array. A delayed task has been dead-lettered before, by a
+/// delay level.
 fn last_death(table: &FieldTable) -> Vec<(HeaderName, HeaderValue)> {
     let Some(AMQPValue::FieldArray(deaths)) = table.inner().get("x-death") else { return vec![] };
     let Some(AMQPValue::FieldTable(newest)) = deaths.as_slice().first() else { return vec![] };
@@ -164,11 +168,11 @@ fn bytes(bytes: &[u8]) -> HeaderValue {
 
 /// What a delivery with this content header becomes; for those who try whether any bytes break it.
 ///
-/// `None` if the client library ends the connection over it. Such a header was not screened, or
-/// could not be followed, see [`frames::screen`](crate::wire::frames::screen).
+/// `None` if the client library would end the connection over it, because the header was not
+/// screened or could not be parsed, see [`frames::screen`](crate::wire::frames::screen).
 #[doc(hidden)]
 pub fn parse_message(header: &[u8], body: Vec<u8>) -> Option<Message> {
-    // Class, weight and the size of the body stand before the properties.
+    // Class, weight and body size precede the properties.
     let (rest, properties) = parse_properties(header.get(12..)?).ok()?;
     rest.is_empty().then(|| from_properties(&properties, body))
 }

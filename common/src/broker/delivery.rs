@@ -1,13 +1,12 @@
-//! What to consume, what comes of it, and what a consumer shares with the task behind it.
-
-use std::sync::{Mutex, PoisonError};
+//! What to consume, the deliveries that result, and the state that a consumer shares with its task.
 
 use lapin::Channel;
-use tokio::sync::watch as watched;
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::watch::{Flow, Health};
+use super::queue_monitor::{DeliveryFlow, Health};
 use super::{BrokerError, Link};
 use crate::topology::Declaration;
 use crate::wire::Message;
@@ -16,27 +15,26 @@ use crate::wire::Message;
 pub struct ConsumerSpec {
     /// Declared on every new channel, before consuming.
     pub declarations: Vec<Declaration>,
-    /// From which queue.
+    /// The queue.
     pub queue: QueueSource,
-    /// How many deliveries may be unsettled at once. Quorum queues take at most 2,000 as such.
+    /// The most deliveries that may be unsettled at once. Quorum queues limit it to 2,000.
     pub prefetch: u16,
-    /// The consumer tag that the management UI shows.
+    /// The consumer tag, shown by the management UI.
     pub tag: String,
-    /// Whether the broker may forget deliveries at once; for events and replies.
+    /// Whether the broker forgets deliveries as it sends them; for events and replies.
     pub no_ack: bool,
 }
 
 /// Which queue a consumer reads.
 pub enum QueueSource {
-    /// A durable one.
+    /// A durable queue of this name.
     Named(String),
-    /// An exclusive one, under a new name in every epoch, with bindings (exchange, routing key).
-    ///
-    /// A new name, because the broker may still hold the old one for the dead connection.
+    /// An exclusive queue with a new name in every epoch, because the broker may still hold the old
+    /// one for the dead connection.
     Exclusive {
-        /// Makes the names.
+        /// Generates the names.
         name: Box<dyn Fn() -> String + Send + Sync>,
-        /// What to bind it to.
+        /// Its bindings, each an exchange and a routing key.
         bindings: Vec<(String, String)>,
     },
 }
@@ -44,11 +42,11 @@ pub enum QueueSource {
 /// One delivery of a message.
 #[derive(Debug)]
 pub struct Delivery {
-    /// What to settle it by.
+    /// Identifies the delivery when it is settled.
     pub tag: DeliveryTag,
-    /// The routing key it was published with.
+    /// The routing key with which the message was published.
     pub routing_key: String,
-    /// Whether the broker has delivered it before, to anybody.
+    /// Whether the broker has delivered the message before, to any consumer.
     pub redelivered: bool,
     /// The message.
     pub message: Message,
@@ -57,64 +55,69 @@ pub struct Delivery {
 /// A delivery's number within its epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DeliveryTag {
-    /// Which channel, counted from 1.
+    /// The number of the channel, from 1.
     pub epoch: u64,
-    /// Which delivery of it, counted from 1.
+    /// The number of the delivery on its channel, from 1.
     pub number: u64,
 }
 
-/// What a consumer shares with the task behind it.
+/// The state that a consumer, its settlers and its task share.
 pub(super) struct ConsumerState {
     pub(super) link: Link,
     current: Mutex<Epoch>,
-    pub(super) queue: watched::Sender<Option<String>>,
-    pub(super) trouble: watched::Sender<Option<BrokerError>>,
+    /// The queue consumed at present; `None` while there is no consumer.
+    pub(super) queue: watch::Sender<Option<String>>,
+    /// Why there is no consumer at present.
+    pub(super) error: watch::Sender<Option<BrokerError>>,
     pub(super) stop: CancellationToken,
-    pub(super) paused: watched::Sender<bool>,
+    pub(super) paused: watch::Sender<bool>,
     pub(super) task: TaskTracker,
 }
 
-/// The life of one channel.
+/// The lifetime of one channel.
 pub(super) struct Epoch {
     pub(super) number: u64,
     /// `None` between two epochs.
     pub(super) channel: Option<Channel>,
-    pub(super) flow: Flow,
+    pub(super) flow: DeliveryFlow,
 }
 
 impl ConsumerState {
     pub(super) fn new(link: Link, prefetch: u16) -> Self {
+        let epoch = Epoch { number: 0, channel: None, flow: DeliveryFlow::new(prefetch) };
         Self {
             link,
-            current: Mutex::new(Epoch { number: 0, channel: None, flow: Flow::new(prefetch) }),
-            queue: watched::Sender::new(None),
-            trouble: watched::Sender::new(None),
+            current: Mutex::new(epoch),
+            queue: watch::Sender::new(None),
+            error: watch::Sender::new(None),
             stop: CancellationToken::new(),
-            paused: watched::Sender::new(false),
+            paused: watch::Sender::new(false),
             task: TaskTracker::new(),
         }
     }
 
-    pub(super) fn lock(&self) -> std::sync::MutexGuard<'_, Epoch> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn epoch(&self) -> MutexGuard<'_, Epoch> {
+        self.current.lock()
     }
 
-    pub(super) fn channel_of(&self, epoch: u64) -> Option<Channel> {
-        let current = self.lock();
-        current.channel.as_ref().filter(|_| current.number == epoch).cloned()
+    /// The channel of this epoch, if it is the current one.
+    pub(super) fn channel_of(&self, number: u64) -> Option<Channel> {
+        let epoch = self.epoch();
+        epoch.channel.as_ref().filter(|_| epoch.number == number).cloned()
     }
 
-    pub(super) fn settled(&self, tag: DeliveryTag, multiple: bool) {
-        let mut current = self.lock();
-        if current.number == tag.epoch {
-            current.flow.settled(tag.number, multiple);
+    /// Notes that a delivery was settled, or with `multiple` also all earlier ones.
+    pub(super) fn note_settled(&self, tag: DeliveryTag, multiple: bool) {
+        let mut epoch = self.epoch();
+        if epoch.number == tag.epoch {
+            epoch.flow.settled(tag.number, multiple);
         }
     }
 
     pub(super) fn health(&self) -> Health {
         if self.queue.borrow().is_some() {
-            return Health::Flowing(self.lock().flow.proven().elapsed());
+            return Health::Flowing(self.epoch().flow.proven_at().elapsed());
         }
-        Health::Down(self.trouble.borrow().clone())
+        Health::Down(self.error.borrow().clone())
     }
 }

@@ -1,7 +1,9 @@
-//! The way to the broker that lapin gets: its own, TLS included, with every frame screened on arrival.
+//! The connection that lapin reads: the socket of its own transport, TLS included, with every frame
+//! screened on arrival.
 //!
-//! [`frames`] says why. lapin takes the type of its stream from the runtime it is given, hence the
-//! reactor here, which is Tokio's but for that type.
+//! Bytes of the broker come in, frames that lapin can parse go out; [`frames`] has the reasons.
+//! Nothing that is sent is changed. lapin takes the type of its stream from the runtime it is
+//! given, hence the reactor in this module, which is Tokio's except for that type.
 
 use std::future::Future;
 use std::io::{self, Read, Write};
@@ -16,34 +18,48 @@ use async_rs::util::RuntimeParts;
 use async_rs::{Runtime, Tokio, TokioRuntime};
 use futures_io::{AsyncRead, AsyncWrite};
 use futures_util::Stream;
-use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream};
+use lapin::tcp::{AMQPUriTcpExt, AsyncTcpStream, OwnedTLSConfig};
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties};
 
+use super::tls;
 use crate::failpoints::Protection;
 use crate::wire::frames;
 
-/// What is asked of the socket at once.
+#[cfg(test)]
+mod tests;
+
+/// The size of a read from the socket.
 const READ_BYTES: usize = 64 * 1024;
-/// A frame that claims to be larger is passed on as it is. RabbitMQ's have at most 128 KiB.
+/// Larger frames are passed on unscreened. RabbitMQ sends at most 128 KiB.
 const MAX_FRAME_BYTES: usize = 1024 * 1024;
-/// Type, channel and size; one more byte ends a frame.
-const FRAME_HEAD: usize = 7;
+/// The bytes before a frame's payload: type, channel and size. One more byte ends the frame.
+const FRAME_HEADER_BYTES: usize = 7;
 
 type Socket = AsyncTcpStream<<Tokio as Reactor>::TcpStream>;
 
-/// [`Connection::connect_uri`] over a screened stream.
+/// [`Connection::connect_uri`] over a screened stream. Certificates are checked with the
+/// authorities of the operating system.
 pub(super) async fn connect(
     uri: AMQPUri,
     properties: ConnectionProperties,
 ) -> lapin::Result<Connection> {
+    connect_with(uri, properties, OwnedTLSConfig::default()).await
+}
+
+/// [`connect`], trusting the authorities in `tls` as well.
+async fn connect_with(
+    uri: AMQPUri,
+    properties: ConnectionProperties,
+    tls: OwnedTLSConfig,
+) -> lapin::Result<Connection> {
     let tokio = TokioRuntime::tokio_current();
     let kit = RuntimeParts::new(Tokio::current(), ScreenedTokio(Tokio::current()));
     let connect = async move |uri: AMQPUri, _: Runtime<_>| {
-        let socket = uri.connect_async(&tokio).await?;
+        let socket = uri.connect_with_config_async(tls.as_ref(), &tokio).await?;
         Ok(AsyncTcpStream::Plain(Screened::new(socket)))
     };
-    // Boxed: whoever connects would else carry ten thousand bytes of future along.
+    // Boxed: the future is ten thousand bytes large and part of every future that connects.
     Box::pin(Connection::connector(uri, Runtime::new(kit), connect, properties)).await
 }
 
@@ -78,27 +94,29 @@ impl Reactor for ScreenedTokio {
     }
 }
 
-/// A stream whose frames are screened before anybody reads them.
+/// A stream whose frames are screened before they can be read.
 struct Screened<S> {
     stream: S,
     buffer: Vec<u8>,
-    /// What was read from the stream so far ends here,
+    /// End of the bytes that were read from the stream.
     filled: usize,
-    /// what may be given out ends here,
+    /// End of the bytes that may be given out.
     ready: usize,
-    /// and what was given out ends here.
+    /// End of the bytes that were given out.
     given: usize,
-    /// So many bytes of a frame that needs no screening are still to come.
+    /// Bytes still to come of a frame that needs no screening.
     passing: usize,
+    /// Whether anything was read.
+    begun: bool,
 }
 
 impl<S> Screened<S> {
     fn new(stream: S) -> Self {
         let buffer = vec![0; READ_BYTES];
-        Self { stream, buffer, filled: 0, ready: 0, given: 0, passing: 0 }
+        Self { stream, buffer, filled: 0, ready: 0, given: 0, passing: 0, begun: false }
     }
 
-    /// Moves `ready` on, over every frame that is here as a whole.
+    /// Moves `ready` past every frame that has arrived completely.
     fn advance(&mut self) {
         while self.ready < self.filled {
             if self.passing > 0 {
@@ -113,28 +131,58 @@ impl<S> Screened<S> {
             let size = usize::try_from(u32::from_be_bytes(*size)).unwrap_or(usize::MAX);
             let screened = frames::is_screened(*kind) && Protection::Screening.is_enabled();
             if !screened || size > MAX_FRAME_BYTES {
-                self.passing = size.saturating_add(FRAME_HEAD + 1);
+                self.passing = size.saturating_add(FRAME_HEADER_BYTES + 1);
                 continue;
             }
             let kind = *kind;
-            let Some(payload) = frame.get_mut(FRAME_HEAD..FRAME_HEAD + size) else { return };
+            let end = FRAME_HEADER_BYTES + size;
+            let Some(payload) = frame.get_mut(FRAME_HEADER_BYTES..end) else { return };
             frames::screen(kind, payload);
-            // The byte at the end may come later; it holds nothing.
-            self.ready += FRAME_HEAD + size;
+            // The byte that ends the frame may come later; it holds nothing.
+            self.ready += end;
             self.passing = 1;
         }
     }
 
-    /// Makes room behind what is unfinished, which moves to the front.
+    /// Moves an incomplete frame to the front and makes room behind it.
     fn make_room(&mut self) {
         self.buffer.copy_within(self.given..self.filled, 0);
         self.ready -= self.given;
         self.filled -= self.given;
         self.given = 0;
-        // Grown for a large frame, and only so long.
+        // The buffer grows for a large frame and shrinks after it.
         let wanted = self.filled + READ_BYTES;
         if self.buffer.len() != wanted.max(READ_BYTES) {
             self.buffer.resize(wanted, 0);
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Screened<S> {
+    /// Reads from the stream; 0 at its end.
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.make_room();
+        let room = &mut self.buffer[self.filled..];
+        let read = ready!(Pin::new(&mut self.stream).poll_read(context, room))?;
+        if !self.begun && read > 0 {
+            tls::refuse_alert(&room[..read])?;
+            self.begun = true;
+        }
+        self.filled += read;
+        self.advance();
+        Poll::Ready(Ok(read))
+    }
+
+    /// The error that the peer sent before it closed the connection, if it has sent nothing else. A
+    /// server that requires a client certificate sends an alert and resets the connection, and the
+    /// next write may fail before the alert is read.
+    fn refusal(&mut self, context: &mut Context<'_>) -> Option<io::Error> {
+        if self.begun {
+            return None;
+        }
+        match self.poll_fill(context) {
+            Poll::Ready(Err(refusal)) if refusal.get_ref().is_some() => Some(refusal),
+            Poll::Ready(Ok(_) | Err(_)) | Poll::Pending => None,
         }
     }
 }
@@ -147,14 +195,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Screened<S> {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         while this.given == this.ready {
-            this.make_room();
-            let room = &mut this.buffer[this.filled..];
-            let read = ready!(Pin::new(&mut this.stream).poll_read(context, room))?;
-            if read == 0 {
+            if ready!(this.poll_fill(context))? == 0 {
                 return Poll::Ready(Ok(0));
             }
-            this.filled += read;
-            this.advance();
         }
         let count = into.len().min(this.ready - this.given);
         into[..count].copy_from_slice(&this.buffer[this.given..this.given + count]);
@@ -163,77 +206,28 @@ impl<S: AsyncRead + Unpin> AsyncRead for Screened<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Screened<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Screened<S> {
     fn poll_write(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().stream).poll_write(context, bytes)
+        let this = self.get_mut();
+        match ready!(Pin::new(&mut this.stream).poll_write(context, bytes)) {
+            Err(error) => Poll::Ready(Err(this.refusal(context).unwrap_or(error))),
+            written => Poll::Ready(written),
+        }
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(context)
+        let this = self.get_mut();
+        match ready!(Pin::new(&mut this.stream).poll_flush(context)) {
+            Err(error) => Poll::Ready(Err(this.refusal(context).unwrap_or(error))),
+            flushed => Poll::Ready(flushed),
+        }
     }
 
     fn poll_close(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_close(context)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use futures_util::task::noop_waker;
-
-    /// Gives out a few bytes at a time.
-    struct Drip(Vec<u8>, usize);
-
-    impl AsyncRead for Drip {
-        fn poll_read(
-            mut self: Pin<&mut Self>,
-            _: &mut Context<'_>,
-            into: &mut [u8],
-        ) -> Poll<io::Result<usize>> {
-            let count = self.1.min(self.0.len()).min(into.len());
-            into[..count].copy_from_slice(&self.0[..count]);
-            self.0.drain(..count);
-            Poll::Ready(Ok(count))
-        }
-    }
-
-    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
-        let size = u32::try_from(payload.len()).unwrap().to_be_bytes();
-        [&[kind, 0, 1], &size[..], payload, &[0xce]].concat()
-    }
-
-    fn read_all(bytes: &[u8], at_once: usize) -> Vec<u8> {
-        let mut screened = Screened::new(Drip(bytes.to_vec(), at_once));
-        let waker = noop_waker();
-        let (mut all, mut part) = (vec![], vec![0; 1_000]);
-        loop {
-            let polled =
-                Pin::new(&mut screened).poll_read(&mut Context::from_waker(&waker), &mut part);
-            let Poll::Ready(Ok(count)) = polled else { panic!("{polled:?}") };
-            if count == 0 {
-                return all;
-            }
-            all.extend_from_slice(&part[..count]);
-        }
-    }
-
-    #[test]
-    fn every_frame_comes_out_screened_however_it_was_cut() {
-        let deliver = b"\0\x3c\0\x3c\x01c\0\0\0\0\0\0\0\x01\0\x01e\x02\xff\xff";
-        let screened = b"\0\x3c\0\x3c\x01c\0\0\0\0\0\0\0\x01\0\x01e\x02\x1a\x1a";
-        let body = vec![0xff; 100_000];
-        let huge = vec![b'x'; 300_000];
-        let given = |method: &[u8]| {
-            [frame(1, method), frame(3, &body), frame(1, &huge), frame(8, &[]), frame(1, method)]
-                .concat()
-        };
-        for at_once in [1, 7, 8, 1_000, 1 << 20] {
-            assert!(read_all(&given(deliver), at_once) == given(screened), "{at_once} at once");
-        }
     }
 }

@@ -1,4 +1,6 @@
-//! What one channel has been given to publish and has not confirmed yet.
+//! The messages that one channel was given to publish and has not confirmed yet.
+//!
+//! Messages come in, results go to their senders. Nothing is sent again here.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -11,145 +13,156 @@ use tokio::sync::oneshot;
 
 use super::convert::{short, to_properties};
 use super::{BrokerError, Outgoing};
-use crate::failpoints::Protection;
 
-type Answer = oneshot::Sender<Result<(), BrokerError>>;
+type ConfirmSender = oneshot::Sender<Result<(), BrokerError>>;
 
-/// A message on its way, and who waits for its confirm.
-pub(super) struct Job {
-    /// Boxed, because a job changes hands often and a message has half a kilobyte of fields.
+/// A message to be published, and where its confirm is reported.
+pub(super) struct PendingMessage {
+    /// Boxed, because it is moved often and a message has half a kilobyte of fields.
     pub(super) outgoing: Box<Outgoing>,
     /// How many channels ended while this message was alone on them.
-    pub(super) strikes: u32,
+    pub(super) lone_failures: u32,
     /// When it was last put on a channel.
-    written: Option<Instant>,
-    /// `None` for messages that nobody waits for and that are not sent again.
-    pub(super) answer: Option<Answer>,
+    published_at: Option<Instant>,
+    /// `None` for messages that are sent once and whose confirm is not reported.
+    sender: Option<ConfirmSender>,
 }
 
-type Verdict = Result<Confirmation, lapin::Error>;
+/// The number of a message on its channel, and the outcome of its publish.
+pub(super) type NumberedResult = (u64, Result<Confirmation, lapin::Error>);
 
-/// What is on the channel and not yet confirmed.
+type NumberedConfirm<'c> = std::pin::Pin<Box<dyn Future<Output = NumberedResult> + Send + 'c>>;
+
+/// The unconfirmed messages of one channel.
 #[derive(Default)]
 pub(super) struct Window<'c> {
     next: u64,
-    pub(super) jobs: BTreeMap<u64, Job>,
+    /// By their number on the channel.
+    pub(super) messages: BTreeMap<u64, PendingMessage>,
     pub(super) confirmed_any: bool,
-    /// When the broker first refused a message on this channel.
-    pub(super) refused: Option<Instant>,
-    pub(super) confirms: FuturesUnordered<Numbered<'c>>,
+    /// When the broker first rejected a message on this channel.
+    pub(super) rejecting_since: Option<Instant>,
+    pub(super) confirms: FuturesUnordered<NumberedConfirm<'c>>,
 }
-
-type Numbered<'c> = std::pin::Pin<Box<dyn Future<Output = (u64, Verdict)> + Send + 'c>>;
 
 impl<'c> Window<'c> {
     pub(super) fn len(&self) -> usize {
-        self.jobs.len()
+        self.messages.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.jobs.is_empty()
+        self.messages.is_empty()
     }
 
     /// The oldest message, and how long it has waited for its confirm, counted from `since` at the
     /// earliest.
-    pub(super) fn oldest(&self, since: Instant) -> Option<(&Job, Duration)> {
-        let (_, job) = self.jobs.first_key_value()?;
-        Some((job, job.written?.max(since).elapsed()))
+    pub(super) fn oldest(&self, since: Instant) -> Option<(&PendingMessage, Duration)> {
+        let (_, message) = self.messages.first_key_value()?;
+        Some((message, message.published_at?.max(since).elapsed()))
     }
 
-    /// Puts one message on the channel. A message that AMQP cannot carry fails alone; an error means
-    /// that the channel is gone, and the message is in the window with the others.
+    /// Puts one message on the channel. A message that AMQP cannot carry fails alone; an error
+    /// means that the channel is lost, and the message is in the window with the others.
     pub(super) fn publish(
         &mut self,
         channel: &'c Channel,
-        mut job: Job,
+        mut message: PendingMessage,
     ) -> Result<(), BrokerError> {
-        let out = &job.outgoing;
+        let out = &message.outgoing;
         let parts = (short(&out.exchange), short(&out.routing_key), to_properties(&out.message));
         let (exchange, key, properties) = match parts {
             (Ok(exchange), Ok(key), Ok(properties)) => (exchange, key, properties),
             (Err(error), _, _) | (_, Err(error), _) | (_, _, Err(error)) => {
-                job.answer(Err(error));
+                message.complete(Err(error));
                 return Ok(());
             }
         };
         let (number, body) = (self.next, out.message.body.clone());
-        let mut verdict: Numbered<'c> = Box::pin(async move {
+        let mut confirm: NumberedConfirm<'c> = Box::pin(async move {
             let options = BasicPublishOptions::default();
             let written = channel.basic_publish(exchange, key, options, &body, properties).await;
-            let verdict = match written {
+            let result = match written {
                 Ok(confirm) => confirm.await,
                 Err(error) => Err(error),
             };
-            (number, verdict)
+            (number, result)
         });
         self.next += 1;
-        job.written = Some(Instant::now());
-        if Protection::ConfirmWait.is_enabled() {
-            self.jobs.insert(number, job);
-        } else {
-            job.answer(Ok(()));
+        message.published_at = Some(Instant::now());
+        self.messages.insert(number, message);
+        #[cfg(feature = "failpoints")]
+        super::sabotage::report_unconfirmed(self, number);
+        // The first poll hands the message over to lapin. Later ones wait for the write (during an
+        // alarm, for its end) and then for the confirm. Awaiting the write here would cost a round
+        // trip to lapin's thread, and a write of its own, for every message.
+        if let Some((number, result)) = confirm.as_mut().now_or_never() {
+            return self.conclude(number, result);
         }
-        // The first poll hands the message over to lapin. The later ones wait until it is written,
-        // under an alarm until that is over, and then for the confirm. To await the write here would
-        // cost a trip to lapin's thread and back, and a write of its own, for every message.
-        if let Some((number, verdict)) = verdict.as_mut().now_or_never() {
-            return self.conclude(number, verdict);
-        }
-        self.confirms.push(verdict);
+        self.confirms.push(confirm);
         Ok(())
     }
 
-    /// Concludes `first` and every confirm that is here besides; how many those were. One confirm of
-    /// the broker's often stands for many messages.
-    pub(super) fn conclude_ready(&mut self, first: (u64, Verdict)) -> Result<usize, BrokerError> {
+    /// Concludes `first` and every other confirm that has arrived; returns their number. One
+    /// confirm of the broker often stands for many messages.
+    pub(super) fn conclude_ready(&mut self, first: NumberedResult) -> Result<usize, BrokerError> {
         let (mut next, mut count) = (Some(first), 0);
-        while let Some((number, verdict)) = next {
-            self.conclude(number, verdict)?;
+        while let Some((number, result)) = next {
+            self.conclude(number, result)?;
             count += 1;
             next = self.confirms.next().now_or_never().flatten();
         }
         Ok(count)
     }
 
-    /// Tells the caller what the broker said. An error means that the channel is gone.
-    pub(super) fn conclude(&mut self, number: u64, verdict: Verdict) -> Result<(), BrokerError> {
-        let answer = match verdict {
-            Ok(Confirmation::Ack(_)) => Ok(()),
+    /// Reports the result of a publish to the sender. An error means that the channel is lost.
+    fn conclude(
+        &mut self,
+        number: u64,
+        result: Result<Confirmation, lapin::Error>,
+    ) -> Result<(), BrokerError> {
+        let accepted = match result {
+            Ok(Confirmation::Ack(_)) => true,
             Ok(Confirmation::Nack(_)) => {
-                self.refused.get_or_insert_with(Instant::now);
-                Err(())
+                self.rejecting_since.get_or_insert_with(Instant::now);
+                false
             }
-            // Without confirm mode nothing is known; the channel cannot be trusted.
+            // Without confirm mode nothing is known, and the channel is useless.
             Ok(Confirmation::NotRequested) => {
                 return Err(BrokerError::Lost("the channel is not in confirm mode".to_owned()));
             }
             Err(error) => return Err(BrokerError::operating(&error, "an exchange")),
         };
         self.confirmed_any = true;
-        if let Some(job) = self.jobs.remove(&number) {
-            let key = job.outgoing.routing_key.clone();
-            job.answer(answer.map_err(|()| BrokerError::Rejected(key)));
+        if let Some(message) = self.messages.remove(&number) {
+            let rejected = || BrokerError::Rejected(message.outgoing.routing_key.clone());
+            let result = if accepted { Ok(()) } else { Err(rejected()) };
+            message.complete(result);
         }
         Ok(())
     }
 }
 
-impl Job {
-    pub(super) fn new(outgoing: Outgoing, answer: Option<Answer>) -> Self {
-        Self { outgoing: Box::new(outgoing), strikes: 0, written: None, answer }
+impl PendingMessage {
+    pub(super) fn new(outgoing: Outgoing, sender: Option<ConfirmSender>) -> Self {
+        Self { outgoing: Box::new(outgoing), lone_failures: 0, published_at: None, sender }
     }
 
+    /// Whether the confirm is reported to anybody. Only such messages are sent again.
+    pub(super) fn has_sender(&self) -> bool {
+        self.sender.is_some()
+    }
+
+    /// Whether the sender has dropped its receipt.
     pub(super) fn is_withdrawn(&self) -> bool {
-        self.answer.as_ref().is_some_and(oneshot::Sender::is_closed)
+        self.sender.as_ref().is_some_and(oneshot::Sender::is_closed)
     }
 
-    pub(super) fn answer(self, answer: Result<(), BrokerError>) {
-        if let Some(sender) = self.answer
-            && sender.send(answer).is_err()
+    /// Reports the result to the sender.
+    pub(super) fn complete(self, result: Result<(), BrokerError>) {
+        if let Some(sender) = self.sender
+            && sender.send(result).is_err()
         {
-            tracing::trace!("nobody waits for this confirm any more");
+            tracing::trace!("the receipt of a published message was dropped");
         }
     }
 }

@@ -69,8 +69,14 @@ fn items<'a>(list: impl Iterator<Item = &'a str>) -> impl Iterator<Item = &'a st
 impl RawBroker {
     fn check(self, problems: &mut Problems) -> BrokerConfig {
         let urls = self.check_urls(problems);
-        let valid = self.heartbeat >= Duration::from_secs(1);
-        problems.ensure(valid, "broker.heartbeat: must be at least 1s");
+        // AMQP has whole seconds, 16 bits of them. Zero would disable heartbeats, which lapin cannot do.
+        let valid = (Duration::from_secs(1)..=Duration::from_secs(65_535))
+            .contains(&self.heartbeat)
+            && self.heartbeat.subsec_nanos() == 0;
+        problems.ensure(
+            valid,
+            "broker.heartbeat: must be whole seconds from 1s to 65535s; they cannot be disabled",
+        );
         // With zero every task would need a lease.
         let valid = self.consumer_timeout >= Duration::from_secs(1);
         problems.ensure(valid, "broker.consumer_timeout: must be at least 1s");

@@ -139,6 +139,19 @@ fn values_are_read_as_written_or_refused() {
 }
 
 #[test]
+fn the_heartbeat_is_what_amqp_can_negotiate() {
+    for (value, accepted) in
+        [("0s", false), ("500ms", false), ("1s", true), ("1500ms", false), ("18h 12m 16s", false)]
+    {
+        let sources = Sources::default().set("broker.heartbeat", Some(value));
+        let raw = RawConfig::read(&sources, environment(&[])).unwrap();
+        let refused = raw.check().err().map(|error| error.to_string());
+        assert_eq!(refused.is_none(), accepted, "{value}: {refused:?}");
+        assert!(refused.is_none_or(|error| error.contains("cannot be disabled")), "{value}");
+    }
+}
+
+#[test]
 fn limits_of_zero_are_refused() {
     for key in [
         "broker.connect_timeout",

@@ -117,7 +117,7 @@ impl Setting {
         cluster.set("GARENNE__WORKER__CRASH_BUDGET", CRASH_BUDGET.to_string());
         cluster.set("GARENNE_LAB_LEDGER", ledger.address());
         if let Some(proxy) = &proxy {
-            cluster.set("GARENNE__BROKER__URL", self.url.by_way_of(proxy.port()).expose());
+            cluster.set("GARENNE__BROKER__URL", self.url.via_local_port(proxy.port()).expose());
         }
         let producer = Producer::connect_as(&config, "garenne verify").await?;
         for name in self.crew.collectors() {

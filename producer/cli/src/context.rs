@@ -25,7 +25,8 @@ use crate::screen::Screen;
 /// The log filter of commands. A command prints its own errors, so only unexpected log lines
 /// appear: lapin logs every refusal as an error, and the publisher what the command then explains
 /// in one sentence.
-pub const FILTER: &str = "warn,garenne_common::broker::publisher=error,lapin=off";
+pub const FILTER: &str = "warn,garenne_common::broker::publisher=error,\
+                          garenne_common::broker::publish_task=error,lapin=off";
 
 /// How long closing the connections may take.
 const CLOSE: Duration = Duration::from_secs(5);

@@ -201,6 +201,16 @@ fn help_for(error: &BrokerError) -> Option<String> {
             "is RabbitMQ running there? Set another address with --url \
              amqp://user:password@host:5672/vhost or AMQP_URL"
         }
+        BrokerError::Tls { fault, .. } => fault.remedy(),
+        BrokerError::TlsRequired { .. } => {
+            "use an amqps:// URL, or the port for plain connections (5672)"
+        }
+        BrokerError::ParametersRefused { .. } => "change frame_max or channel_max in the URL",
+        BrokerError::Refused { .. } => "the broker's log has the details",
+        BrokerError::LimitReached { limit, .. } => limit.remedy(),
+        BrokerError::Locked(_) => {
+            "close the connection that declared it, or use another --namespace"
+        }
         BrokerError::LoginRefused { .. } => "check the user name and password in --url or AMQP_URL",
         BrokerError::NoVhost { .. } => {
             "create it with `rabbitmqctl add_vhost`, grant the user permissions there, or correct \
@@ -224,10 +234,10 @@ fn help_for(error: &BrokerError) -> Option<String> {
         BrokerError::Unconfirmed(_) => {
             "try again with the same --id, which is safe; --deadline 30s allows more time"
         }
-        BrokerError::Lost(_) | BrokerError::Unreadable => {
+        BrokerError::Lost(_) | BrokerError::Protocol => {
             "try again; `garenne doctor` checks the connection to the broker"
         }
-        BrokerError::TookBack(_) => {
+        BrokerError::ConsumerTimeout(_) => {
             "raise consumer_timeout on the broker and broker.consumer_timeout, or set a shorter \
              --timeout for tasks"
         }

@@ -96,7 +96,7 @@ impl Coalescer {
         };
         match timeout_at(by, whole).await {
             Ok(result) => result,
-            Err(_) => Err(failed(self.dispatch.publisher.why_late(timeout))),
+            Err(_) => Err(failed(self.dispatch.publisher.timeout_error(timeout))),
         }
     }
 

@@ -25,7 +25,7 @@ impl WorkerState {
             return tracing::info!("state: stopping; waiting for the last confirms");
         };
         let (running, tasks) = pipeline.running.oldest(MAX_TASKS);
-        let publishing = self.publisher.trouble().map(|trouble| trouble.to_string());
+        let publishing = self.publisher.current_error().map(|error| error.to_string());
         let problems = pipeline.health.problems();
         tracing::info!(
             running,

@@ -65,7 +65,7 @@ impl Watchdog {
     }
 
     fn publishing(&self, stages: &mut Stages, now: Instant) -> Option<String> {
-        let trouble = self.publisher.trouble().map(|trouble| trouble.to_string());
+        let trouble = self.publisher.current_error().map(|error| error.to_string());
         let blocked = "RabbitMQ takes no messages (memory or disk alarm)";
         let trouble = trouble.or_else(|| self.publisher.is_blocked().then(|| blocked.to_owned()));
         let since = stages.publishing.stuck_for(trouble.is_some(), 0, now)?;
@@ -91,7 +91,7 @@ impl Watchdog {
         let oldest = progress.oldest_unconfirmed().filter(|age| *age >= STALL_TIMEOUT);
         let age = stalled.or(oldest.map(whole_seconds))?;
         let cause = if oldest.is_some() {
-            self.publisher.why_late(age).to_string()
+            self.publisher.timeout_error(age).to_string()
         } else {
             "room at the publisher or the settlement task".to_owned()
         };

@@ -37,7 +37,7 @@ impl LeaseTerms {
 
     /// How long the broker waits for an acknowledgement, as far as known.
     pub(crate) fn consumer_timeout(&self) -> Duration {
-        let learnt = self.link.as_ref().and_then(Link::learnt_consumer_timeout);
+        let learnt = self.link.as_ref().and_then(Link::observed_consumer_timeout);
         learnt.map_or(self.consumer_timeout, |learnt| learnt.min(self.consumer_timeout))
     }
 

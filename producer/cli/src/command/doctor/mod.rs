@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use garenne_common::broker::{Admin, BrokerError, Link, Outgoing, Publisher};
+use garenne_common::config::BrokerUrl;
 use garenne_common::wire::{Message, Properties};
 use garenne_common::{QueueName, TaskId};
 use serde_json::json;
@@ -162,8 +163,7 @@ async fn examine_queues(
 
 /// The checks that succeeded before the connection failed, and the one that failed.
 fn connection_checks(context: &Context, error: BrokerError) -> Vec<Check> {
-    let user =
-        context.config.broker.urls.first().map(|url| url.user().to_owned()).unwrap_or_default();
+    let user = context.config.broker.urls.first().map(BrokerUrl::user).unwrap_or_default();
     let reached = Check::good("broker", "answers");
     let logged_in = Check::good("login", format!("as {user}"));
     match &error {
@@ -172,14 +172,20 @@ fn connection_checks(context: &Context, error: BrokerError) -> Vec<Check> {
             vec![reached, logged_in, Check::bad("virtual host", error.into())]
         }
         BrokerError::Unreachable { .. }
+        | BrokerError::Tls { .. }
+        | BrokerError::TlsRequired { .. }
+        | BrokerError::ParametersRefused { .. }
+        | BrokerError::Refused { .. }
+        | BrokerError::LimitReached { .. }
         | BrokerError::Forbidden(_)
         | BrokerError::Conflict { .. }
+        | BrokerError::Locked(_)
         | BrokerError::Missing(_)
         | BrokerError::Blocked(_)
         | BrokerError::Rejected(_)
         | BrokerError::Unconfirmed(_)
-        | BrokerError::Unreadable
-        | BrokerError::TookBack(_)
+        | BrokerError::Protocol
+        | BrokerError::ConsumerTimeout(_)
         | BrokerError::Lost(_)
         | BrokerError::TooLong(_)
         | BrokerError::Closed => vec![Check::bad("broker", error.into())],
