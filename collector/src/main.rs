@@ -35,7 +35,7 @@ SIGUSR1 logs what is gathered, stored and still to be sent. SIGHUP does not end 
 
 Exit codes: 0 stopped as told; 1 an inner failure; 2 configuration, store or broker cannot be used";
 
-/// Collects results, counts batches, sends done notices and answers questions.
+/// Collects results, counts batches, sends done notices and responds to queries.
 #[derive(Parser)]
 #[command(name = "garenne-collector", version, about, after_help = AFTER_HELP)]
 struct Flags {

@@ -116,7 +116,7 @@ struct LedgerClient {
 }
 
 impl LedgerClient {
-    /// Writes a line and waits until the ledger has it. A repeated effect is no error: it is what the
+    /// Writes a line and waits until the ledger has it. A repeated effect is not an error: it is what the
     /// idempotency key is for.
     async fn write(&self, line: &str) -> io::Result<()> {
         let idle = self.lock().pop();

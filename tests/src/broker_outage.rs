@@ -75,7 +75,7 @@ async fn everything_fails_in_time(producer: &Producer) {
         let error = producer.notices(NoticeFilter::All).await.err().expect("no broker, no notices");
         assert!(matches!(error, QueryError::Broker(_)), "{error:?}");
     };
-    let question = async {
+    let query = async {
         let error = producer.query_within(Query::Totals, DEADLINE).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
     };
@@ -83,7 +83,7 @@ async fn everything_fails_in_time(producer: &Producer) {
         submit.soon("submitting fails"),
         batch.soon("opening a batch fails"),
         notices.soon("listening fails"),
-        question.soon("asking fails"),
+        query.soon("asking fails"),
     );
 }
 

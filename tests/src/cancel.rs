@@ -142,7 +142,7 @@ async fn a_worker_that_starts_without_a_collector_works_and_hears_of_wishes_late
     worker.logged("no collector has sent the cancel requests").await;
     effects::begun(&warren, 1).await;
     waiting(&warren, 0).await;
-    // The worker's question waits for the collector.
+    // The worker's query waits for the collector.
     let _collector = warren.collector().start().await;
     assert_cancelled(&ended(cancelled).await, 0);
     gate.open();
@@ -388,7 +388,7 @@ async fn a_worker_that_comes_before_everything_else_hears_a_collector_that_comes
     let worker = warren.worker().set("worker.cancel_sync_timeout", "60s");
     let later = async {
         let (amqp, queries) = (warren.amqp().await, warren.config().broker.topology().queries());
-        soon("the worker's question waits", async || {
+        soon("the worker's query waits", async || {
             (amqp.admin.depth(&queries).await.unwrap() > Some(0)).then_some(())
         })
         .await;

@@ -242,7 +242,7 @@ async fn an_edit_that_cannot_be_made_is_refused_in_words() {
     let cases: [(&[&str], i32, &str); 9] = [
         (&["bincode", "--args", "1"], 1, "only JSON can be edited"),
         (&["nowhere"], 1, "--to-queue"),
-        (&["number", "--set", "a=1"], 1, "no JSON object"),
+        (&["number", "--set", "a=1"], 1, "not a JSON object"),
         (&["number", "--set", "a=text"], 2, "'a=\"text\"'"),
         (&["number", "--args", "{"], 2, "not JSON"),
         (&["number", "--args", "@/nowhere/at/all"], 2, "/nowhere/at/all"),
@@ -262,8 +262,8 @@ async fn an_edit_that_cannot_be_made_is_refused_in_words() {
 
     let producer = warren.producer().await;
     let item = ReplayItem { id: id("number"), new_id: None };
-    let question = Query::DeadReplay { letters: vec![item; 1_001], plan: ReplayPlan::default() };
-    let refused = producer.query(question).await;
+    let query = Query::DeadReplay { letters: vec![item; 1_001], plan: ReplayPlan::default() };
+    let refused = producer.query(query).await;
     assert!(matches!(refused, Err(QueryError::Refused(_))), "{refused:?}");
     let queue = Some(QueueName::new("no-such-queue").unwrap());
     let plan = ReplayPlan { queue, ..ReplayPlan::default() };

@@ -75,13 +75,13 @@ async fn a_collector_answers_reply_queues_only() {
     let amqp = warren.amqp().await;
     let queues = foreign_queues(&warren, &amqp).await;
     let topology = warren.config().broker.topology();
-    let question = |correlation: &str| {
-        let mut question = Message { body: r#"{"query":"totals"}"#.into(), ..Message::default() };
-        question.properties.correlation_id = Some(correlation.to_owned());
-        question
+    let query = |correlation: &str| {
+        let mut query = Message { body: r#"{"query":"totals"}"#.into(), ..Message::default() };
+        query.properties.correlation_id = Some(correlation.to_owned());
+        query
     };
     for queue in &queues {
-        amqp.publish("", &topology.queries(), replying_to(queue, question("bad"))).await;
+        amqp.publish("", &topology.queries(), replying_to(queue, query("bad"))).await;
         collector.logged(queue).await;
         let lost = message("garenne.echo", &format!("lost-{queue}"), &json!(1));
         amqp.publish(&topology.tasks_exchange(), "no-such-queue", replying_to(queue, lost)).await;
@@ -91,7 +91,7 @@ async fn a_collector_answers_reply_queues_only() {
     })
     .await;
     let mut reply_queue = amqp.reply_queue().await;
-    let good = replying_to(reply_queue.name(), question("good"));
+    let good = replying_to(reply_queue.name(), query("good"));
     amqp.publish("", &topology.queries(), good).await;
     assert_eq!(reply_queue.next().await.properties.correlation_id.as_deref(), Some("good"));
     for queue in &queues {

@@ -292,31 +292,39 @@ fn a_type_name_stands_once_in_a_crate() {
 
 /// Identifiers, keys and phrases that were given up for the terms of the glossary in ARCHITECTURE.md. They
 /// are sought as whole words. The changelog and the decisions may tell of them.
-const OLD_WORDS: [&str; 24] = [
+const OLD_WORDS: [&str; 32] = [
     "adopted",
     "aides",
     "cancelintent",
+    "carrier",
     "doors",
+    "fitness",
+    "guards",
     "handed on",
     "heed",
+    "inflight",
     "intents",
+    "is no error",
     "lanes",
     "look-ahead",
     "lookahead",
+    "lost_slots",
+    "neighbour",
+    "pace",
     "parcel",
+    "questions",
     "say_again",
     "set aside",
+    "settles any more",
     "single out",
     "slots_lost",
-    "stand in line",
+    "so many go together",
     "surplus",
     "took back",
+    "trial",
     "wish",
     "wishes",
-    "without a word of",
     "worker.slots",
-    "worker.lookahead",
-    "lost_slots",
 ];
 
 #[test]
@@ -330,7 +338,9 @@ fn old_words_do_not_come_back() {
     let mut found = vec![];
     for path in all.chain(documents).chain(pages).chain(settings) {
         // Decisions keep the names of their files.
-        let text = read(&path).to_lowercase().replace("kept-wish", "");
+        let files = ["kept-wish", "guards-that-can-be-switched-off"];
+        let text =
+            files.iter().fold(read(&path).to_lowercase(), |text, name| text.replace(name, ""));
         for word in OLD_WORDS {
             let inside = |c: Option<char>| c.is_some_and(|c| c.is_alphanumeric() || c == '_');
             let stands = text.match_indices(word).any(|(at, _)| {
@@ -378,17 +388,55 @@ fn the_life_of_a_task_is_short_and_true() {
     }
     none(&wrong, "A task's life is at most 30 files and 45 functions of at most 60 lines. But:");
 
-    // The worker's steps, in the order of the text.
-    let steps = read("worker/src/run/mod.rs");
-    let (_, steps) = steps.split_once("async fn steps(").expect("the list of steps");
-    let (steps, _) = steps.split_once("\n    }").expect("it ends");
-    let order = ["self.validate(", "self.admit(", "self.run(", "self.decide(", "self.settle("];
-    let at: Vec<_> = order.iter().map(|call| steps.find(call)).collect();
-    assert!(at.is_sorted() && at.iter().all(Option::is_some), "steps calls {order:?}: {steps}");
+    let mut wrong = vec![];
+    for (path, name, calls) in CALLS {
+        let body = body_of(path, name).unwrap_or_else(|| panic!("{path} has no function {name}"));
+        let mut rest = &*body;
+        for call in calls {
+            match rest.split_once(&format!("{call}(")) {
+                Some((_, after)) => rest = after,
+                None => wrong.push(format!("{name} in {path}: {call}")),
+            }
+        }
+    }
+    none(
+        &wrong,
+        "A task's life is a chain of calls in the order of the text. Missing or too early:",
+    );
 }
+
+/// What the functions in a task's life call, in order. Between processes and tasks there is no call.
+const CALLS: [(&str, &str, &[&str]); 17] = [
+    ("producer/src/producer.rs", "submit", &["submit_in"]),
+    (
+        "producer/src/producer.rs",
+        "submit_in",
+        &["prepare", "require_queue", "expect", "publish_task"],
+    ),
+    ("producer/src/producer.rs", "publish_task", &["coalescer.submit"]),
+    ("producer/src/submit/coalesce.rs", "submit", &["dispatch.send"]),
+    ("producer/src/submit/dispatch.rs", "send", &["outgoing", "publish_within"]),
+    ("producer/src/submit/dispatch.rs", "outgoing", &["task::encode", "bundle::encode"]),
+    ("worker/src/intake/mod.rs", "intake", &["start_turn", "receive"]),
+    ("worker/src/intake/mod.rs", "start_turn", &["take_turn"]),
+    ("worker/src/intake/mod.rs", "take_turn", &["attempt"]),
+    ("worker/src/run/mod.rs", "attempt", &["steps", "settle"]),
+    ("worker/src/run/mod.rs", "steps", &["validate", "admit", "run", "decide", "settle", "build"]),
+    ("worker/src/run/mod.rs", "run", &["begin_lease", "execute"]),
+    ("worker/src/settle/driver.rs", "run", &["confirm", "settle", "flush"]),
+    ("collector/src/ingest/mod.rs", "run", &["gather", "pass_on"]),
+    ("collector/src/ingest/mod.rs", "commit_and_ack", &["commit", "ack"]),
+    ("collector/src/rules/aggregate.rs", "apply", &["report", "letter", "settle_batches"]),
+    ("collector/src/outbox/mod.rs", "relay_slice", &["send", "delete"]),
+];
 
 /// How many lines a function has, from its name to the brace that closes it.
 fn length_of(path: &str, name: &str) -> Option<usize> {
+    body_of(path, name).map(|body| body.lines().count())
+}
+
+/// The first function of this name in a file, with its head.
+fn body_of(path: &str, name: &str) -> Option<String> {
     let text = read(path);
     let lines: Vec<_> = text.lines().collect();
     let is_head =
@@ -396,7 +444,8 @@ fn length_of(path: &str, name: &str) -> Option<usize> {
     let start = lines.iter().position(is_head)?;
     let indent = lines[start].len() - lines[start].trim_start().len();
     let close = format!("{}}}", " ".repeat(indent));
-    lines[start..].iter().position(|line| *line == close).map(|end| end + 1)
+    let end = lines[start..].iter().position(|line| *line == close)?;
+    Some(lines[start..=start + end].join("\n"))
 }
 
 #[test]
@@ -431,6 +480,50 @@ fn the_documents_name_tests_that_exist() {
         }
     }
     none(&missing, "A promise whose test is gone is held by nothing:");
+}
+
+/// `Type::variant` in backticks, and `file.rs` (`test`), as documents name what is in the code.
+#[test]
+fn the_documents_name_code_that_exists() {
+    let code: String = sources().iter().map(read).collect();
+    let words: BTreeSet<&str> = code.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+    let pages = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"].map(PathBuf::from);
+    let documents =
+        files("docs", ".md").into_iter().filter(|path| !path.starts_with("docs/decisions"));
+    let (mut missing, mut found) = (vec![], 0);
+    for document in documents.chain(pages) {
+        let text = read(&document);
+        for span in text.split('`').skip(1).step_by(2) {
+            let is_name = |part: &str| {
+                !part.is_empty() && part.chars().all(|c| c.is_alphanumeric() || c == '_')
+            };
+            if span.starts_with(char::is_uppercase) && span.contains("::") {
+                let parts: Vec<_> = span.split("::").collect();
+                if parts.iter().all(|part| is_name(part)) {
+                    found += 1;
+                    if !parts.iter().all(|part| words.contains(part)) {
+                        missing.push(format!("{}: {span}", document.display()));
+                    }
+                }
+            }
+        }
+        for (before, after) in text.match_indices(".rs` (`").map(|(at, _)| text.split_at(at)) {
+            let path = before.rsplit('`').next().unwrap_or_default().to_owned() + ".rs";
+            let name = after[".rs` (`".len()..].split('`').next().unwrap_or_default();
+            if is_function(name) && root().join(&path).exists() {
+                found += 1;
+                if !read(&path).contains(&format!("fn {name}(")) {
+                    missing.push(format!("{}: {name} in {path}", document.display()));
+                }
+            }
+        }
+    }
+    assert!(found > 40, "names were found: {found}");
+    none(&missing, "Documents name code that is there. But:");
+}
+
+fn is_function(name: &str) -> bool {
+    name.starts_with(char::is_lowercase) && name.chars().all(|c| c.is_alphanumeric() || c == '_')
 }
 
 #[test]

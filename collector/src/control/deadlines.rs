@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use garenne_common::Timestamp;
 use garenne_common::broker::{Admin, Outgoing, Publisher};
-use garenne_common::failpoints::Protection;
 use garenne_common::topology::Topology;
 use garenne_common::wire::Message;
 use tokio::sync::{Notify, watch};
@@ -94,9 +93,8 @@ impl<S: Store> Deadlines<S> {
         if !batches && !leases {
             return Ok(None);
         }
-        if !Protection::DrainedTwice.is_enabled() {
-            self.abandon(now).await?;
-        }
+        #[cfg(feature = "failpoints")]
+        sabotage::abandon_at_once(self, now).await?;
         let mark = self.progress.mark();
         let interrupted = self.consuming.has_changed().unwrap_or(true);
         if !self.is_drained().await || !self.takes_messages().await {
@@ -151,5 +149,21 @@ impl<S: Store> Deadlines<S> {
         }
         let depth = self.admin.depth(&self.topology.results()).await;
         depth.is_ok_and(|depth| depth.is_some_and(|depth| depth <= u32::from(RESULTS_PREFETCH)))
+    }
+}
+
+#[cfg(feature = "failpoints")]
+mod sabotage {
+    use garenne_common::Timestamp;
+    use garenne_common::failpoints::Protection;
+
+    use super::{Deadlines, Store, StoreError};
+
+    /// Without `DrainedTwice`: abandons overdue batches although reports of their members may wait.
+    pub(super) async fn abandon_at_once<S: Store>(
+        deadlines: &Deadlines<S>,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        if Protection::DrainedTwice.is_enabled() { Ok(()) } else { deadlines.abandon(now).await }
     }
 }

@@ -16,7 +16,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use garenne_common::broker::{Consumer, Delivery, DeliveryTag, Settler};
-use garenne_common::failpoints::Protection;
 use garenne_common::{ProcessHealth, Timestamp};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
@@ -296,7 +295,7 @@ impl<S: Store> Committer<S> {
     pub(crate) async fn run(mut self) {
         let mut stats = CommitStats::default();
         while let Some(group) = self.gathered.recv().await {
-            if !self.finish(group, &mut stats).await {
+            if !self.commit_and_ack(group, &mut stats).await {
                 return;
             }
             stats.log();
@@ -304,18 +303,15 @@ impl<S: Store> Committer<S> {
     }
 
     /// Commits a group and acknowledges its deliveries. Returns `false` if the collector stops instead.
-    async fn finish(&self, gathered: GatheredGroup, stats: &mut CommitStats) -> bool {
+    async fn commit_and_ack(&self, gathered: GatheredGroup, stats: &mut CommitStats) -> bool {
         if *self.standby.borrow() {
             // The deliveries have returned to their queues, and the other store receives them.
             self.progress.finish(gathered.deliveries);
             return true;
         }
         let group = Arc::new(gathered.group);
-        if !Protection::CommitBeforeAck.is_enabled() {
-            for (_, settler, tag) in &gathered.newest {
-                settler.ack(*tag, true);
-            }
-        }
+        #[cfg(feature = "failpoints")]
+        sabotage::acknowledge_uncommitted(&gathered.newest);
         let Some(committed) = self.commit(&group).await else { return false };
         self.progress.finish(gathered.deliveries);
         for (_, settler, tag) in gathered.newest {
@@ -385,6 +381,23 @@ impl CommitStats {
             let Self { groups, deliveries, fresh, repeats, .. } = *self;
             tracing::debug!(groups, deliveries, fresh, repeats, "committed");
             *self = Self::default();
+        }
+    }
+}
+
+#[cfg(feature = "failpoints")]
+mod sabotage {
+    use garenne_common::broker::{DeliveryTag, Settler};
+    use garenne_common::failpoints::Protection;
+
+    use super::Source;
+
+    /// Without `CommitBeforeAck`: acknowledges a group before it is committed.
+    pub(super) fn acknowledge_uncommitted(newest: &[(Source, Settler, DeliveryTag)]) {
+        if !Protection::CommitBeforeAck.is_enabled() {
+            for (_, settler, tag) in newest {
+                settler.ack(*tag, true);
+            }
         }
     }
 }

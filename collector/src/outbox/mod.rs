@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use garenne_common::broker::{BrokerError, Outgoing, Publisher, Receipt};
-use garenne_common::failpoints::Protection;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -132,9 +131,8 @@ impl<O: Outbox> Relay<O> {
     async fn relay_slice(&mut self, after: u64) -> Result<Slice, StoreError> {
         let entries = self.outbox.oldest(after).await?;
         let Some(last) = entries.last().map(O::seq) else { return Ok(Slice::Empty) };
-        if !Protection::ForgetAfterConfirm.is_enabled() {
-            self.outbox.delete(entries.iter().map(O::seq).collect()).await?;
-        }
+        #[cfg(feature = "failpoints")]
+        sabotage::delete_unconfirmed(&self.outbox, &entries).await?;
         let (begun, mut receipts) = (Instant::now(), Vec::with_capacity(entries.len()));
         for entry in &entries {
             receipts.push(self.publisher.send(self.outbox.outgoing(entry)).await);
@@ -174,5 +172,23 @@ impl<O: Outbox> Relay<O> {
                 Err(_) => until = Instant::now() + timeout,
             }
         }
+    }
+}
+
+#[cfg(feature = "failpoints")]
+mod sabotage {
+    use garenne_common::failpoints::Protection;
+
+    use super::{Outbox, StoreError};
+
+    /// Without `ForgetAfterConfirm`: deletes entries before they are published.
+    pub(super) async fn delete_unconfirmed<O: Outbox>(
+        outbox: &O,
+        entries: &[O::Entry],
+    ) -> Result<(), StoreError> {
+        if Protection::ForgetAfterConfirm.is_enabled() {
+            return Ok(());
+        }
+        outbox.delete(entries.iter().map(O::seq).collect()).await
     }
 }

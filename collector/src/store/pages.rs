@@ -13,11 +13,11 @@ use super::ledger::{from_time, reason, time, to_count};
 use super::letters::{COLUMNS, IS_DEAD, SHOWN_BODY_BYTES, state_of, summary};
 use super::{DeadQuery, StoreError};
 
-/// Rows that one question looks at.
+/// Rows that one query reads.
 const LOOKS: usize = 20_000;
 /// A list shows small bodies only: a thousand large ones would not fit into one answer.
 const LISTED_BODY_BYTES: u32 = 4 * 1024;
-/// A page ends behind so many bytes.
+/// Maximum size of a page, in bytes.
 const PAGE_BYTES: usize = 4 * 1024 * 1024;
 
 const IS_LATE: &str = "late = 1 AND replayed_as IS NULL";

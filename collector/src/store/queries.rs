@@ -1,4 +1,4 @@
-//! What is read from SQLite, for questions and for the outbox. Nothing here writes.
+//! What is read from SQLite, for queries and for the outbox. Nothing here writes.
 
 use garenne_common::wire::{BatchStatus, Codec, Notice, Payload, QuietBatch, RetryNote, TaskState};
 use garenne_common::{BatchId, Fingerprint, QueueName, TaskId, TaskName, TaskResult, Timestamp};

@@ -99,7 +99,7 @@ CREATE TABLE outbox (
     notice TEXT    NOT NULL
 ) STRICT;
 
--- Counted as we go: COUNT(*) over millions of rows would make every question for totals slow.
+-- Counted as we go: COUNT(*) over millions of rows would make every query for totals slow.
 CREATE TABLE counters (
     name  TEXT    NOT NULL PRIMARY KEY,
     value INTEGER NOT NULL

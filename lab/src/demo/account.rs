@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::fate::JobProgress;
 use super::files::{self, Tree};
 
-/// How many results one question asks for; the collector answers up to 1,000.
+/// How many results one query asks for; the collector accepts up to 1,000.
 const RESULTS_PER_QUESTION: usize = 500;
 
 /// What the job computed.

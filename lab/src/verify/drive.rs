@@ -50,7 +50,7 @@ pub(super) struct RunStage {
     pub(super) ledger: Ledger,
     pub(super) listener: Listener,
     pub(super) vitals: Vitals,
-    /// For questions; it goes to the broker directly, past all faults but the broker's own.
+    /// For queries; it connects to the broker directly, past all faults but the broker's own.
     pub(super) producer: Producer,
     pub(super) nemesis: Nemesis,
     pub(super) workload: Workload,

@@ -1,4 +1,4 @@
-//! What the collector knows at the end, by the questions that any client may ask.
+//! What the collector has at the end, by queries that any client can send.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,13 +11,13 @@ use garenne_producer::{Producer, QueryError, Totals};
 
 use super::mix::Mix;
 
-/// How many ids one question has.
+/// Number of ids in one query.
 const PAGE: usize = 500;
 /// Dead letters that are looked at one by one.
 const LETTERS: usize = 1_000;
-/// Questions under way at once.
+/// Concurrent queries.
 const AT_ONCE: usize = 16;
-/// How often a question is put again that had no answer.
+/// How often a query without a response is repeated.
 const TRIES: u32 = 5;
 
 /// The final record of every task that has one, by number.

@@ -98,7 +98,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Handlers that wait a millisecond, as many at once as the worker has slots.
+    /// Handlers that wait a millisecond, as many at once as the worker's concurrency.
     pub(in super::super) async fn sleep(&mut self) -> Result<(), CliError> {
         let load = self.load(Work::Sleep { millis: MILLIS }, Way::Bulk);
         self.workers(self.tuned(1)).await?;

@@ -149,7 +149,7 @@ async fn a_replay_is_marked_and_queued_in_one_step_and_happens_once() {
         (waiting[0].exchange.as_str(), waiting[0].routing_key.as_str()),
         ("ns.tasks", "cpu")
     );
-    // The same question once more, because its answer was lost; and the letter, redelivered.
+    // The same query again, because its response was lost; and the letter, redelivered.
     let again = fixture.replay(&items, &plan).await;
     assert_eq!(again[0].outcome, ReplayOutcome::Already { new_id: id("n-0") });
     fixture.commit(&[], &assortment()).await;
@@ -328,6 +328,6 @@ async fn a_million_letters_are_listed_as_fast_as_a_hundred() {
         eprintln!(
             "{what:20} {found:3} letters of {total:?} in {took:?}, {pages} queries, slowest {slowest:?}"
         );
-        assert!(slowest < Duration::from_secs(2), "one question keeps all others waiting");
+        assert!(slowest < Duration::from_secs(2), "one query keeps all others waiting");
     }
 }

@@ -57,7 +57,7 @@ pub(crate) struct Walk<'a> {
     pub(crate) context: &'a Context,
     pub(crate) producer: &'a Producer,
     pub(crate) selection: &'a Selection,
-    /// The verb of the question: "replay", "delete".
+    /// The verb of the prompt: "replay", "delete".
     pub(crate) verb: &'static str,
     pub(crate) safety: &'a SafetyArgs,
     /// The most letters per second.
